@@ -1,0 +1,86 @@
+"""Every key of a training run, with its default. Other configs start from this one.
+
+python -m rho1_jax.train --config=configs/default.py:slm --workdir=DIR --config.data.train=DATA [--config.key=value]
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from rho1_jax.errors import UserError
+
+# The stages of the method, and what they select by.
+STAGES = {"reference": "none", "clm": "none", "random": "random", "slm": "excess"}
+
+
+def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
+    """The defaults of a stage: "reference", "clm", "random" or "slm"."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: a config has the stages {', '.join(STAGES)}")
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,  # of initial weights, shuffles and the random score
+            "steps": 1000,  # updates in all
+            "batch_size": 32,  # rows of one step, over all devices and microbatches
+            "microbatches": 1,  # parts a step is taken in, to save memory; the update is the same
+            "log_every": 10,  # steps between two lines of metrics.jsonl
+            "mesh": {
+                "data": -1,  # copies of the model; -1: all devices that the other two leave
+                "fsdp": 1,  # devices that share parameters, gradients and optimizer state
+                "tensor": 1,  # devices that share heads, feed-forward width and vocabulary
+            },
+            "model": {
+                "vocab_size": 0,  # 0: the tokenizer's
+                "width": 256,  # D
+                "layers": 6,  # N
+                "heads": 8,  # H, query heads
+                "kv_heads": 4,  # K, divides heads
+                "head_width": 32,  # C
+                "ff_width": 768,  # F
+                "rope_theta": 10_000.0,  # base of the rotary frequencies
+                "norm_eps": 1e-5,  # of RMSNorm
+                "tied_embeddings": True,  # one matrix for input and output
+                "sliding_window": config_dict.placeholder(int),  # keys a query sees, itself included; none: all
+                "compute_dtype": "float32",  # of activations and of the reference; "bfloat16" on TPU and GPU
+                "remat": False,  # compute each layer again in the backward pass, to save memory
+                "loss_chunk": 512,  # positions of a row whose logits exist at once
+            },
+            "data": {
+                "train": "",  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1
+                "document_mask": True,  # attention stays within documents, positions restart at each
+                "prefetch": 4,  # batches read ahead
+            },
+            "optimizer": {
+                "learning_rate": 1e-3,  # peak
+                "warmup_steps": 100,  # linear, from zero
+                "final_learning_rate_fraction": 0.1,  # where the cosine ends, relative to the peak
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,  # of matrices; norms have none
+                "clip_norm": 1.0,  # of the gradient
+            },
+            "selection": {
+                "score": STAGES[stage],  # "none" (CLM), "random" (control) or "excess" (SLM)
+                "ratio": 0.6,  # share of the eligible tokens that is trained on, a multiple of 0.0001
+                "scope": "global",  # who competes: the tokens of the step, of a "microbatch" or of a "sequence"
+            },
+            "init": {"checkpoint": ""},  # a run or checkpoint to take the first weights from; empty: random ones
+            "reference": {"checkpoint": ""},  # a run or checkpoint: the frozen model of the score "excess"
+            "eval": {
+                "every": 100,  # steps between two evaluations; there is one at the end in any case
+                "data": "",  # losses on the split "eval" of data sets: NAME=DIR,NAME=DIR
+                "rows": 256,  # rows of each, at most
+                "questions": "",  # accuracy on JSON lines files: NAME=FILE,NAME=FILE
+                "prompt_template": "{question}\n",  # a question's record as a prompt
+                "answer_key": "answer",  # the record's key with the right answer
+                "answer_pattern": r"####\s*(.+)",  # its group in the last match is the answer
+                "stops": ("\n\n",),  # strings that end a generation
+                "max_new_tokens": 256,
+                "generate_batch": 64,  # prompts decoded together
+            },
+            "checkpoint": {
+                "every": 100,  # steps between two checkpoints; there is one at the end in any case
+                "keep": 2,  # newest ones that are kept
+            },
+        }
+    )

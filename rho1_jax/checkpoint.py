@@ -1,0 +1,156 @@
+"""Checkpoints through Orbax: asynchronous, atomic, the last few kept.
+
+A checkpoint holds parameters, optimizer state and a JSON description, each readable by itself:
+
+    WORKDIR/checkpoints/STEP/params  .../opt_state  .../meta
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from rho1_jax.errors import UserError
+from rho1_jax.model import ModelConfig, Params, abstract_params
+from rho1_jax.sharding import param_shardings, path_name
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.model"
+
+
+class Meta(NamedTuple):
+    """What a checkpoint says of its run.
+
+    Attributes:
+      step: updates done.
+      tokens_seen: target positions that went through the policy, padding included.
+      tokens_selected: those of them that were trained on.
+      config: the resolved config.
+      data: fingerprint and weight of each data set of the mixture.
+      tokenizer: fingerprint of the tokenizer.
+      reference: path and fingerprint of the reference model, None where the run has none.
+    """
+
+    step: int
+    tokens_seen: int
+    tokens_selected: int
+    config: dict[str, Any]
+    data: list[dict[str, Any]]
+    tokenizer: str
+    reference: dict[str, str] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        self._manager = ocp.CheckpointManager(
+            (workdir / CHECKPOINTS).absolute(),
+            item_names=("params", "opt_state", "meta"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def latest_meta(self) -> Meta | None:
+        """The description of the newest complete checkpoint, None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+
+    def save(self, params: Params, opt_state: Any, meta: Meta) -> None:
+        """Starts to save; the arrays may be donated once this returns."""
+        self._manager.save(
+            meta.step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                opt_state=ocp.args.StandardSave(opt_state),
+                meta=ocp.args.JsonSave(meta._asdict()),
+            ),
+        )
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """Parameters and optimizer state in the shapes, dtypes and shardings of the abstract ones given."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state)
+            ),
+        )
+        return restored["params"], restored["opt_state"]
+
+    def close(self) -> None:
+        """Waits until everything is on the disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
+    """The checkpoint directory that a run directory (its newest) or a checkpoint directory itself stands for.
+
+    Args:
+      path: WORKDIR or WORKDIR/checkpoints/STEP.
+      key: the config key or flag the path came from, for the error.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    directory = pathlib.Path(path).absolute()
+    if (directory / "meta").is_dir():
+        return directory
+    steps = [child for child in (directory / CHECKPOINTS).glob("*") if child.name.isdigit()]
+    if not steps:
+        raise UserError(f"{key}={path}: no checkpoint here; give a run's directory or one of its checkpoints")
+    return max(steps, key=lambda child: int(child.name))
+
+
+def load_meta(checkpoint: pathlib.Path) -> Meta:
+    """The description of a checkpoint directory."""
+    return Meta(**ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / "meta"))
+
+
+def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
+    """The parameters of a checkpoint directory in a dtype, laid on the mesh.
+
+    Raises:
+      UserError: they are not those of a model of this config.
+    """
+    wanted = abstract_params(config)
+    shardings = param_shardings(wanted, mesh)
+    wanted = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=s), wanted, shardings)
+    try:
+        return ocp.StandardCheckpointer().restore(checkpoint / "params", wanted)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
+    """The tokenizer that a run keeps beside its checkpoints."""
+    return checkpoint.parent.parent / TOKENIZER
+
+
+@jax.jit
+def _checksums(params: Params) -> Params:
+    def checksum(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        index = jnp.arange(math.prod(leaf.shape), dtype=jnp.uint32).reshape(leaf.shape)
+        mixed = (bits ^ (index * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+        return (mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, params)
+
+
+def fingerprint(params: Params) -> str:
+    """A hash, in hex, of names, shapes, dtypes and bits of parameters, the same on every mesh.
+
+    The sums are integers modulo 2**32, so their order does not matter.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(params)))[0]
+    shapes = jax.tree.leaves(jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params))
+    described = [(path_name(path), shape, int(checksum)) for (path, checksum), shape in zip(leaves, shapes)]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""Batches as a pure function of (seed, step), through Grain.
+
+Each data set is shuffled anew every epoch and repeated without end; several are mixed by weight. Step n takes rows
+n * B to (n + 1) * B of that sequence, so nothing of the iteration has to be saved.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.store import Store
+from rho1_jax.errors import UserError
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+    """ "DIR1:3,DIR2:1" as [("DIR1", 3.0), ("DIR2", 1.0)]; a weight that is not given is 1.
+
+    Raises:
+      UserError: nothing is named, or a weight is no positive number.
+    """
+    mixture = []
+    for part in filter(None, text.split(",")):
+        directory, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
+        try:
+            mixture.append((directory, float(weight)))
+            if not mixture[-1][1] > 0:
+                raise ValueError
+        except ValueError:
+            raise UserError(f"config.data.train: {part!r} is not DIR or DIR:WEIGHT with a positive weight") from None
+    if not mixture:
+        raise UserError("config.data.train names no prepared data set; give DIR or DIR1:3,DIR2:1")
+    return mixture
+
+
+def open_mixture(text: str) -> tuple[list[Store], list[float]]:
+    """The stores and weights of a mixture. All must share tokenizer and row length.
+
+    Raises:
+      UserError: one cannot be opened, or differs from the first.
+    """
+    directories, weights = zip(*parse_mixture(text))
+    stores = [Store(directory) for directory in directories]
+    for store in stores[1:]:
+        check_same_tokenizer(store, stores[0])
+        if store.seq_len != stores[0].seq_len:
+            raise UserError(
+                f"{store.path} has rows of {store.seq_len} tokens, {stores[0].path} of {stores[0].seq_len}: "
+                "prepare them with the same --seq_len"
+            )
+    return stores, list(weights)
+
+
+def check_same_tokenizer(store: Store, other: Store) -> None:
+    """Raises UserError where two data sets were made with different tokenizers."""
+    if store.tokenizer_fingerprint != other.tokenizer_fingerprint:
+        raise UserError(
+            f"{store.path} was prepared with another tokenizer ({store.tokenizer_fingerprint[:12]}) than "
+            f"{other.path} ({other.tokenizer_fingerprint[:12]}): prepare both with the same one"
+        )
+
+
+def batches(
+    stores: Sequence[Store],
+    weights: Sequence[float],
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    host: int,
+    hosts: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """This host's rows of the training batches from `first_step` on, without end.
+
+    Args:
+      stores: prepared data sets; their split "train" is read.
+      weights: how often each is drawn from, relative to the others.
+      batch_size: rows B of the global batch.
+      seed: of the shuffles.
+      first_step: the step of the first batch.
+      host: index of this host among `hosts`. It reads the `host`-th part of each global batch and no other row.
+      hosts: number of hosts; divides `batch_size`.
+      prefetch: batches to read ahead.
+
+    Yields:
+      numpy arrays [B / hosts, seq_len + 1].
+    """
+    sources = [
+        grain.MapDataset.source(store.rows("train")).seed(seed + number).shuffle().repeat()
+        for number, store in enumerate(stores)
+    ]
+    mixed = grain.MapDataset.mix(sources, weights)
+    mine = mixed.batch(batch_size // hosts)[first_step * hosts + host :: hosts]
+    for rows in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
+        yield Batch(rows["tokens"], rows["segment_ids"])
+
+
+def eval_batches(rows: Sequence[dict[str, np.ndarray]], batch_size: int, host: int, hosts: int) -> Iterator[Batch]:
+    """This host's part of all rows of a split, in order, in batches filled up with padding."""
+    part = batch_size // hosts
+    for start in range(0, len(rows), batch_size):
+        first = start + host * part
+        taken = [rows[i] for i in range(first, min(first + part, len(rows)))]
+        blank = np.zeros((part - len(taken), len(rows[0]["tokens"])), np.int32)
+        tokens, segment_ids = (
+            np.concatenate([np.reshape([row[name] for row in taken], (-1, blank.shape[1])), blank]).astype(np.int32)
+            for name in ("tokens", "segment_ids")
+        )
+        yield Batch(tokens, segment_ids)

@@ -1,0 +1,60 @@
+"""Documents into rows.
+
+The corpus is one stream: an end-of-sequence token, then each document followed by one. Rows of `seq_len + 1` tokens
+are cut from it with stride `seq_len`, so every corpus token is a target exactly once.
+
+Shapes: R rows, M = seq_len + 1.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+PAD_ID = 0
+
+
+class Batch(NamedTuple):
+    """Packed rows, [R, M] int32 each: token ids, and document numbers within each row from 1 (0 is padding)."""
+
+    tokens: np.ndarray | jax.Array
+    segment_ids: np.ndarray | jax.Array
+
+
+def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, eos_id: int) -> Iterator[Batch]:
+    """Cuts a stream of documents into rows.
+
+    Args:
+      documents: batches of documents: their tokens one after the other, each document ended by EOS, and the length
+        of each, its EOS included.
+      seq_len: targets in a row.
+      eos_id: the token the stream starts with.
+
+    Yields:
+      Packed rows, a batch of documents at a time. The last row is padded.
+    """
+    tokens = np.array([eos_id], np.int32)
+    numbers = np.zeros(1, np.int64)  # the document that each token of the stream belongs to
+    documents_seen = 0
+    for new_tokens, lengths in documents:
+        new_numbers = documents_seen + 1 + np.repeat(np.arange(len(lengths)), lengths)
+        documents_seen += len(lengths)
+        tokens, numbers = np.concatenate([tokens, new_tokens]), np.concatenate([numbers, new_numbers])
+        rows = (len(tokens) - 1) // seq_len
+        if rows:
+            yield _cut(tokens, numbers, rows, seq_len)
+            tokens, numbers = tokens[rows * seq_len :], numbers[rows * seq_len :]
+    rest = len(tokens) - 1
+    if rest:
+        padding = (0, seq_len - rest)
+        last = _cut(np.pad(tokens, padding, constant_values=PAD_ID), np.pad(numbers, padding), 1, seq_len)
+        last.segment_ids[:, rest + 1 :] = 0
+        yield last
+
+
+def _cut(tokens: np.ndarray, numbers: np.ndarray, rows: int, seq_len: int) -> Batch:
+    index_RM = np.arange(rows)[:, None] * seq_len + np.arange(seq_len + 1)
+    numbers_RM = numbers[index_RM]
+    segment_ids_RM = (numbers_RM - numbers_RM[:, :1] + 1).astype(np.int32)
+    return Batch(tokens[index_RM].astype(np.int32), segment_ids_RM)

@@ -1,0 +1,285 @@
+"""Text files to packed rows: read, tokenize in several processes, pack, write.
+
+Tokens go to numbered chunk files in OUTPUT.partial first, each complete or absent. A run that was interrupted keeps
+the chunks it finished; the finished data set is renamed into place.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rho1_jax.data import records, store
+from rho1_jax.data.packing import Batch, pack
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.metrics import Progress
+
+CHUNK_BYTES = 4 << 20
+BAD_RECORDS_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the rows, beside the tokenizer and the inputs.
+
+    Attributes:
+      text_template: format string over a record's keys.
+      seq_len: targets in a row.
+      eval_fraction: share of the documents that go to the split "eval", chosen by a hash of their text.
+      max_bad_fraction: share of bad records that is put up with.
+    """
+
+    text_template: str
+    seq_len: int
+    eval_fraction: float
+    max_bad_fraction: float
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Some consecutive documents of the corpus, tokenized."""
+
+    tokens: np.ndarray  # int32, document after document, each ended by EOS
+    lengths: np.ndarray  # tokens of each document, its EOS included
+    held_out: np.ndarray  # bool: the document belongs to the split "eval"
+    bad: list[str]  # "file:line: reason" of each record that holds no document
+
+    def save(self, path: pathlib.Path) -> None:
+        beside = path.with_suffix(".tmp")
+        with beside.open("wb") as file:
+            bad = np.array(self.bad, dtype=np.str_)
+            np.savez(file, tokens=self.tokens, lengths=self.lengths, held_out=self.held_out, bad=bad)
+        beside.rename(path)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Chunk":
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["tokens"], arrays["lengths"], arrays["held_out"], arrays["bad"].tolist())
+
+    def split(self, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and lengths of the documents of one split."""
+        return self.tokens[np.repeat(self.held_out == held_out, self.lengths)], self.lengths[self.held_out == held_out]
+
+
+RawChunk = list[tuple[pathlib.Path, int, Any]]  # file, line, raw record
+
+
+def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
+    """Raw records of all files, about CHUNK_BYTES at a time, and how many input bytes were read up to their end.
+
+    Where a chunk ends depends on the inputs alone.
+    """
+    chunk: RawChunk = []
+    size = done = 0
+    for path in files:
+        for line, record, position in records.read(path):
+            chunk.append((path, line, record))
+            size += len(record) if isinstance(record, bytes) else sum(len(str(value)) for value in record.values())
+            if size >= CHUNK_BYTES:
+                yield chunk, done + position
+                chunk, size = [], 0
+        done += path.stat().st_size
+    if chunk:
+        yield chunk, done
+
+
+def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
+    """Tokenizes a chunk; records that hold no document are set aside with the reason. Empty texts are dropped."""
+    documents, held_out, bad = [], [], []
+    for path, line, record in chunk:
+        try:
+            text = records.document(path, record, options.text_template)
+        except records.BadRecord as error:
+            bad.append(f"{path}:{line}: {error}")
+            continue
+        if text:
+            documents.append([*tokenizer.encode(text), tokenizer.eos_id])
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            held_out.append(int.from_bytes(digest, "big") < options.eval_fraction * 2**64)
+    tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
+    return Chunk(tokens, np.array(list(map(len, documents)), np.int64), np.array(held_out, bool), bad)
+
+
+# A worker process keeps its tokenizer here.
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_path: pathlib.Path, options: Options) -> None:
+    _worker.update(tokenizer=Tokenizer(tokenizer_path), options=options)
+
+
+def _work(chunk: RawChunk, path: pathlib.Path) -> Chunk:
+    tokenized = tokenize(chunk, **_worker)
+    tokenized.save(path)
+    return tokenized
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+    """The part of the manifest that is known before the work, with the fingerprint over it."""
+    description = {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "options": dataclasses.asdict(options),
+        "inputs": [{"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files],
+    }
+    identity = description | {"inputs": [entry["sha256"] for entry in description["inputs"]]}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {"fingerprint": digest, **description}
+
+
+def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Path, options: Options, workers: int):
+    """Makes the data set `output`, or goes on with it where an earlier run was interrupted.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: wrong options or inputs, too many bad records, or `output` holds something else.
+    """
+    _check(options)
+    description = describe(files, tokenizer, options)
+    if output.exists():
+        return _existing(output, description)
+    partial = output.with_name(output.name + ".partial")
+    _start_or_continue(partial, description)
+    try:
+        chunks = _tokenize_all(files, tokenizer, partial, options, workers)
+        counts = _write(chunks, tokenizer, partial, options)
+    except UserError:
+        shutil.rmtree(partial)
+        raise
+    manifest = description | counts
+    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    shutil.copyfile(tokenizer.path, partial / store.TOKENIZER)
+    for chunk in chunks:
+        chunk.unlink()
+    (partial / "description.json").unlink()
+    partial.rename(output)
+    return manifest
+
+
+def _check(options: Options) -> None:
+    if options.seq_len < 1:
+        raise UserError(f"--seq_len={options.seq_len}: a row needs at least one target")
+    for name in ("eval_fraction", "max_bad_fraction"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name}={getattr(options, name)}: a fraction lies in [0, 1]")
+
+
+def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
+    manifest = store.Store(output).manifest
+    for part in ("tokenizer_fingerprint", "options", "fingerprint"):
+        if manifest[part] != description[part]:
+            what = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}.get(part, "other inputs")
+            raise UserError(f"{output} exists and was made with {what}; remove it or choose another --output")
+    return manifest
+
+
+def _start_or_continue(partial: pathlib.Path, description: dict[str, Any]) -> None:
+    """Keeps the chunks of an interrupted run over the same inputs, and no others."""
+    marker = partial / "description.json"
+    if not (marker.is_file() and json.loads(marker.read_text()) == description):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        beside = marker.with_suffix(".tmp")
+        beside.write_text(json.dumps(description))
+        beside.rename(marker)
+
+
+def _tokenize_all(
+    files: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options, workers: int
+) -> list[pathlib.Path]:
+    """Makes every chunk that is not there yet. Returns all of them in order."""
+    chunk_paths: list[pathlib.Path] = []
+    bad_count = document_count = 0
+    progress = Progress("tokenize", sum(path.stat().st_size for path in files), unit="B")
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, options))
+    pending: collections.deque[tuple[Callable[[], Chunk], int]] = collections.deque()
+
+    def finish_one() -> None:
+        nonlocal bad_count, document_count
+        result, position = pending.popleft()
+        chunk = result()
+        for reason in chunk.bad[: max(0, BAD_RECORDS_SHOWN - bad_count)]:
+            print(f"bad record: {reason}", file=sys.stderr)
+        bad_count += len(chunk.bad)
+        document_count += len(chunk.lengths)
+        progress.advance_to(position)
+        if not options.max_bad_fraction:
+            _check_bad(bad_count, document_count, options)
+
+    with progress, pool:
+        try:
+            for number, (raw, position) in enumerate(raw_chunks(files)):
+                path = partial / f"chunk-{number:06d}.npz"
+                chunk_paths.append(path)
+                done = functools.partial(Chunk.load, path) if path.exists() else pool.submit(_work, raw, path).result
+                pending.append((done, position))
+                while len(pending) > 2 * workers:
+                    finish_one()
+            while pending:
+                finish_one()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    _check_bad(bad_count, document_count, options)
+    if not document_count:
+        raise UserError(f"no documents in {', '.join(map(str, files))}")
+    return chunk_paths
+
+
+def _check_bad(bad: int, documents: int, options: Options) -> None:
+    if bad > options.max_bad_fraction * (bad + documents):
+        raise UserError(
+            f"{bad} bad of {bad + documents} records, more than --max_bad_fraction={options.max_bad_fraction}; "
+            "they are listed above, no data set was written"
+        )
+
+
+def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options) -> dict[str, Any]:
+    """Packs the chunks' documents and writes the rows. Returns what was counted."""
+    splits: dict[str, dict[str, int]] = {}
+    bad = 0
+    for path in chunks:
+        chunk = Chunk.load(path)
+        bad += len(chunk.bad)
+        for name, held_out in (("train", False), ("eval", True)):
+            tokens, lengths = chunk.split(held_out)
+            if len(lengths):
+                counts = splits.setdefault(name, {"documents": 0, "tokens": 0})
+                counts["documents"] += len(lengths)
+                counts["tokens"] += len(tokens)
+    for counts in splits.values():
+        counts["rows"] = -(-counts["tokens"] // options.seq_len)
+    progress = Progress("pack", sum(counts["rows"] for counts in splits.values()), unit="rows")
+
+    def rows(held_out: bool) -> Iterator[Batch]:
+        documents = (Chunk.load(path).split(held_out) for path in chunks)
+        for packed in pack(documents, options.seq_len, tokenizer.eos_id):
+            yield packed
+            progress.advance(len(packed.tokens))
+
+    with progress:
+        shutil.rmtree(partial / "rows", ignore_errors=True)
+        store.write_rows(partial, {name: rows(name == "eval") for name in splits}, options.seq_len)
+    shutil.rmtree(partial / "downloads", ignore_errors=True)
+    totals = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "tokens", "rows")}
+    return {"splits": splits, **totals, "bad_records": bad}
+

@@ -1,0 +1,152 @@
+"""Text files in: JSON lines (plain, .gz, .zst), Parquet and plain text, one document a record."""
+
+import glob
+import gzip
+import io
+import json
+import pathlib
+import string
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from rho1_jax.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".tex": "text"}
+
+
+class BadRecord(ValueError):
+    """A record that holds no document; the message says why."""
+
+
+def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
+    """The files that paths and glob patterns name, sorted within each pattern.
+
+    Raises:
+      UserError: a pattern matches nothing, or a file is of an unknown format.
+    """
+    files: list[pathlib.Path] = []
+    for pattern in patterns:
+        matches = sorted(path for path in map(pathlib.Path, glob.glob(pattern, recursive=True)) if path.is_file())
+        if not matches:
+            raise UserError(f"{pattern}: no such file")
+        files += [path for path in matches if path not in files]
+    for path in files:
+        file_format(path)
+    return files
+
+
+def file_format(path: pathlib.Path) -> str:
+    """ "json", "parquet" or "text", by the file's name."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    if not suffixes or suffixes[-1] not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: unknown kind of file; known are {known}, each but Parquet also with .gz or .zst")
+    return FORMATS[suffixes[-1]]
+
+
+def _decompressed(path: pathlib.Path, file: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if path.suffix == ".zst":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return file
+
+
+def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
+    """Raw records of a file.
+
+    Yields:
+      Line or row number from 1; the bytes of a JSON line or of a whole text, or a Parquet row; how many bytes of the
+      file have been read.
+
+    Raises:
+      UserError: the file cannot be read as what its name says.
+    """
+    kind = file_format(path)
+    try:
+        if kind == "parquet":
+            table = pyarrow.parquet.ParquetFile(path)
+            rows, size = table.metadata.num_rows, path.stat().st_size
+            records = (record for batch in table.iter_batches(batch_size=256) for record in batch.to_pylist())
+            for row, record in enumerate(records, start=1):
+                yield row, record, size * row // rows
+            return
+        with path.open("rb") as file:
+            stream = _decompressed(path, file)
+            if kind == "text":
+                yield 1, stream.read(), file.tell()
+                return
+            for line, record in enumerate(stream, start=1):
+                if record.strip():
+                    yield line, record, file.tell()
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def document(path: pathlib.Path, record: Any, template: str) -> str:
+    """The text of one raw record.
+
+    Args:
+      path: the file it came from.
+      record: as `read` yields it.
+      template: a format string over the record's keys, such as "{text}". Plain text files ignore it.
+
+    Raises:
+      BadRecord: the record is not UTF-8, not JSON, lacks a key of the template, or holds no text there.
+    """
+    if isinstance(record, bytes):
+        try:
+            text = record.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"not UTF-8 at byte {error.start}") from None
+        if file_format(path) == "text":
+            return text
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadRecord(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise BadRecord(f"a JSON {type(record).__name__}, not an object with keys")
+    for key in template_keys(template):
+        if key not in record:
+            raise BadRecord(f"lacks the key {key!r}; it has {', '.join(map(repr, record)) or 'none'}")
+        if not isinstance(record[key], str):
+            raise BadRecord(f"the key {key!r} holds {type(record[key]).__name__}, not text")
+    text = template.format_map(record)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"not text: a lone surrogate at character {error.start}") from None
+    return text
+
+
+def template(text_key: str, text_template: str | None) -> str:
+    """The template that the two flags ask for; a backslash and n in it stand for a line break.
+
+    Raises:
+      UserError: it takes no keys from a record.
+    """
+    chosen = "{" + text_key + "}" if text_template is None else text_template.replace("\\n", "\n")
+    template_keys(chosen)
+    return chosen
+
+
+def template_keys(template: str) -> list[str]:
+    """The keys that a template takes from a record.
+
+    Raises:
+      UserError: it is no format string over plain keys, or takes none.
+    """
+    try:
+        keys = [name for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
+        if not keys or not all(key.isidentifier() for key in keys):
+            raise ValueError("it must hold plain keys in braces, like '{question}\\n{answer}'")
+    except ValueError as error:
+        raise UserError(f"--text_template {template!r}: {error}") from None
+    return keys

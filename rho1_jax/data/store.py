@@ -1,0 +1,103 @@
+"""Packed rows on disk: a TFDS data set of ArrayRecord files, its manifest and its tokenizer, in one directory.
+
+    DIR/manifest.json  DIR/tokenizer.model  DIR/rows/1.0.0/*.array_record*
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+_ROWS = "rows"
+_VERSION = "1.0.0"
+
+
+class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
+    """Rows in the order they are given. TFDS writes beside the final place and renames."""
+
+    name = _ROWS
+    VERSION = tfds.core.Version(_VERSION)
+    pkg_dir_path = None  # there are no checksums or metadata beside this module to look for
+    code_path = None
+
+    def __init__(self, splits: dict[str, Iterator[Batch]], seq_len: int, data_dir: pathlib.Path):
+        self._rows = splits
+        self._row_length = seq_len + 1
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        row = tfds.features.Tensor(shape=(self._row_length,), dtype=np.int32)
+        features = tfds.features.FeaturesDict({"tokens": row, "segment_ids": row})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {name: self._generate_examples(rows) for name, rows in self._rows.items()}
+
+    def _generate_examples(self, rows):
+        key = 0
+        for batch in rows:
+            for tokens_M, segment_ids_M in zip(batch.tokens, batch.segment_ids):
+                yield key, {"tokens": tokens_M, "segment_ids": segment_ids_M}
+                key += 1
+
+
+def write_rows(directory: pathlib.Path, splits: dict[str, Iterator[Batch]], seq_len: int) -> None:
+    """Writes each split's rows, in order, under `directory`. A split without rows is not allowed."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+        _RowsBuilder(splits, seq_len, directory).download_and_prepare()
+
+
+class Store:
+    """A prepared data set, opened for reading.
+
+    Attributes:
+      path: its directory.
+      manifest: how it was made; its `fingerprint` covers tokenizer, options and inputs.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        """Raises UserError where there is no prepared data set."""
+        self.path = pathlib.Path(path)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no prepared data set here (tools/prepare_data.py makes one)") from None
+        self._builder = tfds.builder_from_directory(self.path / _ROWS / _VERSION)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def seq_len(self) -> int:
+        return self.manifest["options"]["seq_len"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.manifest["tokenizer_fingerprint"]
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.path / TOKENIZER)
+
+    def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:
+        """Random access to a split's rows: {"tokens": [M], "segment_ids": [M]} each.
+
+        Raises:
+          UserError: the data set has no such split.
+        """
+        if split not in self._builder.info.splits:
+            option = "--eval_fraction above 0" if split == "eval" else "--eval_fraction below 1"
+            raise UserError(f"{self.path}: holds no {split!r} split; prepare it with {option}")
+        return self._builder.as_data_source(split)

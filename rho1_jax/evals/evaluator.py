@@ -1,0 +1,86 @@
+"""Held-out loss and answer accuracy of a model, during training and after it."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from rho1_jax.config import answer_config, parse_named
+from rho1_jax.data.loader import eval_batches
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.evals.answers import accuracy, answer_all, read_questions
+from rho1_jax.model import Params
+from rho1_jax.sharding import batch_sharding, replicated
+from rho1_jax.train_step import make_token_losses
+
+
+class Evaluator:
+    """All evaluations that a config names, opened and checked once."""
+
+    def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
+        """Raises UserError where a data set or question file is missing, bad, or of another tokenizer."""
+        self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
+        self._batch_size, self._max_rows = config.batch_size, config.eval.rows
+        self._answers = answer_config(config)
+        self._rows = {}
+        for name, path in parse_named(config.eval.data, "config.eval.data").items():
+            store = Store(path)
+            if store.tokenizer_fingerprint != tokenizer.fingerprint:
+                raise UserError(f"config.eval.data: {path} was prepared with another tokenizer than the training data")
+            self._rows[name] = store.rows("eval")
+        self.questions = {
+            name: read_questions(path, self._answers)
+            for name, path in parse_named(config.eval.questions, "config.eval.questions").items()
+        }
+        self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}."""
+        accuracies = {f"eval/{name}/accuracy": accuracy(list(self.answers(params, name))) for name in self.questions}
+        return self.losses(params) | accuracies
+
+    def losses(self, params: Params) -> dict[str, float]:
+        """{"eval/NAME/loss": mean over the eligible tokens of the split "eval", in nats}."""
+        return {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
+
+    def answers(self, params: Params, name: str, temperature: float = 0.0, seed: int = 0) -> Iterator[dict[str, Any]]:
+        """The graded items of one question file, as `answer_all` yields them."""
+        return answer_all(
+            self._graphdef, params, self._tokenizer, self.questions[name], self._answers, temperature, seed
+        )
+
+    def _loss(self, params: Params, name: str) -> float:
+        rows = self._rows[name]
+        host, hosts = jax.process_index(), jax.process_count()
+        batches = eval_batches(rows, self._batch_size, host, hosts)
+        total = count = 0.0
+        for batch in itertools.islice(batches, math.ceil(self._max_rows / self._batch_size)):
+            loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh))
+            total, count = total + float(loss_sum), count + float(eligible)
+        return total / count
+
+
+def _make_loss_sums(graphdef: nnx.GraphDef, document_mask: bool, mesh: Mesh) -> Callable:
+    token_losses = make_token_losses(graphdef, document_mask)
+
+    def loss_sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss_BL, eligible_BL = token_losses(params, batch)
+        return jnp.where(eligible_BL, loss_BL, 0).sum(), eligible_BL.sum()
+
+    return jax.jit(loss_sums, out_shardings=replicated(mesh))
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """A host's rows as its part of a global batch."""
+    sharding = batch_sharding(mesh)
+    return Batch(*(jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x)) for x in batch))

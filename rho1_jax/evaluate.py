@@ -1,0 +1,94 @@
+"""Held-out losses and answer accuracies of a checkpoint.
+
+python -m rho1_jax.evaluate --checkpoint=DIR [--questions=NAME=FILE,...] [--data=NAME=DIR,...] [--output=DIR]
+
+Everything else is as in the run that wrote the checkpoint, unless a flag says otherwise.
+"""
+
+import json
+import pathlib
+
+import jax
+import ml_collections
+from absl import flags
+
+from rho1_jax import checkpoint, model, sharding
+from rho1_jax.config import model_config, run
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.evals.answers import accuracy, write_results
+from rho1_jax.evals.evaluator import Evaluator
+from rho1_jax.metrics import Progress
+
+
+def evaluate(
+    checkpoint_path: str,
+    overrides: dict,
+    output: pathlib.Path | None,
+    temperature: float,
+    seed: int,
+) -> dict[str, float]:
+    """Evaluates a checkpoint on what its config names, with the `eval` keys of `overrides` in their place.
+
+    Returns:
+      {"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}. With `output`, they are written
+      to results.json there, and the items to NAME.jsonl.
+
+    Raises:
+      UserError: there is no checkpoint, nothing to evaluate, or an input is bad.
+    """
+    directory = checkpoint.find(checkpoint_path, "--checkpoint")
+    config = ml_collections.ConfigDict(checkpoint.load_meta(directory).config)
+    config.eval.update({key: value for key, value in overrides.items() if value is not None})
+    if not config.eval.data and not config.eval.questions:
+        raise UserError("nothing to evaluate: give --questions=NAME=FILE or --data=NAME=DIR")
+    tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
+    mesh = sharding.make_mesh(**config.mesh)
+    policy_config = model_config(config)
+    graphdef = model.build(policy_config)
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(config, graphdef, tokenizer, mesh)
+        params = checkpoint.load_params(directory, policy_config, mesh, "float32")
+        metrics = evaluator.losses(params)
+        items = {}
+        for name, questions in evaluator.questions.items():
+            with Progress(name, len(questions), unit="questions") as progress:
+                items[name] = []
+                for item in evaluator.answers(params, name, temperature, seed):
+                    items[name].append(item)
+                    progress.advance(1)
+            metrics[f"eval/{name}/accuracy"] = accuracy(items[name])
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, results in items.items():
+            write_results(output / f"{name}.jsonl", results)
+        (output / "results.json").write_text(json.dumps({"checkpoint": str(directory), **metrics}, indent=2) + "\n")
+    return metrics
+
+
+def main() -> None:
+    """The command: its flags, then `evaluate`."""
+    checkpoint_flag = flags.DEFINE_string("checkpoint", None, "A run's directory or one checkpoint.", required=True)
+    overrides = {
+        "questions": flags.DEFINE_string("questions", None, "NAME=FILE,... of questions and answers."),
+        "data": flags.DEFINE_string("data", None, "NAME=DIR,... of prepared data with a split 'eval'."),
+        "rows": flags.DEFINE_integer("rows", None, "Rows of each data set, at most."),
+        "prompt_template": flags.DEFINE_string("prompt_template", None, "A question's record as a prompt."),
+        "answer_pattern": flags.DEFINE_string("answer_pattern", None, "Regular expression with one group."),
+        "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "Longest generation."),
+    }
+    temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
+    seed = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature.")
+    output = flags.DEFINE_string("output", None, "Directory for results.json and the items.")
+
+    def command() -> None:
+        values = {name: flag.value for name, flag in overrides.items()}
+        directory = pathlib.Path(output.value) if output.value else None
+        for name, value in evaluate(checkpoint_flag.value, values, directory, temperature.value, seed.value).items():
+            print(f"{name} {value:.4f}")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Shapes: B batch rows, L sequence, S cached positions, D model width, H query heads, K key/value heads, C head width,
+F feed-forward width, V vocabulary, N layers.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rho1_jax.attention import attention, attention_mask
+from rho1_jax.sharding import shard_activations
+
+Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Field for field the `model` section of a config."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ff_width: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    sliding_window: int | None
+    compute_dtype: str
+    remat: bool
+    loss_chunk: int
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for generation."""
+
+    k_NBSKC: jax.Array
+    v_NBSKC: jax.Array
+    segment_ids_BS: jax.Array  # 0 where nothing is stored
+    length: jax.Array  # how many of the S positions are filled
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(config.width))
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        x_BLD = hidden_BLD.astype(jnp.float32)
+        x_BLD *= jax.lax.rsqrt(jnp.mean(x_BLD**2, axis=-1, keepdims=True) + self.eps)
+        return (x_BLD * self.scale[...]).astype(hidden_BLD.dtype)
+
+
+def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), first half of the head against the second, as Llama has it."""
+    half = x_BLHC.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BL1c = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles_BL1c), jnp.cos(angles_BL1c)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+
+
+def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
+    """Contracts the last `contracted` axes of x [B, L, ...] with the first ones of a kernel.
+
+    As one product of two matrices: XLA on CPU runs the gradient of a batched one at half the speed.
+    """
+    inner, outer = kernel.shape[:contracted], kernel.shape[contracted:]
+    size = math.prod(inner)
+    flat_TX = x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)
+    return flat_TX.reshape(*x.shape[:2], *outer)
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
+        self.config = config
+        self.q = _weight(rngs, (D, H, C), D**-0.5)
+        self.k = _weight(rngs, (D, K, C), D**-0.5)
+        self.v = _weight(rngs, (D, K, C), D**-0.5)
+        self.o = _weight(rngs, (H, C, D), (2 * config.layers * H * C) ** -0.5)
+
+    def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
+        """Attends to this call's keys or, with a cache, to the cache with this call's keys written at `start`."""
+        q_BLHC = rotate(_project(hidden_BLD, self.q[...]), positions_BL, self.config.rope_theta)
+        k_BLKC = rotate(_project(hidden_BLD, self.k[...]), positions_BL, self.config.rope_theta)
+        kv = (k_BLKC, _project(hidden_BLD, self.v[...]))
+        if cached_kv is not None:
+            kv = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, start, axis=1) for c, new in zip(cached_kv, kv))
+        mixed_BLHC = attention(q_BLHC, *kv, mask_BLS)
+        return _project(mixed_BLHC, self.o[...], contracted=2), kv if cached_kv is not None else None
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.width, config.ff_width
+        self.gate = _weight(rngs, (D, F), D**-0.5)
+        self.up = _weight(rngs, (D, F), D**-0.5)
+        self.down = _weight(rngs, (F, D), (2 * config.layers * F) ** -0.5)
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        gate_BLF = jax.nn.silu(_project(hidden_BLD, self.gate[...]))
+        return _project(gate_BLF * _project(hidden_BLD, self.up[...]), self.down[...])
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs)
+        self.feed_forward_norm = RMSNorm(config)
+        self.feed_forward = FeedForward(config, rngs)
+
+    def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
+        mixed_BLD, kv = self.attention(self.attention_norm(hidden_BLD), positions_BL, mask_BLS, cached_kv, start)
+        hidden_BLD = shard_activations(hidden_BLD + mixed_BLD)
+        hidden_BLD = hidden_BLD + self.feed_forward(self.feed_forward_norm(hidden_BLD))
+        return shard_activations(hidden_BLD), kv
+
+
+class Decoder(nnx.Module):
+    """Token ids in, final hidden states out; `output_VD` turns those into logits."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = _weight(rngs, (config.vocab_size, config.width), 0.02)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config)
+        if not config.tied_embeddings:
+            self.head = _weight(rngs, (config.vocab_size, config.width), 0.02)
+
+    def output_VD(self) -> jax.Array:
+        """The output embedding [V, D] in the compute dtype."""
+        output = self.embedding if self.config.tied_embeddings else self.head
+        return output[...].astype(self.config.compute_dtype)
+
+    def __call__(
+        self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the decoder.
+
+        Args:
+          tokens_BL: [B, L] token ids.
+          segment_ids_BL: [B, L] document numbers; attention stays within equal ones, positions restart at each.
+          cache: what came before these tokens, when generating. A segment then continues at its own length.
+
+        Returns:
+          [B, L, D] hidden states after the last norm, in the compute dtype, and the cache with these tokens added.
+        """
+        if cache is None:
+            key_segments_BS, start = segment_ids_BL, 0
+            positions_BL = segment_positions(segment_ids_BL)
+            cached_kv = None
+        else:
+            start = cache.length
+            key_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BL, start, axis=1)
+            positions_BL = jax.lax.dynamic_slice_in_dim(
+                segment_positions(key_segments_BS), start, tokens_BL.shape[1], axis=1
+            )
+            cached_kv = (cache.k_NBSKC, cache.v_NBSKC)
+        mask_BLS = attention_mask(segment_ids_BL, key_segments_BS, start, self.config.sliding_window)
+        hidden_BLD = shard_activations(self.embedding[...].astype(self.config.compute_dtype)[tokens_BL])
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(hidden_BLD, layer_inputs):
+            params, cached_kv = layer_inputs
+            return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mask_BLS, cached_kv, start)
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer)
+        hidden_BLD, kv = jax.lax.scan(layer, hidden_BLD, (stacked, cached_kv))
+        if cache is not None:
+            cache = Cache(*kv, key_segments_BS, cache.length + tokens_BL.shape[1])
+        return self.norm(hidden_BLD), cache
+
+
+def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """Positions [B, L] counted from the start of each segment."""
+    index_L = jnp.arange(segment_ids_BL.shape[1])
+    starts_BL = jnp.diff(segment_ids_BL, axis=1, prepend=-1) != 0
+    return index_L - jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
+
+
+def build(config: ModelConfig) -> nnx.GraphDef:
+    """The model's structure without parameters. `nnx.merge(graphdef, params)` makes it runnable."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Fresh float32 parameters. To be called under `jax.jit`, with the shardings they shall have."""
+    return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(seed)))[1])
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, nothing allocated."""
+    return jax.eval_shape(lambda: init_params(config, 0))

@@ -1,0 +1,351 @@
+"""Trains a model: reference, CLM, random or SLM, as the config's stage says.
+
+python -m rho1_jax.train --config=FILE[:stage] --workdir=DIR [--config.key=value]
+
+Started again with the same command, it goes on from its newest checkpoint as if it had never stopped.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
+
+from rho1_jax import checkpoint, model, optimizer, selection, sharding
+from rho1_jax.checkpoint import Checkpoints, Meta
+from rho1_jax.config import define_config_flag, differences, model_config, run, write_config
+from rho1_jax.data.loader import batches, open_mixture
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.evals.evaluator import Evaluator, to_devices
+from rho1_jax.metrics import MetricsWriter, Progress
+from rho1_jax.model import ModelConfig, Params
+from rho1_jax.train_step import TrainState, make_train_step
+
+# A resumed run that changed one of these would train on other batches, or not be the same model.
+FIXED_ON_RESUME = ("config.model.", "config.seed", "config.batch_size", "config.data.document_mask", "config.selection.")
+
+
+class Reference(NamedTuple):
+    """The frozen model, in the compute dtype. Never donated, never saved."""
+
+    graphdef: nnx.GraphDef
+    params: Params
+    description: dict[str, str]
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
+    """Runs one stage to its end and returns the final parameters.
+
+    Raises:
+      UserError: the config, the data, the reference or an earlier run in `workdir` do not fit.
+    """
+    # 1. Everything that can be refused is checked before anything is written.
+    check(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    stores, weights = open_mixture(config.data.train)
+    tokenizer = stores[0].tokenizer()
+    config = resolve(config, tokenizer)
+    policy_config = model_config(config)
+    policy = model.build(policy_config)
+    with jax.set_mesh(mesh):
+        reference = load_reference(config, stores[0], mesh)
+        evaluator = Evaluator(config, policy, tokenizer, mesh)
+        meta = Meta(
+            step=0,
+            tokens_seen=0,
+            tokens_selected=0,
+            config=config.to_dict(),
+            data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(stores, weights)],
+            tokenizer=tokenizer.fingerprint,
+            reference=reference.description if reference else None,
+        )
+
+        # 2. The state: of the newest checkpoint, of another run, or new.
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+        state, meta = initial_state(config, policy_config, tx, checkpoints, meta, stores[0], mesh)
+        write_config(config, workdir)
+        shutil.copyfile(tokenizer.path, workdir / checkpoint.TOKENIZER)
+
+        # 3. The step.
+        step = jitted_step(config, policy, reference, tx, state, mesh)
+        step = functools.partial(step, reference_params=reference.params if reference else None)
+
+        # 4. The loop.
+        batch_stream = batches(
+            stores,
+            weights,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            first_step=meta.step,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            prefetch=config.data.prefetch,
+        )
+        next_batch = lambda: to_devices(next(batch_stream), mesh)  # noqa: E731
+        loop = Loop(config, workdir, meta, stores[0].seq_len, evaluator, checkpoints)
+        return loop.run(state, step, next_batch)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the key, where a value cannot be."""
+    if config.selection.score not in selection.SCORES:
+        raise UserError(f"config.selection.score={config.selection.score!r} is none of {', '.join(selection.SCORES)}")
+    if config.selection.scope not in selection.SCOPES:
+        raise UserError(f"config.selection.scope={config.selection.scope!r} is none of {', '.join(selection.SCOPES)}")
+    try:
+        selection.ratio_units(config.selection.ratio)
+    except ValueError as error:
+        raise UserError(f"config.selection.ratio: {error}") from None
+    for key in ("steps", "batch_size", "microbatches", "log_every"):
+        if config[key] < 1:
+            raise UserError(f"config.{key}={config[key]} must be at least 1")
+    for section in ("eval", "checkpoint"):
+        if config[section].every < 1:
+            raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
+    rows = config.microbatches * jax.device_count() // max(config.mesh.tensor, 1)
+    if config.batch_size % rows:
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a multiple of {rows}: "
+            "config.microbatches times the devices that rows are spread over"
+        )
+
+
+def resolve(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> ml_collections.ConfigDict:
+    """A copy of the config with the vocabulary's size filled in."""
+    config = config.copy_and_resolve_references()
+    if not config.model.vocab_size:
+        config.model.vocab_size = tokenizer.vocab_size
+    if config.model.vocab_size < tokenizer.vocab_size:
+        size = config.model.vocab_size
+        raise UserError(f"config.model.vocab_size={size} is below the tokenizer's {tokenizer.vocab_size}")
+    return config
+
+
+def load_reference(config: ml_collections.ConfigDict, store: Store, mesh: Mesh) -> Reference | None:
+    """The frozen model that `config.reference.checkpoint` names; None where the score needs none.
+
+    Raises:
+      UserError: it is not there, or its tokenizer or vocabulary differ from the training data's.
+    """
+    if not selection.SCORES[config.selection.score].needs_reference:
+        return None
+    key = "config.reference.checkpoint"
+    path = config.reference.checkpoint
+    if not path:
+        raise UserError(f"{key} is empty, and config.selection.score={config.selection.score!r} needs a reference")
+    directory = checkpoint.find(path, key)
+    reference_config, params = load_model(directory, key, config, store, mesh, config.model.compute_dtype)
+    description = {"path": str(directory), "fingerprint": checkpoint.fingerprint(params)}
+    return Reference(model.build(reference_config), params, description)
+
+
+def load_model(
+    directory: pathlib.Path, key: str, config: ml_collections.ConfigDict, store: Store, mesh: Mesh, dtype: str
+) -> tuple[ModelConfig, Params]:
+    """A checkpoint's model and parameters, for use in a run on the data of `store`."""
+    meta = checkpoint.load_meta(directory)
+    if meta.tokenizer != store.tokenizer_fingerprint:
+        raise UserError(
+            f"{key}={directory} was trained with another tokenizer ({meta.tokenizer[:12]}) than {store.path} was "
+            f"prepared with ({store.tokenizer_fingerprint[:12]}): prepare the data with {directory.parents[1]}/"
+            f"{checkpoint.TOKENIZER}"
+        )
+    saved = meta.config["model"]
+    if saved["vocab_size"] != config.model.vocab_size:
+        raise UserError(
+            f"{key}={directory} has a vocabulary of {saved['vocab_size']}, "
+            f"config.model.vocab_size is {config.model.vocab_size}"
+        )
+    run_settings = {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
+    model_of_checkpoint = ModelConfig(**saved | run_settings)
+    return model_of_checkpoint, checkpoint.load_params(directory, model_of_checkpoint, mesh, dtype)
+
+
+def load_initial_params(
+    config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store, mesh: Mesh
+) -> Params:
+    """The first weights, from the checkpoint that the config names. Raises UserError where it is another model's."""
+    key = "config.init.checkpoint"
+    directory = checkpoint.find(config.init.checkpoint, key)
+    saved_config, params = load_model(directory, key, config, store, mesh, "float32")
+    changed = differences(dataclasses.asdict(saved_config), dataclasses.asdict(policy_config), "config.model")
+    if changed:
+        raise UserError(f"{key}={directory} is another model: {'; '.join(changed)}")
+    return params
+
+
+def initial_state(
+    config: ml_collections.ConfigDict,
+    policy_config: ModelConfig,
+    tx,
+    checkpoints: Checkpoints,
+    meta: Meta,
+    store: Store,
+    mesh: Mesh,
+) -> tuple[TrainState, Meta]:
+    """The state to go on from, already on the mesh, and where the run stands.
+
+    Raises:
+      UserError: the run in the work directory is another one.
+    """
+
+    def sharded(tree: Any) -> Any:
+        return sharding.param_shardings(tree, mesh)
+
+    params_shape = model.abstract_params(policy_config)
+    opt_shape = jax.eval_shape(tx.init, params_shape)
+    saved = checkpoints.latest_meta()
+    if saved is not None:
+        check_resume(saved, meta)
+        abstract = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            (params_shape, opt_shape),
+            sharded((params_shape, opt_shape)),
+        )
+        params, opt_state = checkpoints.restore(saved.step, *abstract)
+        print(f"resumed from step {saved.step}", flush=True)
+        meta = meta._replace(
+            step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected
+        )
+    else:
+        if config.init.checkpoint:
+            params = load_initial_params(config, policy_config, store, mesh)
+        else:
+            init = functools.partial(model.init_params, policy_config, config.seed)
+            params = jax.jit(init, out_shardings=sharded(params_shape))()
+        opt_state = jax.jit(tx.init, out_shardings=sharded(opt_shape))(params)
+    step = jax.device_put(jnp.int32(meta.step), sharding.replicated(mesh))
+    return TrainState(step, params, opt_state), meta
+
+
+def check_resume(saved: Meta, meta: Meta) -> None:
+    """Raises UserError where the run in the work directory cannot be gone on with; says what changed otherwise."""
+    parts = {"data": "config.data.train", "tokenizer": "the tokenizer", "reference": "the reference model"}
+    for part, name in parts.items():
+        if getattr(saved, part) != getattr(meta, part):
+            raise UserError(f"the run in this workdir began with other content of {name}; use a new --workdir")
+    for difference in differences(saved.config, meta.config):
+        if difference.startswith(FIXED_ON_RESUME):
+            raise UserError(f"the run in this workdir cannot go on with {difference}; use a new --workdir")
+        print(f"changed since the last start: {difference}", flush=True)
+
+
+def jitted_step(
+    config: ml_collections.ConfigDict,
+    policy: nnx.GraphDef,
+    reference: Reference | None,
+    tx,
+    state: TrainState,
+    mesh: Mesh,
+) -> Callable:
+    """The train step, compiled for the mesh; the state is donated, the reference is not."""
+    step = make_train_step(
+        policy,
+        reference.graphdef if reference else None,
+        tx,
+        **config.selection,
+        microbatches=config.microbatches,
+        document_mask=config.data.document_mask,
+        seed=config.seed,
+    )
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnames="state", out_shardings=(state_shardings, everywhere, rows))
+
+
+class Loop:
+    """The steps of a run, with what is told and saved along the way."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        meta: Meta,
+        seq_len: int,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.meta, self.evaluator, self.checkpoints = config, meta, evaluator, checkpoints
+        self.tokens_per_step = config.batch_size * seq_len
+        self.schedule = optimizer.learning_rate_schedule(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+        self.writer = MetricsWriter(workdir, meta.step) if jax.process_index() == 0 else None
+        self.progress = Progress(workdir.name, config.steps, unit="steps", initial=meta.step)
+        self.clock = time.monotonic()
+        self.clock_step = meta.step
+
+    def run(self, state: TrainState, step: Callable, next_batch: Callable) -> Params:
+        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs."""
+        config, waiting = self.config, None
+        with self.progress:
+            for number in range(self.meta.step + 1, config.steps + 1):
+                state, metrics, _ = step(state, batch=next_batch())
+                if waiting:
+                    self.record(*waiting, {})
+                waiting = (number, metrics)
+                last = number == config.steps
+                evaluate = last or number % config.eval.every == 0
+                save = last or number % config.checkpoint.every == 0
+                if evaluate or save:
+                    # A checkpoint's step is on the disk in metrics.jsonl before the checkpoint is.
+                    self.record(*waiting, self.evaluate(state.params) if evaluate else {})
+                    waiting = None
+                if save:
+                    self.checkpoints.save(state.params, state.opt_state, self.meta)
+        self.checkpoints.close()
+        if self.writer:
+            self.writer.close()
+        return state.params
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        start = time.monotonic()
+        metrics = self.evaluator(params)
+        self.clock += time.monotonic() - start
+        return metrics
+
+    def record(self, number: int, device_metrics: dict[str, jax.Array], evaluations: dict[str, float]) -> None:
+        """Counts a step's tokens; writes its metrics where it is one of those that are written."""
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
+            raise UserError(
+                f"step {number}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; no checkpoint was "
+                "written since; try a lower config.optimizer.learning_rate or more warm-up"
+            )
+        self.meta = self.meta._replace(
+            step=number,
+            tokens_seen=self.meta.tokens_seen + self.tokens_per_step,
+            tokens_selected=self.meta.tokens_selected + int(metrics.pop("selected_count")),
+        )
+        note = " ".join([f"loss {metrics['loss']:.3f}", *(f"{k[5:]} {v:.3f}" for k, v in evaluations.items())])
+        self.progress.advance_to(number, note)
+        if self.writer and (evaluations or number % self.config.log_every == 0 or number == self.config.steps):
+            seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+            rate = (number - self.clock_step) * self.tokens_per_step / seconds
+            self.clock_step = number
+            totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
+            schedule = {"learning_rate": float(self.schedule(number - 1)), "tokens_per_second": rate}
+            self.writer.write(number, totals | metrics | schedule | evaluations)
+
+
+def main() -> None:
+    """The command: its flags, then `train`."""
+    config = define_config_flag()
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, config.", required=True)
+    run(lambda: train(config.value, pathlib.Path(workdir.value)))
+
+
+if __name__ == "__main__":
+    main()
