@@ -82,7 +82,7 @@ def selected_count(eligible_count: jax.Array | int, ratio: float) -> jax.Array |
 def _select_flat(score_T: jax.Array, eligible_T: jax.Array, ratio: float) -> jax.Array:
     # An eligible score of -inf must still come before every ineligible token.
     lowest = jnp.finfo(score_T.dtype).min
-    ranked_T = jnp.where(eligible_T, jnp.maximum(score_T, lowest), -jnp.inf)
+    ranked_T = jnp.where(eligible_T, jnp.where(score_T < lowest, lowest, score_T), -jnp.inf)
     _, order_K = jax.lax.top_k(ranked_T, selected_count(score_T.size, ratio))
     kept_K = jnp.arange(order_K.size) < selected_count(eligible_T.sum(), ratio)
     return jnp.zeros_like(eligible_T).at[order_K].set(kept_K)

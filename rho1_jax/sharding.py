@@ -34,8 +34,9 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
-    if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and given > 0:
+        sizes[sizes.index(-1)] = devices // given
     if math.prod(sizes) != devices or min(sizes) < 1:
         wanted = f"data={data}, fsdp={fsdp}, tensor={tensor}"
         raise UserError(f"config.mesh ({wanted}) does not fit {devices} devices: the sizes must multiply to that")

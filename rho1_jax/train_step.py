@@ -134,7 +134,7 @@ def make_train_step(
         count = jnp.maximum(selected_MbL.sum(), 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = _metrics(policy_loss_MbL, selected_MbL, tokens) | {"gradient_norm": optax.global_norm(gradient)}
+        metrics = _metrics(policy_loss_MbL, selected_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
         next_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         return next_state, metrics, join(selected_MbL)
 

@@ -1,14 +1,22 @@
 """The demonstration's corpora: worked problems, and a model of the web that hides some of them among noise.
 
-Problems come from reasoning-gym's generators; the worked solutions are written here from the items' metadata.
+The problems come from reasoning-gym's generators; the worked solutions are written here from the items' metadata.
 """
 
+import json
+import pathlib
 import random
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+WORD_SHARE = 0.7  # of the problems; the others are arithmetic
+PROBLEM_SHARE = 0.3  # of the noisy corpus's characters
+WRONG_SHARE = 0.3  # of the noisy corpus's problems
+PROBLEMS_A_PAGE = 4
 
 WORDS = (
     "river stone market window letter garden engine silver morning travel music yellow corner bottle planet summer "
@@ -26,50 +34,113 @@ FURNITURE = (
 )
 
 
-def arithmetic(seed: int, count: int) -> Iterator[tuple[str, list[str], str]]:
-    """Sums and differences of two numbers: (question, steps of the solution, answer)."""
+class Problem(NamedTuple):
+    question: str
+    steps: list[str]
+    answer: str
+
+    def text(self) -> str:
+        return f"Q: {self.question}?\nS: {', '.join(self.steps)}\nA: {self.answer}\n"
+
+
+def arithmetic(seed: int, count: int) -> Iterator[Problem]:
+    """Sums and differences of two numbers of one or two digits: first the tens, then the ones."""
     items = reasoning_gym.create_dataset(
         "chain_sum", seed=seed, size=count, min_terms=2, max_terms=2, min_digits=1, max_digits=2
     )
     for item in items:
         left, sign, right = item["metadata"]["expression"].split()
-        a, b = int(left), int(right)
-        tens = b // 10 * 10
-        partial = a + tens if sign == "+" else a - tens
-        steps = [f"{a}{sign}{tens}={partial}", f"{partial}{sign}{b % 10}={item['answer']}"] if tens else [f"{a}{sign}{b}={item['answer']}"]
-        yield f"{a}{sign}{b}", steps, item["answer"]
+        tens, ones = divmod(int(right), 10)
+        steps = [f"{left}{sign}{ones}={item['answer']}"]
+        if tens:
+            partial = int(left) + (10 * tens if sign == "+" else -10 * tens)
+            steps = [f"{left}{sign}{10 * tens}={partial}", f"{partial}{sign}{ones}={item['answer']}"]
+        yield Problem(f"{left}{sign}{right}", steps, item["answer"])
 
 
-def word_problems(seed: int, count: int) -> Iterator[tuple[str, list[str], str]]:
-    """How many legs some animals have together: (question, steps of the solution, answer)."""
+def word_problems(seed: int, count: int) -> Iterator[Problem]:
+    """How many legs one or two kinds of animals have together."""
     items = reasoning_gym.create_dataset(
         "leg_counting", seed=seed, size=count, min_animals=1, max_animals=2, min_instances=1, max_instances=5
     )
     for item in items:
         animals = item["metadata"]["animals"]
-        steps = [f"{n}*{ANIMALS[name]}={n * ANIMALS[name]}" for name, n in animals.items()]
-        if len(animals)>1: steps.append("+".join(str(n * ANIMALS[name]) for name, n in animals.items())+"="+item["answer"])
-        asked = " and ".join(f"{n} {name}" for name, n in animals.items())
-        yield f"legs of {asked}", steps, item["answer"]
+        legs = [str(number * ANIMALS[name]) for name, number in animals.items()]
+        steps = [f"{number}*{ANIMALS[name]}={sum_}" for (name, number), sum_ in zip(animals.items(), legs)]
+        if len(legs) > 1:
+            steps.append(f"{'+'.join(legs)}={item['answer']}")
+        asked = " and ".join(f"{number} {name}" for name, number in animals.items())
+        yield Problem(f"legs of {asked}", steps, item["answer"])
 
 
-def solved(question: str, steps: list[str], answer: str) -> str:
-    return f"Q: {question}?\nS: {', '.join(steps)}\nA: {answer}\n"
+def problems(seed: int, count: int) -> list[Problem]:
+    """Arithmetic and word problems, shuffled."""
+    words = round(WORD_SHARE * count)
+    mixed = [*arithmetic(seed, count - words), *word_problems(seed, words)]
+    random.Random(seed).shuffle(mixed)
+    return mixed
 
-def corrupt(rng, steps, answer):
-    def wrong(number: re.Match) -> str:
-        return "=" + str(rng.randrange(10 ** (len(number.group()) - 1)))
-    def w2(s): 
-        n=int(s); 
-        return str(rng.randrange(max(10,2*abs(n))))
-    return [re.sub(r"=-?\d+", wrong, step) for step in steps], w2(answer)
 
-def junk(rng: random.Random) -> str:
-    kind = rng.randrange(4)
+def corrupted(problem: Problem, rng: random.Random) -> Problem:
+    """The problem with every result, and the answer, replaced by a random number."""
+
+    def wrong(number: str) -> str:
+        return str(rng.randrange(max(10, 2 * abs(int(number)))))
+
+    steps = [re.sub(r"=(-?\d+)", lambda match: "=" + wrong(match[1]), step) for step in problem.steps]
+    return Problem(problem.question, steps, wrong(problem.answer))
+
+
+def noise(rng: random.Random) -> str:
+    """A line that teaches nothing: page furniture, unrelated prose, an identifier or numbers."""
+    kind = rng.randrange(6)
     if kind == 0:
-        return rng.choice(FURNITURE)+"\n"
-    if kind == 1:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 12))) + ".\n"
-    if kind == 2:
+        return rng.choice(FURNITURE) + "\n"
+    if kind < 3:
+        return " ".join(rng.choices(WORDS, k=rng.randint(5, 12))) + ".\n"
+    if kind < 5:
         return f"id {rng.getrandbits(64):x} ref {rng.randrange(10**8)}\n"
     return f"tel {rng.randrange(10**9)}, {rng.choice(WORDS)} {rng.randrange(1000)}-{rng.randrange(10**4)}\n"
+
+
+def clean_pages(found: list[Problem]) -> Iterator[str]:
+    """Pages of worked problems."""
+    for start in range(0, len(found), PROBLEMS_A_PAGE):
+        yield "".join(problem.text() for problem in found[start : start + PROBLEMS_A_PAGE])
+
+
+def noisy_pages(found: list[Problem], seed: int) -> Iterator[str]:
+    """Pages of the same form of problems, some of them wrong, among lines of noise."""
+    rng = random.Random(seed)
+    for start in range(0, len(found), PROBLEMS_A_PAGE):
+        page = found[start : start + PROBLEMS_A_PAGE]
+        lines = [(corrupted(problem, rng) if rng.random() < WRONG_SHARE else problem).text() for problem in page]
+        missing = sum(map(len, lines)) * (1 - PROBLEM_SHARE) / PROBLEM_SHARE
+        while missing > 0:
+            lines.append(noise(rng))
+            missing -= len(lines[-1])
+        rng.shuffle(lines)
+        yield "".join(lines)
+
+
+def write_corpora(directory: pathlib.Path, seed: int, clean: int, noisy: int, questions: int) -> None:
+    """Writes clean.jsonl and noisy.jsonl, of so many problems each, and questions.jsonl.
+
+    No question of questions.jsonl occurs in either corpus.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    asked = list({problem.question: problem for problem in problems(3 * seed, questions)}.values())
+    unseen = {problem.question for problem in asked}
+    clean_found, noisy_found = (
+        [problem for problem in problems(3 * seed + number, count) if problem.question not in unseen]
+        for number, count in ((1, clean), (2, noisy))
+    )
+    records = {
+        "clean": ({"text": page} for page in clean_pages(clean_found)),
+        "noisy": ({"text": page} for page in noisy_pages(noisy_found, seed)),
+        "questions": ({"question": problem.question, "answer": f"A: {problem.answer}"} for problem in asked),
+    }
+    for name, lines in records.items():
+        beside = directory / f"{name}.tmp"
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        beside.rename(directory / f"{name}.jsonl")

@@ -1,0 +1,101 @@
+"""Eight simulated devices, and what several test files share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+
+from rho1_jax import model
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.prepare import Options, prepare
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.model import ModelConfig
+from tools.train_tokenizer import train_tokenizer
+
+logging.set_verbosity(logging.ERROR)
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "rho1_jax_test_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+TINY = ModelConfig(
+    vocab_size=64,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=8,
+    ff_width=48,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tied_embeddings=True,
+    sliding_window=None,
+    compute_dtype="float32",
+    remat=False,
+    loss_chunk=64,
+)
+
+
+def tiny(**changes) -> ModelConfig:
+    """The tests' small model, with changes."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:
+    """Rows of random tokens, [rows, length + 1]: documents of random lengths, some rows with padding at the end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, vocab_size, (rows, length + 1), dtype=np.int32)
+    segment_ids = 1 + np.cumsum(rng.random((rows, length + 1)) < 0.15, axis=1, dtype=np.int32)
+    for row in range(0, rows, 3):
+        padding = int(rng.integers(1, length // 2))
+        tokens[row, -padding:] = 0
+        segment_ids[row, -padding:] = 0
+    return Batch(tokens, segment_ids)
+
+
+@pytest.fixture(scope="session")
+def params():
+    """Parameters of the small model, and of another seed, to stand for a reference."""
+    return model.init_params(TINY, 0), model.init_params(TINY, 1)
+
+
+def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """A JSON lines file of 300 short documents."""
+    rng = np.random.default_rng(0)
+    texts = []
+    for number in range(300):
+        a, b = rng.integers(0, 50, 2)
+        texts.append(f"Document {number}: {a}+{b}={a + b}.\n" + "and so on, " * int(rng.integers(1, 6)))
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer([corpus], path, vocab_size=320, template="{text}", max_sentences=1000)
+    return Tokenizer(path)
+
+
+OPTIONS = Options(text_template="{text}", seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
+
+
+@pytest.fixture(scope="session")
+def data(corpus, tokenizer, tmp_path_factory) -> pathlib.Path:
+    """The corpus as a prepared data set of rows of 16 targets, a tenth of it held out."""
+    output = tmp_path_factory.mktemp("data") / "rows"
+    prepare([corpus], tokenizer, output, OPTIONS, workers=1)
+    return output

@@ -1,0 +1,192 @@
+"""The step: what it selects, what moves the gradient, and that neither depends on how the work is split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, random_batch
+
+from rho1_jax import model, selection, sharding
+from rho1_jax.data.packing import Batch
+from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+
+GRAPHDEF = model.build(TINY)
+# Plain gradient descent: the change of a parameter is its gradient.
+SGD = optax.sgd(1.0)
+DEFAULTS = {"score": "excess", "ratio": 0.6, "scope": "global", "microbatches": 1, "document_mask": True, "seed": 0}
+
+
+def make_step(optimizer=SGD, **changes):
+    return jax.jit(make_train_step(GRAPHDEF, GRAPHDEF, optimizer, **DEFAULTS | changes))
+
+
+def start(params, optimizer=SGD):
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def gradient(before, after):
+    return jax.tree.map(lambda b, a: np.asarray(b - a), before, after.params)
+
+
+def assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
+
+
+def assert_trees_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(8, 16)
+
+
+@pytest.fixture(scope="module")
+def slm(params, batch):
+    """State, metrics and selection after one step of SLM."""
+    return make_step()(start(params[0]), params[1], batch)
+
+
+def test_trains_on_the_mean_loss_of_the_tokens_with_the_highest_excess(params, batch, slm):
+    policy, reference = params
+    losses = make_token_losses(GRAPHDEF, True)
+    policy_loss, eligible = losses(policy, batch)
+    reference_loss, _ = losses(reference, batch)
+    selected = selection.select(policy_loss - reference_loss, eligible, 0.6, "global")
+    np.testing.assert_array_equal(slm[2], selected)
+
+    def mean_loss(p):
+        return jnp.where(selected, losses(p, batch)[0], 0).sum() / selected.sum()
+
+    assert_trees_close(gradient(policy, slm[0]), jax.grad(mean_loss)(policy))
+    metrics = slm[1]
+    np.testing.assert_allclose(metrics["selected_loss"], mean_loss(policy), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], policy_loss[eligible].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reference_loss"], reference_loss[eligible].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["mean_excess"], (policy_loss - reference_loss)[eligible].mean(), rtol=1e-3)
+    assert int(metrics["selected_count"]) == -(-6 * int(eligible.sum()) // 10)
+
+
+def test_ratio_one_is_clm_to_the_bit(params, batch):
+    optimizer = optax.adamw(1e-2)
+    states = []
+    for changes in ({"ratio": 1.0}, {"score": "none"}):
+        step, state = make_step(optimizer, **changes), start(params[0], optimizer)
+        for _ in range(3):
+            state, _, _ = step(state, params[1], batch)
+        states.append(state)
+    assert_trees_equal(states[0].params, states[1].params)
+
+
+def test_padding_and_first_tokens_of_documents_are_never_selected(params, batch, slm):
+    # Not even where they would be the only way to reach the ratio.
+    _, _, everything = make_step(ratio=1.0)(start(params[0]), params[1], batch)
+    segment_ids = batch.segment_ids
+    barred = (segment_ids[:, 1:] == 0) | (segment_ids[:, 1:] != segment_ids[:, :-1])
+    assert barred.any() and not np.asarray(everything)[barred].any() and np.asarray(everything)[~barred].all()
+    assert not np.asarray(slm[2])[barred].any()
+
+
+def test_the_target_of_an_unselected_token_does_not_move_the_gradient(params):
+    """The last target of a row is the input of none, so only its loss could matter."""
+    rows = Batch(random_batch(8, 16, seed=3).tokens, np.ones((8, 17), np.int32))
+    step = make_step(score="random", ratio=0.5)
+    state, _, selected = step(start(params[0]), params[1], rows)
+    moved = {}
+    for chosen in (False, True):
+        row = int(np.flatnonzero(np.asarray(selected)[:, -1] == chosen)[0])
+        tokens = rows.tokens.copy()
+        tokens[row, -1] = (tokens[row, -1] + 9) % 64
+        changed, _, _ = step(start(params[0]), params[1], Batch(tokens, rows.segment_ids))
+        moved[chosen] = max(
+            float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(changed.params))
+        )
+    assert moved[False] == 0 and moved[True] > 1e-4
+
+
+def test_no_gradient_through_scores_or_reference(params, batch, slm):
+    """The reference moves the update only through which tokens are selected."""
+    selected = np.asarray(slm[2])
+    shifted = jax.tree.map(lambda x: x + 1e-7, params[1])
+    state, _, again = make_step()(start(params[0]), shifted, batch)
+    np.testing.assert_array_equal(again, selected)
+    assert_trees_equal(state.params, slm[0].params)
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_gives_the_same_update(params, batch, scope, microbatches):
+    whole, whole_metrics, whole_selected = make_step(scope=scope)(start(params[0]), params[1], batch)
+    parts, metrics, selected = make_step(scope=scope, microbatches=microbatches)(start(params[0]), params[1], batch)
+    np.testing.assert_array_equal(selected, whole_selected)
+    assert_trees_close(parts.params, whole.params)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("score", ["none", "random"])
+def test_accumulation_gives_the_same_update_for_the_other_arms(params, batch, score):
+    whole, _, whole_selected = make_step(score=score)(start(params[0]), None, batch)
+    parts, _, selected = make_step(score=score, microbatches=4)(start(params[0]), None, batch)
+    np.testing.assert_array_equal(selected, whole_selected)
+    assert_trees_close(parts.params, whole.params)
+
+
+def test_scope_microbatch_ranks_each_microbatch_by_itself(params, batch):
+    _, _, selected = make_step(scope="microbatch", microbatches=4)(start(params[0]), params[1], batch)
+    eligible = np.asarray(selection.eligible_targets(batch.segment_ids))
+    for part in range(4):
+        assert selected[part::4].sum() == -(-6 * int(eligible[part::4].sum()) // 10)
+
+
+def test_random_draws_anew_each_step_and_by_seed(params, batch):
+    step, other_seed = make_step(score="random", ratio=0.3), make_step(score="random", ratio=0.3, seed=1)
+    state, metrics, first = step(start(params[0]), None, batch)
+    _, _, second = step(state, None, batch)
+    _, _, again = step(start(params[0]), None, batch)
+    _, _, other = other_seed(start(params[0]), None, batch)
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != second).any() and (np.asarray(first) != other).any()
+    assert "reference_loss" not in metrics
+
+
+def test_document_mask_off_lets_attention_cross_documents(params, batch):
+    seen, _, _ = make_step(score="none", document_mask=False)(start(params[0]), None, batch)
+    masked, _, _ = make_step(score="none")(start(params[0]), None, batch)
+    assert not np.allclose(seen.params["embedding"], masked.params["embedding"])
+
+
+def test_an_empty_batch_changes_nothing(params):
+    blank = Batch(np.zeros((8, 17), np.int32), np.zeros((8, 17), np.int32))
+    state, metrics, selected = make_step()(start(params[0]), params[1], blank)
+    assert_trees_equal(state.params, params[0])
+    assert not np.asarray(selected).any() and float(metrics["loss"]) == 0
+
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def runs(params, batch):
+    """Three AdamW steps of SLM on each mesh: the parameters, and each step's selection."""
+    optimizer = optax.adamw(1e-2)
+    results = {}
+    for sizes in MESHES:
+        mesh = jax.make_mesh(sizes, sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[: np.prod(sizes)])
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(p, sharding.param_shardings(p, mesh)) for p in params]
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+            step, state, selections = make_step(optimizer), start(placed[0], optimizer), []
+            for _ in range(3):
+                state, _, selected = step(state, placed[1], rows)
+                selections.append(np.asarray(selected))
+            results[sizes] = jax.device_get(state.params), selections
+    return results
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_any_mesh_selects_the_same_tokens_and_reaches_the_same_parameters(runs, sizes):
+    (params_one, selected_one), (params_many, selected_many) = runs[1, 1, 1], runs[sizes]
+    np.testing.assert_array_equal(selected_many, selected_one)
+    assert_trees_close(params_many, params_one, rtol=1e-3, atol=1e-4)

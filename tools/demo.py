@@ -1,0 +1,137 @@
+"""The method end to end on a corpus made on the spot: text, tokenizer, rows, reference, three arms, report.
+
+python -m tools.demo [--output=runs/demo] [--seed=0]
+
+Interrupted and started again, it goes on. Everything it writes is under --output.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from configs import demo as demo_config
+from rho1_jax import checkpoint, model
+from rho1_jax.analysis.token_report import TokenScores, score_tokens
+from rho1_jax.config import run
+from rho1_jax.data import prepare as prepare_data
+from rho1_jax.data.loader import eval_batches
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.model import ModelConfig
+from rho1_jax.sharding import make_mesh
+from rho1_jax.train import train
+from tools.demo_corpus import write_corpora
+from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_report
+from tools.train_tokenizer import train_tokenizer
+
+ARMS = ("reference", "clm", "random", "slm")
+CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 30_000, 256
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
+
+
+def say(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def make_data(output: pathlib.Path, seed: int) -> None:
+    """Corpora, tokenizer and packed rows under `output`/data; what is there already is kept."""
+    data = output / "data"
+    corpora = [data / "clean.jsonl", data / "noisy.jsonl"]
+    if not (data / "questions.jsonl").exists():
+        say("writing the corpora")
+        write_corpora(data, seed, CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS)
+    if not (data / "tokenizer.model").exists():
+        say("training the tokenizer")
+        train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, "{text}", max_sentences=50_000)
+    for corpus in corpora:
+        say(f"preparing {corpus.name}")
+        options = prepare_data.Options("{text}", demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
+        prepare_data.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
+
+
+def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.ConfigDict:
+    """The stage's config with this run's directories."""
+    config = demo_config.get_config(arm)
+    data = output / "data"
+    config.seed = seed
+    config.data.train = str(data / ("clean" if arm == "reference" else "noisy"))
+    config.reference.checkpoint = str(output / "reference")
+    config.eval.data = f"clean={data / 'clean'}"
+    config.eval.questions = f"problems={data / 'questions.jsonl'}"
+    config.lock()
+    return config
+
+
+def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> TokenScores:
+    """Token losses on held-out noisy rows, of the SLM run half way and of its reference."""
+    mesh = make_mesh(**config.mesh)
+    steps = sorted((output / "slm" / checkpoint.CHECKPOINTS).iterdir(), key=lambda path: int(path.name))
+    models = []
+    with jax.set_mesh(mesh):
+        for directory in (steps[0], checkpoint.find(output / "reference", "reference")):
+            model_config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
+            params = checkpoint.load_params(directory, model_config, mesh, "float32")
+            models.append((model.build(model_config), params))
+        rows = Store(output / "data" / "noisy").rows("eval")
+        batch = next(eval_batches(rows, 4 * SHOWN_ROWS, host=0, hosts=1))
+        return score_tokens(*models, batch, config.selection.ratio, config.data.document_mask)
+
+
+def demo(output: pathlib.Path, seed: int) -> dict[str, Any]:
+    """Runs everything, writes summary.json, curves.png and report.html, and returns the summary."""
+    start = time.monotonic()
+    make_data(output, seed)
+    seconds_file = output / "seconds.json"  # of earlier starts, where this one goes on
+    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+    for arm in ARMS:
+        config = arm_config(arm, output, seed)
+        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
+        arm_start = time.monotonic()
+        train(config, output / arm)
+        seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
+        seconds_file.write_text(json.dumps(seconds))
+    arms = {arm: {**arm_summary(output / arm), "seconds": seconds[arm]} for arm in ARMS}
+    summary = {
+        "arms": arms,
+        "token_speedup": token_speedup(arms["clm"]["curve"], arms["slm"]["curve"]),
+        "seconds": time.monotonic() - start,
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+    }
+    tokenizer = Tokenizer(output / "data" / "tokenizer.model")
+    write_report(output, summary, half_way_scores(output, config), tokenizer, config.selection.ratio)
+    return summary
+
+
+def main() -> None:
+    """The command: its flags, then `demo`."""
+    output = flags.DEFINE_string("output", "runs/demo", "Directory for everything the demonstration writes.")
+    seed = flags.DEFINE_integer("seed", 0, "Of corpus, weights and order.")
+
+    def command() -> None:
+        summary = demo(pathlib.Path(output.value), seed.value)
+        print(f"{'arm':<12}{'tokens seen':>13}{'trained on':>13}{'clean loss':>12}{'answers right':>15}{'seconds':>9}")
+        for arm, values in summary["arms"].items():
+            final = values["final"]
+            print(
+                f"{arm:<12}{values['tokens_seen']:>13,}{values['tokens_selected']:>13,}{final['loss']:>12.3f}"
+                f"{final['accuracy']:>15.1%}{values['seconds']:>9.0f}"
+            )
+        print(f"token_speedup {summary['token_speedup']}, seconds {summary['seconds']:.0f}")
+        print(f"see {output.value}/report.html")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The demonstration's report: summary.json, curves.png and a self-contained report.html."""
+
+import base64
+import html
+import json
+import pathlib
+from typing import Any
+
+from rho1_jax.analysis.plots import Curve, plot_curves
+from rho1_jax.analysis.token_report import CSS, TokenScores, rows_html
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.metrics import read_metrics
+
+LABELS = {"reference": "reference (clean text)", "clm": "CLM", "random": "random", "slm": "SLM"}
+SHOWN_ROWS = 10
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Selective Language Modeling, demonstrated</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }}
+{css}
+</style></head><body>
+<h1>Training on the tokens that matter</h1>
+<p>Four models of the same size and first weights. The <b>reference</b> saw clean worked problems only. The other three
+read the same noisy pages in the same order and differ in which tokens they update on: <b>CLM</b> on all of them,
+<b>random</b> on a random {ratio:.0%}, <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the model's
+loss minus the reference's.</p>
+<img alt="accuracy and loss over tokens" src="data:image/png;base64,{png}">
+<table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>answers right</th>
+<th>seconds</th></tr>
+{arms}
+</table>
+<p>{speedup}</p>
+<h2>What SLM selects</h2>
+<p>Rows of the noisy corpus under the model half way through its training. Colour is excess loss: <span
+style="background:rgba(255,140,60,.7)">warm</span> where the reference knows better, <span
+style="background:rgba(90,150,255,.7)">cold</span> where the text is noise to it. Underlined tokens are selected. Grey
+ones are context: the first token of a row or of a document is no target.</p>
+{rows}
+</body></html>
+"""
+
+
+def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """One run's totals and evaluations, from its metrics.jsonl."""
+    metrics = read_metrics(workdir)
+    curve = [
+        {"tokens": line["tokens_seen"], "loss": line["eval/clean/loss"], "accuracy": line["eval/problems/accuracy"]}
+        for line in metrics
+        if "eval/clean/loss" in line
+    ]
+    last = metrics[-1]
+    return {
+        "tokens_seen": last["tokens_seen"],
+        "tokens_selected": last["tokens_selected"],
+        "curve": curve,
+        "final": {"loss": curve[-1]["loss"], "accuracy": curve[-1]["accuracy"]},
+    }
+
+
+def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> float | None:
+    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if SLM never has it."""
+    best = max(clm, key=lambda point: point["accuracy"])  # the first of equal ones
+    reached = [point["tokens"] for point in slm if point["accuracy"] >= best["accuracy"]]
+    return best["tokens"] / reached[0] if reached else None
+
+
+def write_report(
+    output: pathlib.Path, summary: dict[str, Any], scores: TokenScores, tokenizer: Tokenizer, ratio: float
+) -> None:
+    """Writes summary.json, curves.png and report.html into `output`."""
+    curves = [
+        Curve(LABELS[arm], *([point[key] for point in values["curve"]] for key in ("tokens", "loss", "accuracy")))
+        for arm, values in summary["arms"].items()
+    ]
+    plot_curves(curves, output / "curves.png")
+    arms = "\n".join(
+        f"<tr><td>{html.escape(LABELS[arm])}</td><td>{values['tokens_seen']:,}</td>"
+        f"<td>{values['tokens_selected']:,}</td><td>{values['final']['loss']:.3f}</td>"
+        f"<td>{values['final']['accuracy']:.1%}</td><td>{values['seconds']:.0f}</td></tr>"
+        for arm, values in summary["arms"].items()
+    )
+    speedup = summary["token_speedup"]
+    reached = "SLM did not reach CLM's best accuracy." if speedup is None else (
+        f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens."
+    )
+    page = PAGE.format(
+        css=CSS,
+        ratio=ratio,
+        png=base64.b64encode((output / "curves.png").read_bytes()).decode(),
+        arms=arms,
+        speedup=reached,
+        rows=rows_html(scores, tokenizer, range(min(SHOWN_ROWS, len(scores.batch.tokens)))),
+    )
+    (output / "report.html").write_text(page, encoding="utf-8")
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
