@@ -86,7 +86,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer([corpus], path, vocab_size=320, template="{text}", max_sentences=1000)
+    train_tokenizer([corpus], path, vocab_size=300, template="{text}", max_sentences=1000)
     return Tokenizer(path)
 
 

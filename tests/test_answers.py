@@ -1,0 +1,54 @@
+"""Reading questions, extracting answers, grading."""
+
+import pytest
+
+from rho1_jax.errors import UserError
+from rho1_jax.evals.answers import AnswerConfig, accuracy, answer_all, extract, read_questions
+
+CONFIG = AnswerConfig(
+    prompt_template="Q: {question}\n",
+    answer_pattern=r"A: (.*)",
+    answer_key="answer",
+    stops=("\nQ:",),
+    max_new_tokens=8,
+    generate_batch=2,
+)
+
+
+def test_the_last_match_is_the_answer():
+    assert extract("A: 3 \nA: 42 \nmore", CONFIG.answer_pattern) == "42"
+    assert extract("no answer", CONFIG.answer_pattern) is None
+    assert extract("so 5\n#### 1,000", r"####\s*(.+)") == "1,000"
+
+
+def test_questions_become_prompts_and_right_answers(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "2+2?", "answer": "S: easy\\nA: 4"}\n')
+    (question,) = read_questions(path, CONFIG)
+    assert (question.prompt, question.answer) == ("Q: 2+2?\n", "4")
+
+
+@pytest.mark.parametrize(
+    "line, message", [('{"question": "x"}', ":2: lacks the key 'answer'"), ('{"question": "x", "answer": "4"}', ":2: .* finds no answer")]
+)
+def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "1?", "answer": "A: 1"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"q.jsonl{message}"):
+        read_questions(path, CONFIG)
+
+
+def test_items_are_graded_by_exact_match(monkeypatch, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(f'{{"question": "{n}", "answer": "A: {n}"}}\n' for n in range(3)))
+    seen = []
+
+    def fake_generate(graphdef, params, tokenizer, prompts, **options):
+        seen.append(list(prompts))
+        return [f"S: thinking\nA: {'1' if '1' in prompt else '0'}" for prompt in prompts]
+
+    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
+    results = list(answer_all(None, None, None, read_questions(path, CONFIG), CONFIG))
+    assert [result["correct"] for result in results] == [True, True, False]
+    assert accuracy(results) == 2 / 3
+    assert seen == [["Q: 0\n", "Q: 1\n"], ["Q: 2\n", "Q: 2\n"]]

@@ -1,0 +1,103 @@
+"""Batches: a pure function of (seed, step), the same for any number of hosts."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import OPTIONS, write_jsonl
+
+from rho1_jax.data.loader import batches, eval_batches, open_mixture, parse_mixture
+from rho1_jax.data.prepare import Options, prepare
+from rho1_jax.data.store import Store
+from rho1_jax.errors import UserError
+
+
+def take(stores, weights, count, *, first_step=0, host=0, hosts=1, seed=0, batch_size=8):
+    stream = batches(
+        stores,
+        weights,
+        batch_size=batch_size,
+        seed=seed,
+        first_step=first_step,
+        host=host,
+        hosts=hosts,
+        prefetch=2,
+    )
+    return [batch.tokens for batch in itertools.islice(stream, count)]
+
+
+@pytest.fixture(scope="module")
+def other_data(tokenizer, tmp_path_factory):
+    """A second data set, every document of which begins with "Other"."""
+    directory = tmp_path_factory.mktemp("other")
+    corpus = write_jsonl(directory / "other.jsonl", [f"Other text number {n}, quite another" for n in range(60)])
+    prepare([corpus], tokenizer, directory / "rows", OPTIONS, workers=1)
+    return directory / "rows"
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_read_what_one_reads(data, other_data, hosts):
+    stores, weights = open_mixture(f"{data}:3,{other_data}:1")
+    whole = take(stores, weights, 5)
+    parts = [take(stores, weights, 5, host=host, hosts=hosts) for host in range(hosts)]
+    for step in range(5):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole[step])
+
+
+def test_a_step_needs_no_earlier_one(data):
+    stores, weights = open_mixture(str(data))
+    whole = take(stores, weights, 12)
+    np.testing.assert_array_equal(take(stores, weights, 3, first_step=9), whole[9:])
+    assert (take(stores, weights, 1, seed=1)[0] != whole[0]).any()
+
+
+def test_each_epoch_has_every_row_once_in_another_order(data):
+    stores, weights = open_mixture(str(data))
+    rows = Store(data).rows("train")
+    count = len(rows)
+    stream = np.concatenate(take(stores, weights, -(-2 * count // 8)))
+    expected = sorted(row["tokens"].tolist() for row in (rows[i] for i in range(count)))
+    epochs = [stream[:count].tolist(), stream[count : 2 * count].tolist()]
+    assert sorted(epochs[0]) == expected and sorted(epochs[1]) == expected
+    assert epochs[0] != epochs[1]
+
+
+def test_mixture_follows_the_weights(data, other_data):
+    stores, weights = open_mixture(f"{data}:3,{other_data}:1")
+    other = {tuple(row["tokens"].tolist()) for row in (stores[1].rows("train")[i] for i in range(len(stores[1].rows("train"))))}
+    drawn = np.concatenate(take(stores, weights, 50))
+    share = np.mean([tuple(row.tolist()) in other for row in drawn])
+    assert abs(share - 0.25) < 0.02
+
+
+def test_eval_batches_hold_every_row_once_whatever_the_hosts(data):
+    rows = Store(data).rows("eval")
+    for hosts in (1, 2):
+        found = []
+        for host in range(hosts):
+            for batch in eval_batches(rows, 8, host, hosts):
+                assert batch.tokens.shape == (8 // hosts, 17)
+                found += batch.tokens[batch.segment_ids.any(axis=1)].tolist()
+        assert sorted(found) == sorted(rows[i]["tokens"].tolist() for i in range(len(rows)))
+
+
+def test_parse_mixture():
+    assert parse_mixture("a:3,b:0.5") == [("a", 3.0), ("b", 0.5)]
+    assert parse_mixture("some/dir") == [("some/dir", 1.0)]
+    for text in ("", "a:0", "a:x", "a:-1", "a:nan"):
+        with pytest.raises(UserError, match="config.data.train"):
+            parse_mixture(text)
+
+
+def test_data_sets_that_do_not_go_together_are_refused(data, tokenizer, corpus, tmp_path):
+    prepare([corpus], tokenizer, tmp_path / "longer", Options(**OPTIONS.__dict__ | {"seq_len": 32}), workers=1)
+    with pytest.raises(UserError, match="rows of 32 tokens, .* of 16"):
+        open_mixture(f"{data},{tmp_path / 'longer'}")
+    with pytest.raises(UserError, match="nothing: no prepared data set"):
+        open_mixture(f"{data},{tmp_path / 'nothing'}")
+
+
+def test_a_split_that_is_not_there_is_named(tokenizer, corpus, tmp_path):
+    prepare([corpus], tokenizer, tmp_path / "all", Options(**OPTIONS.__dict__ | {"eval_fraction": 0.0}), workers=1)
+    with pytest.raises(UserError, match="no 'eval' split"):
+        Store(tmp_path / "all").rows("eval")

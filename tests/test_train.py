@@ -1,0 +1,237 @@
+"""The loop: resuming, and refusing what does not fit. Errors are looked at as a user sees them."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import OPTIONS, TINY
+
+from configs import default
+from rho1_jax import checkpoint, model, sharding
+from rho1_jax.data.prepare import prepare
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.metrics import read_metrics
+from rho1_jax.train import train
+from tools.train_tokenizer import train_tokenizer
+
+STEPS = 12
+
+
+def config_of(stage, data, reference=""):
+    config = default.get_config(stage)
+    config.update(steps=STEPS, batch_size=8, log_every=2)
+    sizes = {name: getattr(TINY, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "ff_width")}
+    config.model.update(sizes)
+    config.data.train = str(data)
+    config.reference.checkpoint = str(reference)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=3)
+    config.eval.update(every=5, data=f"held_out={data}", rows=16)
+    config.checkpoint.every = 4
+    return config
+
+
+def command_line(config, workdir):
+    """The arguments of `rho1_jax.train` that give this config."""
+    changed = []
+    base = default.get_config("slm")
+
+    def collect(section, defaults, prefix):
+        for key, value in section.items():
+            if hasattr(value, "items"):
+                collect(value, defaults[key], f"{prefix}.{key}")
+            elif value != defaults[key]:
+                changed.append(f"--{prefix}.{key}={value}")
+
+    collect(config, base, "config")
+    return ["--config=configs/default.py:slm", f"--workdir={workdir}", *changed]
+
+
+def run_command(module, *arguments, **options):
+    root = pathlib.Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    """A reference's run directory."""
+    workdir = tmp_path_factory.mktemp("runs") / "reference"
+    train(config_of("reference", data), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, reference, tmp_path_factory):
+    """An SLM run that was never stopped: its directory and final parameters."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return workdir, jax.device_get(train(config_of("slm", data, reference), workdir))
+
+
+def without_rate(lines):
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def final_params(workdir):
+    mesh = sharding.make_mesh(8, 1, 1)
+    directory = checkpoint.find(workdir, "workdir")
+    config = model.ModelConfig(**checkpoint.load_meta(directory).config["model"])
+    return jax.device_get(checkpoint.load_params(directory, config, mesh, "float32"))
+
+
+def test_metrics_of_a_run(undisturbed):
+    lines = read_metrics(undisturbed[0])
+    # Every second step, every evaluation, every checkpoint, and the last.
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "eval/held_out/loss" in line] == [5, 10, 12]
+    names = "tokens_seen tokens_selected loss selected_loss reference_loss mean_excess selected_fraction gradient_norm"
+    for line in lines:
+        assert {*names.split(), "learning_rate", "tokens_per_second"} <= line.keys()
+        assert line["tokens_seen"] == line["step"] * 8 * OPTIONS.seq_len
+        assert line["selected_fraction"] == pytest.approx(0.6, abs=0.01)
+    assert lines[-1]["eval/held_out/loss"] < lines[2]["eval/held_out/loss"]
+
+
+def test_kill_9_and_the_same_command_again_equals_no_interruption(data, reference, undisturbed, tmp_path):
+    workdir = tmp_path / "killed"
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "rho1_jax.train", *command_line(config_of("slm", data, reference), workdir)]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not any((workdir / "checkpoints").glob("4/_CHECKPOINT_METADATA")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 4 <= checkpoint.load_meta(checkpoint.find(workdir, "workdir")).step < STEPS
+    again = run_command("rho1_jax.train", *command_line(config_of("slm", data, reference), workdir))
+    assert again.returncode == 0 and "resumed from step" in again.stdout, again.stderr
+    assert without_rate(read_metrics(workdir)) == without_rate(read_metrics(undisturbed[0]))
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), undisturbed[1])
+
+
+def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed):
+    lines = read_metrics(undisturbed[0])
+    train(config_of("slm", data, reference), undisturbed[0])
+    assert read_metrics(undisturbed[0]) == lines
+
+
+def test_the_run_describes_itself(data, reference, undisturbed, tokenizer):
+    workdir, _ = undisturbed
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == tokenizer.vocab_size and saved["selection"]["score"] == "excess"
+    meta = checkpoint.load_meta(checkpoint.find(workdir, "workdir"))
+    assert meta.config == saved and meta.tokenizer == tokenizer.fingerprint
+    assert meta.reference["path"] == str(checkpoint.find(reference, "reference"))
+    assert Tokenizer(workdir / "tokenizer.model").fingerprint == tokenizer.fingerprint
+
+
+def test_first_weights_from_another_run(data, reference, tmp_path):
+    config = config_of("clm", data)
+    config.init.checkpoint = str(reference)
+    config.steps = 1
+    config.optimizer.learning_rate = 0.0
+    params = jax.device_get(train(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, params, final_params(reference))
+
+
+def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
+    config = config_of("clm", data)
+    config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_steps=0)
+    with pytest.raises(UserError, match=r"step \d+: loss .*learning_rate"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seed": 3}, "config.seed: 0 -> 3"),
+        ({"batch_size": 16}, "config.batch_size: 8 -> 16"),
+        ({"selection": {"ratio": 0.5}}, "config.selection.ratio: 0.6 -> 0.5"),
+        ({"data": {"document_mask": False}}, "config.data.document_mask: True -> False"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(data, reference, undisturbed, change, message):
+    config = config_of("slm", data, reference)
+    config.update(change)
+    with pytest.raises(UserError, match=f"cannot go on with {message}"):
+        train(config, undisturbed[0])
+
+
+def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undisturbed, tmp_path):
+    other = type(OPTIONS)(**OPTIONS.__dict__ | {"eval_fraction": 0.2})
+    prepare([corpus], tokenizer, tmp_path / "other", other, workers=1)
+    with pytest.raises(UserError, match="other content of config.data.train"):
+        train(config_of("slm", tmp_path / "other", reference), undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"selection": {"score": "exces"}}, "config.selection.score='exces' is none of none, random, excess"),
+        ({"selection": {"scope": "device"}}, "config.selection.scope='device'"),
+        ({"selection": {"ratio": 1.5}}, "config.selection.ratio: a selection ratio"),
+        ({"batch_size": 12}, "config.batch_size=12 must be a multiple of 8"),
+        ({"microbatches": 2}, "config.batch_size=8 must be a multiple of 16"),
+        ({"steps": 0}, "config.steps=0"),
+        ({"eval": {"every": 0}}, "config.eval.every=0"),
+        ({"mesh": {"fsdp": 3}}, "config.mesh"),
+        ({"model": {"kv_heads": 3}}, "config.model.kv_heads=3 does not divide"),
+        ({"model": {"head_width": 7}}, "config.model.head_width=7 is odd"),
+        ({"model": {"vocab_size": 10}}, "config.model.vocab_size=10 is below"),
+        ({"model": {"vocab_size": 512}}, "vocabulary of 300, config.model.vocab_size is 512"),
+        ({"reference": {"checkpoint": ""}}, "config.reference.checkpoint is empty"),
+        ({"reference": {"checkpoint": "nowhere"}}, "config.reference.checkpoint=nowhere: no checkpoint"),
+        ({"data": {"train": "nowhere"}}, "nowhere: no prepared data set"),
+        ({"eval": {"data": "nowhere"}}, "config.eval.data: 'nowhere' is not NAME=PATH"),
+        ({"eval": {"questions": "q=nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(data, reference, tmp_path, change, message):
+    config = config_of("slm", data, reference)
+    config.update(change)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path):
+    path = tmp_path / "other.model"
+    train_tokenizer([corpus], path, vocab_size=290, template="{text}", max_sentences=1000)
+    prepare([corpus], Tokenizer(path), tmp_path / "data", OPTIONS, workers=1)
+    result = run_command(
+        "rho1_jax.train", *command_line(config_of("slm", tmp_path / "data", reference), tmp_path / "run")
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: config.reference.checkpoint=") and "another tokenizer" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.optimizer.learning_rat=1"], 'learning_rat.*Did you mean "learning_rate"'),
+        (["--config.steps=many"], "--config.steps=many"),
+        (["--confg.steps=3"], "confg.steps"),
+        (["extra"], "unexpected argument 'extra'"),
+        (["--config=configs/nowhere.py"], "nowhere.py"),
+        (["--config=configs/default.py:sml"], "unknown stage 'sml': .* reference, clm, random, slm"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, message):
+    result = run_command("rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
