@@ -30,14 +30,13 @@ def run(main: Callable[[], None]) -> None:
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-        except (flags.Error, AttributeError, TypeError, ValueError) as error:
-            _exit(f"command line: {error}")
-        try:
             if "config" in flags.FLAGS:
-                flags.FLAGS["config"].value  # noqa: B018  (reading it raises where the file did not load)
+                flags.FLAGS["config"].value.lock()  # raises where the file did not load
         except OSError as error:
             # ml_collections gives the traceback of the config file as text; its last line says what happened.
             _exit(f"--config: {str(error).strip().splitlines()[-1]}")
+        except (UserError, flags.Error, AttributeError, TypeError, ValueError) as error:
+            _exit(f"command line: {error}")
         if len(rest) > 1:
             _exit(f"command line: unexpected argument {rest[1]!r}")
         return rest

@@ -15,7 +15,7 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
 PROBLEM_SHARE = 0.3  # of the noisy corpus's characters
-WRONG_SHARE = 0.3  # of the noisy corpus's problems
+WRONG_SHARE = 0.4  # of the noisy corpus's problems
 PROBLEMS_A_PAGE = 4
 
 WORDS = (
@@ -124,12 +124,12 @@ def noisy_pages(found: list[Problem], seed: int) -> Iterator[str]:
 
 
 def write_corpora(directory: pathlib.Path, seed: int, clean: int, noisy: int, questions: int) -> None:
-    """Writes clean.jsonl and noisy.jsonl, of so many problems each, and questions.jsonl.
+    """Writes clean.jsonl and noisy.jsonl, of so many problems each, and questions.jsonl, of so many different ones.
 
     No question of questions.jsonl occurs in either corpus.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    asked = list({problem.question: problem for problem in problems(3 * seed, questions)}.values())
+    asked = list({problem.question: problem for problem in problems(3 * seed, 2 * questions)}.values())[:questions]
     unseen = {problem.question for problem in asked}
     clean_found, noisy_found = (
         [problem for problem in problems(3 * seed + number, count) if problem.question not in unseen]

@@ -1,0 +1,146 @@
+"""The model, its gradients and the method against Transformers' Llama in float64 (extra `peers`)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from conftest import random_batch, tiny
+
+from rho1_jax import model
+from rho1_jax.data.packing import Batch
+from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+
+CONFIGS = {
+    "grouped, tied": tiny(),
+    "one key head, untied": tiny(kv_heads=1, tied_embeddings=False),
+    "as many key heads, wide heads": tiny(kv_heads=4, head_width=16, rope_theta=500_000.0, norm_eps=1e-6),
+}
+RELATIVE = 1e-5
+
+
+def torch_llama(config, params):
+    """Transformers' Llama in float64 with our weights, and the names of its tensors by our parameter paths."""
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            intermediate_size=config.ff_width,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied_embeddings,
+            attn_implementation="eager",
+        )
+    ).double()
+    state = {name: torch.from_numpy(array) for name, array in torch_names(params, config).items()}
+    if config.tied_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    llama.load_state_dict(state)
+    return llama
+
+
+def torch_names(tree, config):
+    """Our parameters, or their gradients, under Transformers' names and shapes (matrices are output by input)."""
+    D = config.width
+    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    named = {"model.embed_tokens.weight": arrays["embedding"], "model.norm.weight": arrays["norm"]["scale"]}
+    if not config.tied_embeddings:
+        named["lm_head.weight"] = arrays["head"]
+    layers = arrays["layers"]
+    for n in range(config.layers):
+        prefix = f"model.layers.{n}."
+        for ours in "qkv":
+            named[f"{prefix}self_attn.{ours}_proj.weight"] = layers["attention"][ours][n].reshape(D, -1).T
+        named[f"{prefix}self_attn.o_proj.weight"] = layers["attention"]["o"][n].reshape(-1, D).T
+        for ours in ("gate", "up", "down"):
+            named[f"{prefix}mlp.{ours}_proj.weight"] = layers["feed_forward"][ours][n].T
+        named[f"{prefix}input_layernorm.weight"] = layers["attention_norm"]["scale"][n]
+        named[f"{prefix}post_attention_layernorm.weight"] = layers["feed_forward_norm"]["scale"][n]
+    return {name: np.ascontiguousarray(array) for name, array in named.items()}
+
+
+def torch_losses(llama, tokens):
+    logits = llama(torch.from_numpy(tokens[:, :-1]).long()).logits
+    targets = torch.from_numpy(tokens[:, 1:]).long()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+def assert_gradients_close(ours, llama, config):
+    theirs = dict(llama.named_parameters())
+    for name, gradient in torch_names(ours, config).items():
+        expected = theirs[name].grad.numpy()
+        error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
+        assert error < RELATIVE, f"{name}: {error:.2e}"
+
+
+def whole_rows(seed):
+    """Rows of one document each, as Transformers sees them."""
+    tokens = random_batch(4, 24, seed).tokens
+    return Batch(np.where(tokens == 0, 1, tokens), np.ones_like(tokens))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_losses_and_gradients_of_the_whole_model(config):
+    params, rows = model.init_params(config, 0), whole_rows(0)
+    losses = make_token_losses(model.build(config), document_mask=True)
+    mean, gradient = jax.value_and_grad(lambda p: losses(p, rows)[0].mean())(params)
+    llama = torch_llama(config, params)
+    expected = torch_losses(llama, rows.tokens)
+    expected.mean().backward()
+    np.testing.assert_allclose(losses(params, rows)[0], expected.detach().numpy(), rtol=RELATIVE)
+    np.testing.assert_allclose(float(mean), float(expected.mean()), rtol=RELATIVE)
+    assert_gradients_close(gradient, llama, config)
+
+
+def test_documents_in_a_row_are_as_documents_alone():
+    config = CONFIGS["grouped, tied"]
+    params = model.init_params(config, 0)
+    tokens = whole_rows(1).tokens[:1]
+    packed = Batch(tokens, np.array([[1] * 9 + [2] * 16]))
+    loss, eligible = make_token_losses(model.build(config), document_mask=True)(params, packed)
+    llama = torch_llama(config, params)
+    alone = [torch_losses(llama, tokens[:, :9]), torch_losses(llama, tokens[:, 9:])]
+    np.testing.assert_allclose(loss[eligible], torch.cat(alone, dim=1)[0].detach().numpy(), rtol=RELATIVE)
+
+
+def test_slm_loss_and_gradient_against_ten_lines_of_torch():
+    config, ratio = CONFIGS["grouped, tied"], 0.6
+    policy, reference, rows = model.init_params(config, 0), model.init_params(config, 1), whole_rows(2)
+    graphdef = model.build(config)
+    step = make_train_step(
+        graphdef,
+        graphdef,
+        optax.sgd(1.0),
+        score="excess",
+        ratio=ratio,
+        scope="global",
+        microbatches=1,
+        document_mask=True,
+        seed=0,
+    )
+    state = TrainState(jnp.int32(0), policy, optax.sgd(1.0).init(policy))
+    after, metrics, selected = jax.jit(step)(state, reference, rows)
+
+    llama = torch_llama(config, policy)
+    policy_loss = torch_losses(llama, rows.tokens)
+    with torch.no_grad():
+        excess = policy_loss - torch_losses(torch_llama(config, reference), rows.tokens)
+    kept = torch.zeros_like(excess, dtype=torch.bool).view(-1)
+    kept[excess.view(-1).topk(-(-excess.numel() * 6 // 10)).indices] = True
+    loss = policy_loss.view(-1)[kept].mean()
+    loss.backward()
+
+    np.testing.assert_array_equal(selected, kept.view(excess.shape).numpy())
+    np.testing.assert_allclose(float(metrics["selected_loss"]), float(loss), rtol=RELATIVE)
+    update = jax.tree.map(lambda b, a: np.asarray(b, np.float64) - np.asarray(a, np.float64), policy, after.params)
+    theirs = dict(llama.named_parameters())
+    for name, gradient in torch_names(update, config).items():
+        # The difference of two float32 parameters: its error is theirs, not the gradient's.
+        error = np.abs(gradient - theirs[name].grad.numpy()).max()
+        assert error < 1e-6, f"{name}: {error:.2e}"

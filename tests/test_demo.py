@@ -1,0 +1,101 @@
+"""The demonstration's corpora and report, and a short run of the whole."""
+
+import json
+import random
+import re
+
+import pytest
+
+from configs import demo as demo_config
+from tools import demo, demo_corpus
+from tools.demo_report import token_speedup
+
+
+def right(problem):
+    """Checks every equation of a solution, and that its last result is the answer."""
+    results = []
+    for step in problem.steps:
+        left, _, result = step.partition("=")
+        assert re.fullmatch(r"-?\d+([-+*]\d+)*", left), step
+        results.append(result)
+        if eval(left, {"__builtins__": {}}) != int(result):
+            return False
+    return results[-1] == problem.answer
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_solutions_are_right_and_corrupted_ones_mostly_wrong(seed):
+    found = demo_corpus.problems(seed, 400)
+    assert all(map(right, found))
+    assert sum(problem.question.startswith("legs") for problem in found) == round(400 * demo_corpus.WORD_SHARE)
+    rng = random.Random(seed)
+    corrupted = [demo_corpus.corrupted(problem, rng) for problem in found]
+    assert [problem.question for problem in corrupted] == [problem.question for problem in found]
+    assert sum(map(right, corrupted)) < 20
+
+
+def test_the_noisy_corpus_has_the_stated_shares():
+    found = demo_corpus.problems(0, 2000)
+    text = "".join(demo_corpus.noisy_pages(found, 0))
+    lines = text.splitlines(keepends=True)
+    share = sum(len(line) for line in lines if line[:3] in ("Q: ", "S: ", "A: ")) / len(text)
+    assert share == pytest.approx(demo_corpus.PROBLEM_SHARE, abs=0.03)
+    written = re.findall(r"Q: .*\nS: .*\nA: .*\n", text)
+    solutions = {problem.text() for problem in found}
+    kept = sum(block in solutions for block in written)
+    assert len(written) == len(found)
+    assert kept / len(found) == pytest.approx(1 - demo_corpus.WRONG_SHARE, abs=0.05)
+
+
+def test_no_question_occurs_in_a_corpus_and_seeds_differ(tmp_path):
+    for seed in (0, 1):
+        demo_corpus.write_corpora(tmp_path / str(seed), seed, clean=300, noisy=300, questions=50)
+    asked = [json.loads(line)["question"] for line in (tmp_path / "0" / "questions.jsonl").open()]
+    assert len(asked) == len(set(asked)) == 50
+    for name in ("clean", "noisy"):
+        text = (tmp_path / "0" / f"{name}.jsonl").read_text()
+        assert not [question for question in asked if f"Q: {question}?" in text]
+        assert text != (tmp_path / "1" / f"{name}.jsonl").read_text()
+
+
+def test_token_speedup():
+    clm = [{"tokens": 10, "accuracy": 0.1}, {"tokens": 20, "accuracy": 0.3}, {"tokens": 30, "accuracy": 0.3}]
+    slm = [{"tokens": 5, "accuracy": 0.2}, {"tokens": 8, "accuracy": 0.4}, {"tokens": 30, "accuracy": 0.1}]
+    assert token_speedup(clm, slm) == 20 / 8
+    assert token_speedup(slm, clm) is None
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A demonstration of a few steps."""
+    monkeypatch.setattr(demo, "CLEAN_PROBLEMS", 600)
+    monkeypatch.setattr(demo, "NOISY_PROBLEMS", 600)
+    monkeypatch.setattr(demo, "QUESTIONS", 16)
+    full = demo_config.get_config
+
+    def get_config(stage):
+        config = full(stage)
+        config.steps = 4
+        config.model.update(width=32, layers=1, heads=2, kv_heads=1, head_width=16, ff_width=32)
+        config.eval.update(every=2, generate_batch=16, rows=16)
+        config.checkpoint.every = 2
+        return config
+
+    monkeypatch.setattr(demo_config, "get_config", get_config)
+
+
+def test_the_whole_runs_and_writes_its_report(short, tmp_path):
+    summary = demo.demo(tmp_path / "demo", seed=0)
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
+    assert list(summary["arms"]) == ["reference", "clm", "random", "slm"]
+    for arm in summary["arms"].values():
+        assert arm["tokens_seen"] == 4 * 16 * 64
+        assert [point["tokens"] for point in arm["curve"]] == [2 * 1024, 4 * 1024]
+        assert arm["final"] == {name: arm["curve"][-1][name] for name in ("loss", "accuracy")}
+    assert summary["arms"]["random"]["tokens_selected"] == summary["arms"]["slm"]["tokens_selected"]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
+    assert page.count('class="row"') == 10 and 'class="selected"' in page
+    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = demo.demo(tmp_path / "demo", seed=0)
+    assert again["arms"]["slm"]["curve"] == summary["arms"]["slm"]["curve"]
