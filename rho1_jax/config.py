@@ -17,7 +17,7 @@ from rho1_jax.model import ModelConfig
 CONFIG_FILE = "config.json"
 
 
-def define_config_flag() -> flags.FlagHolder:
+def define_config_flag() -> Any:
     """--config=FILE[:stage] and --config.key=value, with every key locked."""
     holder = config_flags.DEFINE_config_file("config", None, "Config file, with a stage behind a colon.")
     flags.mark_flag_as_required("config")
@@ -31,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS:
-                flags.FLAGS["config"].value.lock()  # raises where the file did not load
+                flags.FLAGS.config.lock()  # raises where the file did not load
         except OSError as error:
             # ml_collections gives the traceback of the config file as text; its last line says what happened.
             _exit(f"--config: {str(error).strip().splitlines()[-1]}")

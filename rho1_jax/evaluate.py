@@ -50,7 +50,7 @@ def evaluate(
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
         params = checkpoint.load_params(directory, policy_config, mesh, "float32")
         metrics = evaluator.losses(params)
-        items = {}
+        items: dict[str, list] = {}
         for name, questions in evaluator.questions.items():
             with Progress(name, len(questions), unit="questions") as progress:
                 items[name] = []

@@ -95,6 +95,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Closes both files."""
         self._file.close()
         self._tensorboard.close()
 

@@ -48,11 +48,14 @@ class Cache(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
+    """Scales each state to a root mean square of one (arXiv 1910.07467), in float32."""
+
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(config.width))
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        """The states [B, L, D], normalized, in their dtype."""
         x_BLD = hidden_BLD.astype(jnp.float32)
         x_BLD *= jax.lax.rsqrt(jnp.mean(x_BLD**2, axis=-1, keepdims=True) + self.eps)
         return (x_BLD * self.scale[...]).astype(hidden_BLD.dtype)
@@ -84,6 +87,8 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
 
 
 class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped heads."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
         self.config = config
@@ -96,14 +101,20 @@ class Attention(nnx.Module):
         """Attends to this call's keys or, with a cache, to the cache with this call's keys written at `start`."""
         q_BLHC = rotate(_project(hidden_BLD, self.q[...]), positions_BL, self.config.rope_theta)
         k_BLKC = rotate(_project(hidden_BLD, self.k[...]), positions_BL, self.config.rope_theta)
-        kv = (k_BLKC, _project(hidden_BLD, self.v[...]))
-        if cached_kv is not None:
-            kv = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, start, axis=1) for c, new in zip(cached_kv, kv))
-        mixed_BLHC = attention(q_BLHC, *kv, mask_BLS)
-        return _project(mixed_BLHC, self.o[...], contracted=2), kv if cached_kv is not None else None
+        v_BLKC = _project(hidden_BLD, self.v[...])
+        if cached_kv is None:
+            mixed_BLHC = attention(q_BLHC, k_BLKC, v_BLKC, mask_BLS)
+        else:
+            k_BSKC = jax.lax.dynamic_update_slice_in_dim(cached_kv[0], k_BLKC, start, axis=1)
+            v_BSKC = jax.lax.dynamic_update_slice_in_dim(cached_kv[1], v_BLKC, start, axis=1)
+            cached_kv = k_BSKC, v_BSKC
+            mixed_BLHC = attention(q_BLHC, k_BSKC, v_BSKC, mask_BLS)
+        return _project(mixed_BLHC, self.o[...], contracted=2), cached_kv
 
 
 class FeedForward(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F = config.width, config.ff_width
         self.gate = _weight(rngs, (D, F), D**-0.5)
@@ -111,11 +122,14 @@ class FeedForward(nnx.Module):
         self.down = _weight(rngs, (F, D), (2 * config.layers * F) ** -0.5)
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        """What the states [B, L, D] have added to them."""
         gate_BLF = jax.nn.silu(_project(hidden_BLD, self.gate[...]))
         return _project(gate_BLF * _project(hidden_BLD, self.up[...]), self.down[...])
 
 
 class Layer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to what came in."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rngs)
@@ -123,6 +137,7 @@ class Layer(nnx.Module):
         self.feed_forward = FeedForward(config, rngs)
 
     def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
+        """The states [B, L, D] after the layer, and the layer's cache with this call's keys and values."""
         mixed_BLD, kv = self.attention(self.attention_norm(hidden_BLD), positions_BL, mask_BLS, cached_kv, start)
         hidden_BLD = shard_activations(hidden_BLD + mixed_BLD)
         hidden_BLD = hidden_BLD + self.feed_forward(self.feed_forward_norm(hidden_BLD))
@@ -165,9 +180,9 @@ class Decoder(nnx.Module):
           [B, L, D] hidden states after the last norm, in the compute dtype, and the cache with these tokens added.
         """
         if cache is None:
-            key_segments_BS, start = segment_ids_BL, 0
+            start, cached_kv = jnp.int32(0), None
+            key_segments_BS = segment_ids_BL
             positions_BL = segment_positions(segment_ids_BL)
-            cached_kv = None
         else:
             start = cache.length
             key_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BL, start, axis=1)
@@ -187,7 +202,7 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer)
         hidden_BLD, kv = jax.lax.scan(layer, hidden_BLD, (stacked, cached_kv))
         if cache is not None:
-            cache = Cache(*kv, key_segments_BS, cache.length + tokens_BL.shape[1])
+            cache = Cache(kv[0], kv[1], key_segments_BS, cache.length + tokens_BL.shape[1])
         return self.norm(hidden_BLD), cache
 
 

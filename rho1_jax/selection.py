@@ -6,7 +6,7 @@ Shapes: B batch rows, L sequence.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,15 @@ RATIO_UNITS = 10_000
 SCOPES = ("global", "microbatch", "sequence")
 
 
-class Signals(NamedTuple):
-    """What a score may be made from. Each array is [B, L]; losses are in nats."""
+Count = TypeVar("Count", int, jax.Array)
 
-    policy_loss_BL: jax.Array
-    reference_loss_BL: jax.Array | None
-    random_BL: jax.Array | None
+
+class Signals(NamedTuple):
+    """What a score may be made from: arrays [B, L], losses in nats. Those that the score does not need are None."""
+
+    policy_loss_BL: Any
+    reference_loss_BL: Any
+    random_BL: Any
 
 
 class Score(NamedTuple):
@@ -72,7 +75,7 @@ def ratio_units(ratio: float) -> int:
     return units
 
 
-def selected_count(eligible_count: jax.Array | int, ratio: float) -> jax.Array | int:
+def selected_count(eligible_count: Count, ratio: float) -> Count:
     """ceil(ratio * eligible), exactly and without overflow: at least 1 when anything is eligible."""
     units = ratio_units(ratio)
     whole, rest = eligible_count // RATIO_UNITS, eligible_count % RATIO_UNITS

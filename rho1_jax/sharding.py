@@ -57,7 +57,9 @@ def _partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
     spec = specs.pop()
     for size, axis in zip(shape, spec):
         if axis is not None and size % mesh.shape[axis]:
-            raise UserError(f"{name} has an axis of {size}, which config.mesh.{axis}={mesh.shape[axis]} does not divide")
+            raise UserError(
+                f"{name} has an axis of {size}, which config.mesh.{axis}={mesh.shape[axis]} does not divide"
+            )
     return spec
 
 

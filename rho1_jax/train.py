@@ -34,7 +34,13 @@ from rho1_jax.model import ModelConfig, Params
 from rho1_jax.train_step import TrainState, make_train_step
 
 # A resumed run that changed one of these would train on other batches, or not be the same model.
-FIXED_ON_RESUME = ("config.model.", "config.seed", "config.batch_size", "config.data.document_mask", "config.selection.")
+FIXED_ON_RESUME = (
+    "config.model.",
+    "config.seed",
+    "config.batch_size",
+    "config.data.document_mask",
+    "config.selection.",
+)
 
 
 class Reference(NamedTuple):
@@ -218,9 +224,7 @@ def initial_state(
         )
         params, opt_state = checkpoints.restore(saved.step, *abstract)
         print(f"resumed from step {saved.step}", flush=True)
-        meta = meta._replace(
-            step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected
-        )
+        meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
     else:
         if config.init.checkpoint:
             params = load_initial_params(config, policy_config, store, mesh)
@@ -311,6 +315,7 @@ class Loop:
         return state.params
 
     def evaluate(self, params: Params) -> dict[str, float]:
+        """All evaluations, their time not counted in the rate."""
         start = time.monotonic()
         metrics = self.evaluator(params)
         self.clock += time.monotonic() - start
@@ -344,7 +349,11 @@ def main() -> None:
     """The command: its flags, then `train`."""
     config = define_config_flag()
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, config.", required=True)
-    run(lambda: train(config.value, pathlib.Path(workdir.value)))
+
+    def command() -> None:
+        train(config.value, pathlib.Path(workdir.value))
+
+    run(command)
 
 
 if __name__ == "__main__":

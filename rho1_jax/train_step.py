@@ -20,6 +20,8 @@ from rho1_jax.token_loss import token_losses
 
 
 class TrainState(NamedTuple):
+    """What a step takes and gives: everything that training changes."""
+
     step: jax.Array  # updates done so far
     params: Params  # float32 master weights
     opt_state: optax.OptState
@@ -118,6 +120,7 @@ def make_train_step(
             tokens = tokens._replace(random=jax.random.uniform(key, tokens.targets.shape))
         tokens = jax.tree.map(split, tokens)
         if rule.needs_reference:
+            assert reference is not None and reference_params is not None
             reference_loss_MbL = jax.lax.map(lambda part: _losses(reference, reference_params, part), tokens)
             tokens = tokens._replace(reference_loss=reference_loss_MbL)
         if select_ahead:

@@ -29,7 +29,11 @@ def test_questions_become_prompts_and_right_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, message", [('{"question": "x"}', ":2: lacks the key 'answer'"), ('{"question": "x", "answer": "4"}', ":2: .* finds no answer")]
+    "line, message",
+    [
+        ('{"question": "x"}', ":2: lacks the key 'answer'"),
+        ('{"question": "x", "answer": "4"}', ":2: .* finds no answer"),
+    ],
 )
 def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
     path = tmp_path / "q.jsonl"

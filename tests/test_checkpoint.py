@@ -23,7 +23,7 @@ def saved(params, tmp_path):
     """Three steps saved, two kept."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
-        scaled = jax.tree.map(lambda x: x * step, params[0])
+        scaled = jax.tree.map(lambda x, step=step: x * step, params[0])
         checkpoints.save(scaled, ADAMW.init(scaled), meta(step))
     checkpoints.close()
     return tmp_path
@@ -33,7 +33,9 @@ def test_what_was_saved_comes_back_on_any_mesh(saved, params):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = model.abstract_params(TINY), jax.eval_shape(ADAMW.init, params[0])
     abstract = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, sharding.param_shardings(shapes, mesh)
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        sharding.param_shardings(shapes, mesh),
     )
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.latest_meta() == meta(3)

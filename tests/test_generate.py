@@ -89,7 +89,7 @@ def test_temperature_follows_the_models_probabilities(setup, tokenizer):
     probabilities = jax.nn.softmax(hidden[0, -1] @ decoder.output_VD().T / 1.5)
     best = int(probabilities.argmax())
     drawn = continue_(setup, tokenizer, PROMPTS[:1] * 400, temperature=1.5, max_new_tokens=1)
-    share = np.mean([text == tokenizer.decode(ids + [best])[len(PROMPTS[0]) :] for text in drawn])
+    share = np.mean([text == tokenizer.decode([*ids, best])[len(PROMPTS[0]) :] for text in drawn])
     assert abs(share - float(probabilities[best])) < 0.08
 
 

@@ -64,7 +64,10 @@ def test_each_epoch_has_every_row_once_in_another_order(data):
 
 def test_mixture_follows_the_weights(data, other_data):
     stores, weights = open_mixture(f"{data}:3,{other_data}:1")
-    other = {tuple(row["tokens"].tolist()) for row in (stores[1].rows("train")[i] for i in range(len(stores[1].rows("train"))))}
+    other = {
+        tuple(row["tokens"].tolist())
+        for row in (stores[1].rows("train")[i] for i in range(len(stores[1].rows("train"))))
+    }
     drawn = np.concatenate(take(stores, weights, 50))
     share = np.mean([tuple(row.tolist()) in other for row in drawn])
     assert abs(share - 0.25) < 0.02

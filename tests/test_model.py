@@ -50,7 +50,9 @@ def test_sliding_window_hides_what_lies_further_back(params):
     one_layer = model.init_params(config, 0)
     tokens = np.arange(1, 13)[None]
     changed = np.where(np.arange(12) == 4, 60, tokens)
-    moved = np.abs(run(config, one_layer, tokens, np.ones((1, 12), int)) - run(config, one_layer, changed, np.ones((1, 12), int)))
+    moved = np.abs(
+        run(config, one_layer, tokens, np.ones((1, 12), int)) - run(config, one_layer, changed, np.ones((1, 12), int))
+    )
     assert np.flatnonzero(moved.max(axis=-1)[0] > 1e-6).tolist() == [4, 5, 6]
 
 

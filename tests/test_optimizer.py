@@ -40,5 +40,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     state = optimizer.init(params)
     small, large = ({"head": jnp.full(4, size)} for size in (0.5, 50.0))
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), optimizer.update(small, state, params)[1], optimizer.update(large, state, params)[1])
+        jax.tree.map(
+            lambda a, b: bool(jnp.allclose(a, b)),
+            optimizer.update(small, state, params)[1],
+            optimizer.update(large, state, params)[1],
+        )
     )

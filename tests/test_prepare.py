@@ -134,7 +134,10 @@ def small_chunks(monkeypatch):
 
 
 def rows_bytes(store):
-    return [np.stack([store.rows("train")[i][name] for i in range(len(store.rows("train")))]).tobytes() for name in ("tokens", "segment_ids")]
+    return [
+        np.stack([store.rows("train")[i][name] for i in range(len(store.rows("train")))]).tobytes()
+        for name in ("tokens", "segment_ids")
+    ]
 
 
 def test_interrupted_and_started_again_it_continues(corpus, tokenizer, data, tmp_path, small_chunks, monkeypatch):

@@ -19,7 +19,9 @@ def test_losses_and_gradients_equal_optax(chunk):
     rng = np.random.default_rng(0)
     hidden, output = jnp.array(rng.normal(size=(3, 24, 16))), jnp.array(rng.normal(size=(50, 16)))
     targets, weights = jnp.array(rng.integers(0, 50, (3, 24))), jnp.array(rng.random((3, 24)))
-    np.testing.assert_allclose(token_losses(hidden, output, targets, chunk), optax_losses(hidden, output, targets), 1e-5)
+    np.testing.assert_allclose(
+        token_losses(hidden, output, targets, chunk), optax_losses(hidden, output, targets), 1e-5
+    )
     ours = jax.grad(lambda h, o: (weights * token_losses(h, o, targets, chunk)).sum(), argnums=(0, 1))(hidden, output)
     theirs = jax.grad(lambda h, o: (weights * optax_losses(h, o, targets)).sum(), argnums=(0, 1))(hidden, output)
     for mine, other in zip(ours, theirs):

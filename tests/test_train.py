@@ -229,7 +229,9 @@ def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path
     ],
 )
 def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, message):
-    result = run_command("rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={tmp_path / 'run'}", *arguments)
+    result = run_command(
+        "rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={tmp_path / 'run'}", *arguments
+    )
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")

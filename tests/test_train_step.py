@@ -173,7 +173,9 @@ def runs(params, batch):
     optimizer = optax.adamw(1e-2)
     results = {}
     for sizes in MESHES:
-        mesh = jax.make_mesh(sizes, sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[: np.prod(sizes)])
+        mesh = jax.make_mesh(
+            sizes, sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[: np.prod(sizes)]
+        )
         with jax.set_mesh(mesh):
             placed = [jax.device_put(p, sharding.param_shardings(p, mesh)) for p in params]
             rows = jax.device_put(batch, sharding.batch_sharding(mesh))

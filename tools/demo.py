@@ -81,7 +81,8 @@ def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> 
             models.append((model.build(model_config), params))
         rows = Store(output / "data" / "noisy").rows("eval")
         batch = next(eval_batches(rows, 4 * SHOWN_ROWS, host=0, hosts=1))
-        return score_tokens(*models, batch, config.selection.ratio, config.data.document_mask)
+        policy, reference = models
+        return score_tokens(policy, reference, batch, config.selection.ratio, config.data.document_mask)
 
 
 def demo(output: pathlib.Path, seed: int) -> dict[str, Any]:

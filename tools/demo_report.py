@@ -18,7 +18,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Selective Language Modeling, demonstrated</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
+th, td {{ text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 img {{ max-width: 100%; }}
 {css}
@@ -84,8 +85,10 @@ def write_report(
         for arm, values in summary["arms"].items()
     )
     speedup = summary["token_speedup"]
-    reached = "SLM did not reach CLM's best accuracy." if speedup is None else (
-        f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens."
+    reached = (
+        "SLM did not reach CLM's best accuracy."
+        if speedup is None
+        else (f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens.")
     )
     page = PAGE.format(
         css=CSS,

@@ -7,9 +7,8 @@ Shapes: R rows, M = seq_len + 1.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 PAD_ID = 0
@@ -18,8 +17,8 @@ PAD_ID = 0
 class Batch(NamedTuple):
     """Packed rows, [R, M] int32 each: token ids, and document numbers within each row from 1 (0 is padding)."""
 
-    tokens: np.ndarray | jax.Array
-    segment_ids: np.ndarray | jax.Array
+    tokens: Any  # numpy on the host, jax on devices
+    segment_ids: Any
 
 
 def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, eos_id: int) -> Iterator[Batch]:

@@ -57,6 +57,7 @@ class Chunk:
     bad: list[str]  # "file:line: reason" of each record that holds no document
 
     def save(self, path: pathlib.Path) -> None:
+        """Writes the chunk beside `path` and renames."""
         beside = path.with_suffix(".tmp")
         with beside.open("wb") as file:
             bad = np.array(self.bad, dtype=np.str_)
@@ -65,6 +66,7 @@ class Chunk:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Chunk":
+        """Reads what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["tokens"], arrays["lengths"], arrays["held_out"], arrays["bad"].tolist())
 
@@ -133,7 +135,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """The part of the manifest that is known before the work, with the fingerprint over it."""
-    description = {
+    description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "options": dataclasses.asdict(options),
         "inputs": [{"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files],
@@ -282,4 +284,3 @@ def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Pa
     shutil.rmtree(partial / "downloads", ignore_errors=True)
     totals = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "tokens", "rows")}
     return {"splits": splits, **totals, "bad_records": bad}
-

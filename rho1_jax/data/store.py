@@ -1,6 +1,6 @@
 """Packed rows on disk: a TFDS data set of ArrayRecord files, its manifest and its tokenizer, in one directory.
 
-    DIR/manifest.json  DIR/tokenizer.model  DIR/rows/1.0.0/*.array_record*
+DIR/manifest.json  DIR/tokenizer.model  DIR/rows/1.0.0/*.array_record*
 """
 
 import contextlib
@@ -78,17 +78,21 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of tokenizer, options and inputs."""
         return self.manifest["fingerprint"]
 
     @property
     def seq_len(self) -> int:
+        """Targets in a row."""
         return self.manifest["options"]["seq_len"]
 
     @property
     def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer's file."""
         return self.manifest["tokenizer_fingerprint"]
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the rows."""
         return Tokenizer(self.path / TOKENIZER)
 
     def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:

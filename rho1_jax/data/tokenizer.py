@@ -2,7 +2,7 @@
 
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
@@ -36,11 +36,13 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any that mark its ends."""
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
         return self._processor.decode(list(ids))
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each id's own text, for display."""
         return [self._processor.id_to_piece(int(i)).replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for i in ids]

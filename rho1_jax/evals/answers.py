@@ -40,6 +40,8 @@ class AnswerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """A prompt, and the right answer as `extract` gives it."""
+
     prompt: str
     answer: str
 
