@@ -86,11 +86,11 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer([corpus], path, vocab_size=300, template="{text}", max_sentences=1000)
+    train_tokenizer([corpus], path, vocab_size=300, templates=["{text}"], max_sentences=1000)
     return Tokenizer(path)
 
 
-OPTIONS = Options(text_template="{text}", seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
+OPTIONS = Options(templates=("{text}",), seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
 
 
 @pytest.fixture(scope="session")

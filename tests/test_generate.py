@@ -1,5 +1,7 @@
 """Generation against teacher forcing."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 from rho1_jax import model
 from rho1_jax.generate import generate
 
+LONGEST = 96  # tokens of a prompt and its continuation
 PROMPTS = ["Document 1: 3+4=", "D", "Document 12: 20+22=42.\nand so on, and so"]
 
 
@@ -25,14 +28,20 @@ def continue_(setup, tokenizer, prompts, **options):
     return generate(*setup, tokenizer, prompts, **{"max_new_tokens": 20, "stops": (), **options})
 
 
+@partial(jax.jit, static_argnums=0)
+def all_logits(graphdef, params, tokens, segment_ids):
+    decoder = nnx.merge(graphdef, params)
+    return decoder(tokens, segment_ids)[0] @ decoder.output_VD().T
+
+
 def teacher_forced_ids(setup, tokenizer, prompt, count):
     """New tokens, by one forward pass without a cache over the whole text for each."""
-    graphdef, params = setup
-    decoder, ids = nnx.merge(graphdef, params), tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt)
     start = len(ids)
     while len(ids) < start + count:
-        hidden, _ = decoder(jnp.array([ids]), jnp.ones((1, len(ids)), int))
-        ids.append(int((hidden[0, -1] @ decoder.output_VD().T).argmax()))
+        padded = np.zeros((2, 1, LONGEST), np.int32)
+        padded[0, 0, : len(ids)], padded[1, 0, : len(ids)] = ids, 1
+        ids.append(int(all_logits(*setup, *padded)[0, len(ids) - 1].argmax()))
         if ids[-1] == tokenizer.eos_id:
             return ids[start:-1]
     return ids[start:]

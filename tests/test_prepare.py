@@ -68,12 +68,15 @@ def test_plain_text_files_are_a_document_each(tokenizer, tmp_path):
     assert texts_of(Store(tmp_path / "out"), tokenizer) == TEXTS
 
 
-def test_template_joins_keys(tokenizer, tmp_path):
-    path = tmp_path / "qa.jsonl"
-    path.write_text('{"question": "2+2?", "answer": "4"}\n')
-    template = records.template("text", r"{question}\n{answer}")
-    prepare([path], tokenizer, tmp_path / "out", options(text_template=template), workers=1)
-    assert texts_of(Store(tmp_path / "out"), tokenizer) == ["2+2?\n4"]
+def test_the_first_template_that_fits_joins_a_records_keys(tokenizer, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"question": "2+2?", "answer": "4", "text": "x"}\n{"text": "y"}\n')
+    templates = records.parse_templates("unused", [r"{question}\n{answer}", "{text}"])
+    prepare([path], tokenizer, tmp_path / "out", options(templates=templates), workers=1)
+    assert texts_of(Store(tmp_path / "out"), tokenizer) == ["2+2?\n4", "y"]
+    assert records.parse_templates("body", []) == ("{body}",)
+    with pytest.raises(records.BadRecord, match="lacks the key 'question', 'answer' nor 'text'; it has 'body'"):
+        records.document(path, {"body": "z"}, templates)
 
 
 def test_manifest_counts_and_held_out_documents_are_disjoint(data, tokenizer, corpus):
@@ -210,7 +213,7 @@ def test_a_damaged_file_is_named(suffix, tokenizer, tmp_path):
 @pytest.mark.parametrize("text_template", ["no keys", "{0}", "{a.b}", "{open"])
 def test_a_template_without_plain_keys_is_refused(text_template):
     with pytest.raises(UserError, match="text_template"):
-        records.template("text", text_template)
+        records.parse_templates("text", [text_template])
 
 
 def test_tokenizer_is_lossless_and_splits_digits_and_lines(tokenizer):

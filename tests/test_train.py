@@ -206,7 +206,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(data, reference, tmp_p
 
 def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path):
     path = tmp_path / "other.model"
-    train_tokenizer([corpus], path, vocab_size=290, template="{text}", max_sentences=1000)
+    train_tokenizer([corpus], path, vocab_size=290, templates=["{text}"], max_sentences=1000)
     prepare([corpus], Tokenizer(path), tmp_path / "data", OPTIONS, workers=1)
     result = run_command(
         "rho1_jax.train", *command_line(config_of("slm", tmp_path / "data", reference), tmp_path / "run")

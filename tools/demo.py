@@ -49,10 +49,10 @@ def make_data(output: pathlib.Path, seed: int) -> None:
         write_corpora(data, seed, CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS)
     if not (data / "tokenizer.model").exists():
         say("training the tokenizer")
-        train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, "{text}", max_sentences=50_000)
+        train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, ["{text}"], max_sentences=50_000)
     for corpus in corpora:
         say(f"preparing {corpus.name}")
-        options = prepare_data.Options("{text}", demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
+        options = prepare_data.Options(("{text}",), demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
         prepare_data.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
 
 

@@ -23,8 +23,10 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "Directory of the data set to write.", required=True)
     seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.")
     text_key = flags.DEFINE_string("text_key", "text", "The key of a record that holds its text.")
-    text_template = flags.DEFINE_string(
-        "text_template", None, r"Format string over a record's keys, instead: '{question}\n{answer}'."
+    text_templates = flags.DEFINE_multi_string(
+        "text_template",
+        [],
+        r"Format string over a record's keys, instead: '{question}\n{answer}'. Of several the first that fits is used.",
     )
     eval_fraction = flags.DEFINE_float("eval_fraction", 0.0, "Share of the documents to hold out for evaluation.")
     max_bad_fraction = flags.DEFINE_float("max_bad_fraction", 0.0, "Share of bad records to put up with.")
@@ -32,7 +34,7 @@ def main() -> None:
 
     def command() -> None:
         options = Options(
-            text_template=records.template(text_key.value, text_template.value),
+            templates=records.parse_templates(text_key.value, text_templates.value),
             seq_len=seq_len.value,
             eval_fraction=eval_fraction.value,
             max_bad_fraction=max_bad_fraction.value,

@@ -19,12 +19,12 @@ from rho1_jax.errors import UserError
 MAX_SENTENCE_BYTES = 4192
 
 
-def sentences(files: Sequence[pathlib.Path], template: str) -> Iterator[str]:
+def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterator[str]:
     """The lines of all documents. Raises UserError, with file and line, at a bad record."""
     for path in files:
         for line, record, _ in records.read(path):
             try:
-                text = records.document(path, record, template)
+                text = records.document(path, record, templates)
             except records.BadRecord as error:
                 raise UserError(f"{path}:{line}: {error}") from None
             for sentence in filter(None, text.split("\n")):
@@ -33,7 +33,7 @@ def sentences(files: Sequence[pathlib.Path], template: str) -> Iterator[str]:
 
 
 def train_tokenizer(
-    files: Sequence[pathlib.Path], output: pathlib.Path, vocab_size: int, template: str, max_sentences: int
+    files: Sequence[pathlib.Path], output: pathlib.Path, vocab_size: int, templates: Sequence[str], max_sentences: int
 ) -> None:
     """Writes a byte-pair model: lossless, digits one by one, line breaks tokens of their own.
 
@@ -43,7 +43,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(files, template),
+            sentence_iterator=sentences(files, templates),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -73,14 +73,18 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "The model file to write.", required=True)
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of pieces, 256 bytes among them.")
     text_key = flags.DEFINE_string("text_key", "text", "The key of a record that holds its text.")
-    text_template = flags.DEFINE_string("text_template", None, "Format string over a record's keys, instead.")
+    text_templates = flags.DEFINE_multi_string(
+        "text_template",
+        [],
+        r"Format string over a record's keys, instead: '{question}\n{answer}'. Of several the first that fits is used.",
+    )
     max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, drawn from all.")
 
     def command() -> None:
         files = records.expand(inputs.value)
-        template = records.template(text_key.value, text_template.value)
+        templates = records.parse_templates(text_key.value, text_templates.value)
         print(f"training on {len(files)} files; SentencePiece shows no progress", file=sys.stderr, flush=True)
-        train_tokenizer(files, pathlib.Path(output.value), vocab_size.value, template, max_sentences.value)
+        train_tokenizer(files, pathlib.Path(output.value), vocab_size.value, templates, max_sentences.value)
         print(f"wrote {output.value}")
 
     run(command)

@@ -35,13 +35,13 @@ class Options:
     """What decides the rows, beside the tokenizer and the inputs.
 
     Attributes:
-      text_template: format string over a record's keys.
+      templates: format strings over a record's keys; the first one whose keys it has makes its text.
       seq_len: targets in a row.
       eval_fraction: share of the documents that go to the split "eval", chosen by a hash of their text.
       max_bad_fraction: share of bad records that is put up with.
     """
 
-    text_template: str
+    templates: tuple[str, ...]
     seq_len: int
     eval_fraction: float
     max_bad_fraction: float
@@ -102,7 +102,7 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
     documents, held_out, bad = [], [], []
     for path, line, record in chunk:
         try:
-            text = records.document(path, record, options.text_template)
+            text = records.document(path, record, options.templates)
         except records.BadRecord as error:
             bad.append(f"{path}:{line}: {error}")
             continue
@@ -137,7 +137,7 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
     """The part of the manifest that is known before the work, with the fingerprint over it."""
     description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "options": dataclasses.asdict(options),
+        "options": json.loads(json.dumps(dataclasses.asdict(options))),
         "inputs": [{"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files],
     }
     identity = description | {"inputs": [entry["sha256"] for entry in description["inputs"]]}

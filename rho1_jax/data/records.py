@@ -80,16 +80,17 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def document(path: pathlib.Path, record: Any, template: str) -> str:
+def document(path: pathlib.Path, record: Any, templates: Sequence[str]) -> str:
     """The text of one raw record.
 
     Args:
       path: the file it came from.
       record: as `read` yields it.
-      template: a format string over the record's keys, such as "{text}". Plain text files ignore it.
+      templates: format strings over a record's keys, such as "{text}"; the first one whose keys the record has makes
+        the text. Plain text files ignore them.
 
     Raises:
-      BadRecord: the record is not UTF-8, not JSON, lacks a key of the template, or holds no text there.
+      BadRecord: the record is not UTF-8, not JSON, lacks the keys of every template, or holds no text there.
     """
     if isinstance(record, bytes):
         try:
@@ -104,9 +105,14 @@ def document(path: pathlib.Path, record: Any, template: str) -> str:
             raise BadRecord(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {type(record).__name__}, not an object with keys")
-    for key in template_keys(template):
-        if key not in record:
-            raise BadRecord(f"lacks the key {key!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    for template in templates:
+        keys = template_keys(template)
+        if record.keys() >= set(keys):
+            break
+    else:
+        wanted = " nor ".join(", ".join(map(repr, template_keys(template))) for template in templates)
+        raise BadRecord(f"lacks the key {wanted}; it has {', '.join(map(repr, record)) or 'none'}")
+    for key in keys:
         if not isinstance(record[key], str):
             raise BadRecord(f"the key {key!r} holds {type(record[key]).__name__}, not text")
     text = template.format_map(record)
@@ -117,15 +123,16 @@ def document(path: pathlib.Path, record: Any, template: str) -> str:
     return text
 
 
-def template(text_key: str, text_template: str | None) -> str:
-    """The template that the two flags ask for; a backslash and n in it stand for a line break.
+def parse_templates(text_key: str, text_templates: Sequence[str]) -> tuple[str, ...]:
+    """The templates that the two flags ask for; a backslash and n in one stand for a line break.
 
     Raises:
-      UserError: it takes no keys from a record.
+      UserError: one takes no keys from a record.
     """
-    chosen = "{" + text_key + "}" if text_template is None else text_template.replace("\\n", "\n")
-    template_keys(chosen)
-    return chosen
+    templates = tuple(text.replace("\\n", "\n") for text in text_templates) or ("{" + text_key + "}",)
+    for template in templates:
+        template_keys(template)
+    return templates
 
 
 def template_keys(template: str) -> list[str]:
@@ -135,7 +142,7 @@ def template_keys(template: str) -> list[str]:
       UserError: it is no format string over plain keys, or takes none.
     """
     try:
-        keys = [name for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
+        keys = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         if not keys or not all(key.isidentifier() for key in keys):
             raise ValueError("it must hold plain keys in braces, like '{question}\\n{answer}'")
     except ValueError as error:
