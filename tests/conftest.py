@@ -8,6 +8,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -15,11 +17,13 @@ import numpy as np
 import pytest
 from absl import logging
 
+from configs import default
 from rho1_jax import model
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.model import ModelConfig
+from rho1_jax.train import train
 from tools.train_tokenizer import train_tokenizer
 
 logging.set_verbosity(logging.ERROR)
@@ -99,3 +103,34 @@ def data(corpus, tokenizer, tmp_path_factory) -> pathlib.Path:
     output = tmp_path_factory.mktemp("data") / "rows"
     prepare([corpus], tokenizer, output, OPTIONS, workers=1)
     return output
+
+
+STEPS = 12
+
+
+def config_of(stage, data, reference=""):
+    config = default.get_config(stage)
+    config.update(steps=STEPS, batch_size=8, log_every=2)
+    sizes = {name: getattr(TINY, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "ff_width")}
+    config.model.update(sizes)
+    config.data.train = str(data)
+    config.reference.checkpoint = str(reference)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=3)
+    config.eval.update(every=5, data=f"held_out={data}", rows=16)
+    config.checkpoint.every = 4
+    return config
+
+
+def run_command(module, *arguments, **options):
+    root = pathlib.Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="session")
+def reference(data, tmp_path_factory):
+    """A reference's run directory."""
+    workdir = tmp_path_factory.mktemp("runs") / "reference"
+    train(config_of("reference", data), workdir)
+    return workdir

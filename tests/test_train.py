@@ -1,7 +1,6 @@
 """The loop: resuming, and refusing what does not fit. Errors are looked at as a user sees them."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -12,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import OPTIONS, TINY
+from conftest import OPTIONS, STEPS, config_of, run_command
 
 from configs import default
 from rho1_jax import checkpoint, model, sharding
@@ -22,21 +21,6 @@ from rho1_jax.errors import UserError
 from rho1_jax.metrics import read_metrics
 from rho1_jax.train import train
 from tools.train_tokenizer import train_tokenizer
-
-STEPS = 12
-
-
-def config_of(stage, data, reference=""):
-    config = default.get_config(stage)
-    config.update(steps=STEPS, batch_size=8, log_every=2)
-    sizes = {name: getattr(TINY, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "ff_width")}
-    config.model.update(sizes)
-    config.data.train = str(data)
-    config.reference.checkpoint = str(reference)
-    config.optimizer.update(learning_rate=1e-2, warmup_steps=3)
-    config.eval.update(every=5, data=f"held_out={data}", rows=16)
-    config.checkpoint.every = 4
-    return config
 
 
 def command_line(config, workdir):
@@ -53,21 +37,6 @@ def command_line(config, workdir):
 
     collect(config, base, "config")
     return ["--config=configs/default.py:slm", f"--workdir={workdir}", *changed]
-
-
-def run_command(module, *arguments, **options):
-    root = pathlib.Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture(scope="module")
-def reference(data, tmp_path_factory):
-    """A reference's run directory."""
-    workdir = tmp_path_factory.mktemp("runs") / "reference"
-    train(config_of("reference", data), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="module")
