@@ -18,7 +18,6 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import accuracy, write_results
 from rho1_jax.evals.evaluator import Evaluator
-from rho1_jax.metrics import Progress
 
 
 def evaluate(
@@ -50,14 +49,8 @@ def evaluate(
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
         params = checkpoint.load_params(directory, policy_config, mesh, "float32")
         metrics = evaluator.losses(params)
-        items: dict[str, list] = {}
-        for name, questions in evaluator.questions.items():
-            with Progress(name, len(questions), unit="questions") as progress:
-                items[name] = []
-                for item in evaluator.answers(params, name, temperature, seed):
-                    items[name].append(item)
-                    progress.advance(1)
-            metrics[f"eval/{name}/accuracy"] = accuracy(items[name])
+        items = {name: evaluator.answers(params, name, temperature, seed) for name in evaluator.questions}
+        metrics |= {f"eval/{name}/accuracy": accuracy(results) for name, results in items.items()}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         for name, results in items.items():

@@ -13,12 +13,13 @@ from rho1_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+SILENT_SECONDS = 5.0  # work that was done sooner prints none
 
 
 class Progress:
     """A bar with rate and time left in a terminal; a plain line every PLAIN_SECONDS elsewhere."""
 
-    def __init__(self, name: str, total: int, unit: str, initial: int = 0):
+    def __init__(self, name: str, total: int, unit: str, initial: int = 0, leave: bool = True):
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -27,6 +28,7 @@ class Progress:
             unit=unit,
             unit_scale=unit == "B",
             disable=not self._terminal,
+            leave=leave,
             dynamic_ncols=True,
         )
         self._name, self._total, self._unit, self._initial = name, total, unit, initial
@@ -59,9 +61,9 @@ class Progress:
             unit_scale=self._unit == "B",
             initial=self._initial,
             postfix=self._note,
-            bar_format="{desc}: {n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt} {remaining} left {postfix}",
+            bar_format="{desc}: {n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt} {remaining} left{postfix}",
         )
-        print(line.rstrip(" ,"), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -69,7 +71,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._terminal and self._done > self._initial:
+        if not self._terminal and self._done > self._initial and time.monotonic() - self._start >= SILENT_SECONDS:
             self._print_line()
         self._bar.close()
 

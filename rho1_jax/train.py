@@ -60,12 +60,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
     # 1. Everything that can be refused is checked before anything is written.
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
+    check_batch_size(config, mesh)
     stores, weights = open_mixture(config.data.train)
     tokenizer = stores[0].tokenizer()
     config = resolve(config, tokenizer)
     policy_config = model_config(config)
     policy = model.build(policy_config)
     with jax.set_mesh(mesh):
+        initial = find_initial(config, policy_config, stores[0])
         reference = load_reference(config, stores[0], mesh)
         evaluator = Evaluator(config, policy, tokenizer, mesh)
         meta = Meta(
@@ -82,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-        state, meta = initial_state(config, policy_config, tx, checkpoints, meta, stores[0], mesh)
+        state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, mesh)
         write_config(config, workdir)
         shutil.copyfile(tokenizer.path, workdir / checkpoint.TOKENIZER)
 
@@ -91,6 +93,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         step = functools.partial(step, reference_params=reference.params if reference else None)
 
         # 4. The loop.
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(f"{count:,} parameters on {mesh.size} devices ({shape}); the first step compiles", flush=True)
         batch_stream = batches(
             stores,
             weights,
@@ -122,10 +127,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     for section in ("eval", "checkpoint"):
         if config[section].every < 1:
             raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
-    rows = config.microbatches * jax.device_count() // max(config.mesh.tensor, 1)
-    if config.batch_size % rows:
+
+
+def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where the rows of a microbatch cannot be spread evenly."""
+    parts = config.microbatches * math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    if config.batch_size % parts:
         raise UserError(
-            f"config.batch_size={config.batch_size} must be a multiple of {rows}: "
+            f"config.batch_size={config.batch_size} must be a multiple of {parts}: "
             "config.microbatches times the devices that rows are spread over"
         )
 
@@ -150,25 +159,41 @@ def load_reference(config: ml_collections.ConfigDict, store: Store, mesh: Mesh) 
     if not selection.SCORES[config.selection.score].needs_reference:
         return None
     key = "config.reference.checkpoint"
-    path = config.reference.checkpoint
-    if not path:
+    if not config.reference.checkpoint:
         raise UserError(f"{key} is empty, and config.selection.score={config.selection.score!r} needs a reference")
-    directory = checkpoint.find(path, key)
-    reference_config, params = load_model(directory, key, config, store, mesh, config.model.compute_dtype)
+    directory, reference_config = find_model(config.reference.checkpoint, key, config, store)
+    params = checkpoint.load_params(directory, reference_config, mesh, config.model.compute_dtype)
     description = {"path": str(directory), "fingerprint": checkpoint.fingerprint(params)}
     return Reference(model.build(reference_config), params, description)
 
 
-def load_model(
-    directory: pathlib.Path, key: str, config: ml_collections.ConfigDict, store: Store, mesh: Mesh, dtype: str
-) -> tuple[ModelConfig, Params]:
-    """A checkpoint's model and parameters, for use in a run on the data of `store`."""
+def find_initial(config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store) -> pathlib.Path | None:
+    """The checkpoint with the first weights, if the config names one. Raises UserError where it is another model's."""
+    key = "config.init.checkpoint"
+    if not config.init.checkpoint:
+        return None
+    directory, saved_config = find_model(config.init.checkpoint, key, config, store)
+    changed = differences(dataclasses.asdict(saved_config), dataclasses.asdict(policy_config), "config.model")
+    if changed:
+        raise UserError(f"{key}={directory} is another model: {'; '.join(changed)}")
+    return directory
+
+
+def find_model(
+    path: str, key: str, config: ml_collections.ConfigDict, store: Store
+) -> tuple[pathlib.Path, ModelConfig]:
+    """A checkpoint's directory and model, for use in a run on the data of `store`.
+
+    Raises:
+      UserError: there is none, or its tokenizer or vocabulary are others.
+    """
+    directory = checkpoint.find(path, key)
     meta = checkpoint.load_meta(directory)
     if meta.tokenizer != store.tokenizer_fingerprint:
         raise UserError(
             f"{key}={directory} was trained with another tokenizer ({meta.tokenizer[:12]}) than {store.path} was "
-            f"prepared with ({store.tokenizer_fingerprint[:12]}): prepare the data with {directory.parents[1]}/"
-            f"{checkpoint.TOKENIZER}"
+            f"prepared with ({store.tokenizer_fingerprint[:12]}): prepare the data with "
+            f"{checkpoint.tokenizer_path(directory)}"
         )
     saved = meta.config["model"]
     if saved["vocab_size"] != config.model.vocab_size:
@@ -177,21 +202,7 @@ def load_model(
             f"config.model.vocab_size is {config.model.vocab_size}"
         )
     run_settings = {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
-    model_of_checkpoint = ModelConfig(**saved | run_settings)
-    return model_of_checkpoint, checkpoint.load_params(directory, model_of_checkpoint, mesh, dtype)
-
-
-def load_initial_params(
-    config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store, mesh: Mesh
-) -> Params:
-    """The first weights, from the checkpoint that the config names. Raises UserError where it is another model's."""
-    key = "config.init.checkpoint"
-    directory = checkpoint.find(config.init.checkpoint, key)
-    saved_config, params = load_model(directory, key, config, store, mesh, "float32")
-    changed = differences(dataclasses.asdict(saved_config), dataclasses.asdict(policy_config), "config.model")
-    if changed:
-        raise UserError(f"{key}={directory} is another model: {'; '.join(changed)}")
-    return params
+    return directory, ModelConfig(**saved | run_settings)
 
 
 def initial_state(
@@ -200,10 +211,10 @@ def initial_state(
     tx,
     checkpoints: Checkpoints,
     meta: Meta,
-    store: Store,
+    initial: pathlib.Path | None,
     mesh: Mesh,
 ) -> tuple[TrainState, Meta]:
-    """The state to go on from, already on the mesh, and where the run stands.
+    """The state to go on from, already on the mesh, and where the run stands. A new run starts from `initial`, if any.
 
     Raises:
       UserError: the run in the work directory is another one.
@@ -226,8 +237,8 @@ def initial_state(
         print(f"resumed from step {saved.step}", flush=True)
         meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
     else:
-        if config.init.checkpoint:
-            params = load_initial_params(config, policy_config, store, mesh)
+        if initial is not None:
+            params = checkpoint.load_params(initial, policy_config, mesh, "float32")
         else:
             init = functools.partial(model.init_params, policy_config, config.seed)
             params = jax.jit(init, out_shardings=sharded(params_shape))()

@@ -43,7 +43,7 @@ def test_progress_without_a_terminal_prints_plain_lines_with_rate_and_time_left(
             now[0] += 6.0
             progress.advance(15, note="loss 1.5")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "work: 50/100 50%  2.50rows/s 00:20 left , loss 1.5"
+    assert lines[0] == "work: 50/100 50%  2.50rows/s 00:20 left, loss 1.5"
     assert len(lines) == 3 and lines[-1].startswith("work: 80/100")
     assert not any("\r" in line for line in lines)
 

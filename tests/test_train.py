@@ -113,6 +113,15 @@ def test_first_weights_from_another_run(data, reference, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, final_params(reference))
 
 
+def test_first_weights_of_another_model_are_refused(data, reference, tmp_path):
+    config = config_of("clm", data)
+    config.init.checkpoint = str(reference)
+    config.model.layers = 3
+    with pytest.raises(UserError, match="is another model: config.model.layers: 2 -> 3"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
     config = config_of("clm", data)
     config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_steps=0)
@@ -160,6 +169,7 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undi
         ({"model": {"vocab_size": 512}}, "vocabulary of 300, config.model.vocab_size is 512"),
         ({"reference": {"checkpoint": ""}}, "config.reference.checkpoint is empty"),
         ({"reference": {"checkpoint": "nowhere"}}, "config.reference.checkpoint=nowhere: no checkpoint"),
+        ({"init": {"checkpoint": "nowhere"}}, "config.init.checkpoint=nowhere: no checkpoint"),
         ({"data": {"train": "nowhere"}}, "nowhere: no prepared data set"),
         ({"eval": {"data": "nowhere"}}, "config.eval.data: 'nowhere' is not NAME=PATH"),
         ({"eval": {"questions": "q=nowhere.jsonl"}}, "nowhere.jsonl: no such file"),

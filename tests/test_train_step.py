@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, random_batch
+from conftest import TINY, random_batch, tiny
 
 from rho1_jax import model, selection, sharding
 from rho1_jax.data.packing import Batch
@@ -112,6 +112,18 @@ def test_no_gradient_through_scores_or_reference(params, batch, slm):
     state, _, again = make_step()(start(params[0]), shifted, batch)
     np.testing.assert_array_equal(again, selected)
     assert_trees_equal(state.params, slm[0].params)
+
+
+def test_the_reference_may_have_another_size_and_a_lower_precision(params, batch):
+    config = tiny(layers=1, width=16, compute_dtype="bfloat16")
+    reference = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.init_params(config, 1))
+    step = jax.jit(make_train_step(GRAPHDEF, model.build(config), SGD, **DEFAULTS))
+    _, metrics, selected = step(start(params[0]), reference, batch)
+    policy_loss, eligible = make_token_losses(GRAPHDEF, True)(params[0], batch)
+    reference_loss, _ = jax.jit(make_token_losses(model.build(config), True))(reference, batch)
+    expected = selection.select(policy_loss - reference_loss, eligible, 0.6, "global")
+    assert np.mean(np.asarray(selected) != expected) < 0.02
+    np.testing.assert_allclose(metrics["reference_loss"], reference_loss[eligible].mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scope", ["global", "sequence"])

@@ -185,6 +185,8 @@ def _check(options: Options) -> None:
 
 
 def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
+    if not (output / store.MANIFEST).is_file():
+        raise UserError(f"{output} exists and is no prepared data set; choose another --output")
     manifest = store.Store(output).manifest
     for part in ("tokenizer_fingerprint", "options", "fingerprint"):
         if manifest[part] != description[part]:

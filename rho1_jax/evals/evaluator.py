@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import accuracy, answer_all, read_questions
+from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
 from rho1_jax.sharding import batch_sharding, replicated
 from rho1_jax.train_step import make_token_losses
@@ -46,27 +47,35 @@ class Evaluator:
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}."""
-        accuracies = {f"eval/{name}/accuracy": accuracy(list(self.answers(params, name))) for name in self.questions}
+        accuracies = {f"eval/{name}/accuracy": accuracy(self.answers(params, name)) for name in self.questions}
         return self.losses(params) | accuracies
 
     def losses(self, params: Params) -> dict[str, float]:
         """{"eval/NAME/loss": mean over the eligible tokens of the split "eval", in nats}."""
         return {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
 
-    def answers(self, params: Params, name: str, temperature: float = 0.0, seed: int = 0) -> Iterator[dict[str, Any]]:
+    def answers(self, params: Params, name: str, temperature: float = 0.0, seed: int = 0) -> list[dict[str, Any]]:
         """The graded items of one question file, as `answer_all` yields them."""
-        return answer_all(
-            self._graphdef, params, self._tokenizer, self.questions[name], self._answers, temperature, seed
-        )
+        questions, items = self.questions[name], []
+        with Progress(name, len(questions), unit="questions", leave=False) as progress:
+            for item in answer_all(
+                self._graphdef, params, self._tokenizer, questions, self._answers, temperature, seed
+            ):
+                items.append(item)
+                progress.advance(1)
+        return items
 
     def _loss(self, params: Params, name: str) -> float:
         rows = self._rows[name]
         host, hosts = jax.process_index(), jax.process_count()
-        batches = eval_batches(rows, self._batch_size, host, hosts)
+        steps = math.ceil(min(self._max_rows, len(rows)) / self._batch_size)
+        batches = itertools.islice(eval_batches(rows, self._batch_size, host, hosts), steps)
         total = count = 0.0
-        for batch in itertools.islice(batches, math.ceil(self._max_rows / self._batch_size)):
-            loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh))
-            total, count = total + float(loss_sum), count + float(eligible)
+        with Progress(name, steps, unit="batches", leave=False) as progress:
+            for batch in batches:
+                loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh))
+                total, count = total + float(loss_sum), count + float(eligible)
+                progress.advance(1)
         return total / count
 
 
