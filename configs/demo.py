@@ -14,14 +14,14 @@ VOCAB_SIZE = 640
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     """The demonstration's stage "reference", "clm", "random" or "slm". The directories are filled in by the tool."""
     config = default.get_config(stage)
-    config.steps = 1000 if stage == "reference" else 1400
+    config.steps = 990 if stage == "reference" else 1350
     config.batch_size = 16
     config.log_every = 20
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_width=32, ff_width=384)
-    config.optimizer.update(learning_rate=1.5e-3, warmup_steps=50)
+    config.optimizer.update(learning_rate=3e-3 if stage == "reference" else 1.5e-3, warmup_steps=50)
     config.selection.ratio = 0.1
     config.eval.update(
-        every=100,
+        every=config.steps // 9,
         rows=128,
         prompt_template="Q: {question}?\n",
         answer_pattern=r"A: (.*)",

@@ -15,7 +15,7 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
 PROBLEM_SHARE = 0.3  # of the noisy corpus's characters
-WRONG_SHARE = 0.55  # of the noisy corpus's problems
+WRONG_SHARE = 0.65  # of the noisy corpus's problems
 PROBLEMS_A_PAGE = 4
 
 WORDS = (

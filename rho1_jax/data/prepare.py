@@ -135,12 +135,18 @@ def _sha256(path: pathlib.Path) -> str:
 
 def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """The part of the manifest that is known before the work, with the fingerprint over it."""
+    inputs = []
+    with Progress("fingerprint", sum(path.stat().st_size for path in files), unit="B") as progress:
+        for path in files:
+            size = path.stat().st_size
+            inputs.append({"file": str(path), "bytes": size, "sha256": _sha256(path)})
+            progress.advance(size)
     description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "options": json.loads(json.dumps(dataclasses.asdict(options))),
-        "inputs": [{"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files],
+        "inputs": inputs,
     }
-    identity = description | {"inputs": [entry["sha256"] for entry in description["inputs"]]}
+    identity = description | {"inputs": [entry["sha256"] for entry in inputs]}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {"fingerprint": digest, **description}
 
