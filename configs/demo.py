@@ -14,20 +14,20 @@ VOCAB_SIZE = 640
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     """The demonstration's stage "reference", "clm", "random" or "slm". The directories are filled in by the tool."""
     config = default.get_config(stage)
-    config.steps = 990 if stage == "reference" else 1350
+    config.steps = 990 if stage == "reference" else 1300
     config.batch_size = 16
     config.log_every = 20
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_width=32, ff_width=384)
     config.optimizer.update(learning_rate=3e-3 if stage == "reference" else 1.5e-3, warmup_steps=50)
     config.selection.ratio = 0.1
     config.eval.update(
-        every=config.steps // 9,
+        every=config.steps // 10,
         rows=128,
         prompt_template="Q: {question}?\n",
         answer_pattern=r"A: (.*)",
         stops=("\nQ:",),
         max_new_tokens=48,
-        generate_batch=192,
+        generate_batch=144,
     )
     config.checkpoint.every = config.steps // 2
     return config

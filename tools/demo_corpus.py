@@ -14,8 +14,8 @@ import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
-PROBLEM_SHARE = 0.3  # of the noisy corpus's characters
-WRONG_SHARE = 0.65  # of the noisy corpus's problems
+PROBLEM_SHARE = 0.15  # of the noisy corpus's characters
+WRONG_SHARE = 0.4  # of the noisy corpus's problems
 PROBLEMS_A_PAGE = 4
 
 WORDS = (
