@@ -61,7 +61,8 @@ def test_no_question_occurs_in_a_corpus_and_seeds_differ(tmp_path):
 def test_token_speedup():
     clm = [{"tokens": 10, "accuracy": 0.1}, {"tokens": 20, "accuracy": 0.3}, {"tokens": 30, "accuracy": 0.3}]
     slm = [{"tokens": 5, "accuracy": 0.2}, {"tokens": 8, "accuracy": 0.4}, {"tokens": 30, "accuracy": 0.1}]
-    assert token_speedup(clm, slm) == 20 / 8
+    assert token_speedup(clm, slm) == pytest.approx(20 / 6.5)  # half way from 0.2 at 5 tokens to 0.4 at 8
+    assert token_speedup(clm, clm) == 1.0
     assert token_speedup(slm, clm) is None
 
 

@@ -89,20 +89,22 @@ def demo(output: pathlib.Path, seed: int) -> dict[str, Any]:
     """Runs everything, writes summary.json, curves.png and report.html, and returns the summary."""
     start = time.monotonic()
     make_data(output, seed)
-    seconds_file = output / "seconds.json"  # of earlier starts, where this one goes on
-    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+    seconds_file = output / "seconds.json"  # of all starts together, where this one goes on
+    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else dict.fromkeys(("total", *ARMS), 0.0)
     for arm in ARMS:
         config = arm_config(arm, output, seed)
         say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
         arm_start = time.monotonic()
         train(config, output / arm)
-        seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
+        seconds[arm] += time.monotonic() - arm_start
+        seconds["total"] += time.monotonic() - start
+        start = time.monotonic()
         seconds_file.write_text(json.dumps(seconds))
     arms = {arm: {**arm_summary(output / arm), "seconds": seconds[arm]} for arm in ARMS}
     summary = {
         "arms": arms,
         "token_speedup": token_speedup(arms["clm"]["curve"], arms["slm"]["curve"]),
-        "seconds": time.monotonic() - start,
+        "seconds": seconds["total"],
         "seed": seed,
         "versions": {
             "python": platform.python_version(),

@@ -63,10 +63,18 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> float | None:
-    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if SLM never has it."""
+    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if SLM never has it.
+
+    SLM's curve is taken as straight between its evaluations, and as zero at its start.
+    """
     best = max(clm, key=lambda point: point["accuracy"])  # the first of equal ones
-    reached = [point["tokens"] for point in slm if point["accuracy"] >= best["accuracy"]]
-    return best["tokens"] / reached[0] if reached else None
+    before = {"tokens": 0, "accuracy": 0.0}
+    for point in slm:
+        if point["accuracy"] >= best["accuracy"]:
+            rise = (best["accuracy"] - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
+            return best["tokens"] / (before["tokens"] + rise * (point["tokens"] - before["tokens"]))
+        before = point
+    return None
 
 
 def write_report(
