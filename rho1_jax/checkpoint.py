@@ -111,7 +111,7 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
 
 def load_meta(checkpoint: pathlib.Path) -> Meta:
     """The description of a checkpoint directory."""
-    return Meta(**ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / "meta"))
+    return Meta(**ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint.absolute() / "meta"))
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
@@ -124,7 +124,7 @@ def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype
     shardings = param_shardings(wanted, mesh)
     wanted = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=s), wanted, shardings)
     try:
-        return ocp.StandardCheckpointer().restore(checkpoint / "params", wanted)
+        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / "params", wanted)
     except ValueError as error:
         raise UserError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
 
