@@ -7,6 +7,7 @@ Started again with the same command, it goes on from its newest checkpoint as if
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import shutil
@@ -74,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
             step=0,
             tokens_seen=0,
             tokens_selected=0,
-            config=config.to_dict(),
+            config=json.loads(json.dumps(config.to_dict())),  # as it will be read back
             data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(stores, weights)],
             tokenizer=tokenizer.fingerprint,
             reference=reference.description if reference else None,

@@ -88,10 +88,18 @@ def test_kill_9_and_the_same_command_again_equals_no_interruption(data, referenc
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), undisturbed[1])
 
 
-def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed):
+def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed, capsys):
     lines = read_metrics(undisturbed[0])
     train(config_of("slm", data, reference), undisturbed[0])
     assert read_metrics(undisturbed[0]) == lines
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_what_changed_since_the_last_start_is_said(data, reference, undisturbed, capsys):
+    config = config_of("slm", data, reference)
+    config.log_every = 3
+    train(config, undisturbed[0])
+    assert "changed since the last start: config.log_every: 2 -> 3" in capsys.readouterr().out
 
 
 def test_the_run_describes_itself(data, reference, undisturbed, tokenizer):
