@@ -11,7 +11,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rho1_jax.errors import UserError
-from rho1_jax.evals.answers import AnswerConfig
 from rho1_jax.model import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -64,13 +63,6 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
     if model.head_width % 2:
         raise UserError(f"config.model.head_width={model.head_width} is odd: rotary positions need pairs")
     return model
-
-
-def answer_config(config: ml_collections.ConfigDict) -> AnswerConfig:
-    """The part of the `eval` section that is about questions."""
-    names = ("prompt_template", "answer_pattern", "answer_key", "stops", "max_new_tokens", "generate_batch")
-    values = {name: config.eval[name] for name in names}
-    return AnswerConfig(**values | {"stops": tuple(config.eval.stops)})
 
 
 def parse_named(text: str, key: str) -> dict[str, str]:

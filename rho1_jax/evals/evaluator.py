@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax.config import answer_config, parse_named
+from rho1_jax.config import parse_named
 from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
-from rho1_jax.evals.answers import accuracy, answer_all, read_questions
+from rho1_jax.evals.answers import AnswerConfig, accuracy, answer_all, read_questions
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
 from rho1_jax.sharding import batch_sharding, replicated
@@ -32,7 +32,8 @@ class Evaluator:
         """Raises UserError where a data set or question file is missing, bad, or of another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
         self._batch_size, self._max_rows = config.batch_size, config.eval.rows
-        self._answers = answer_config(config)
+        settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
+        self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
         self._rows = {}
         for name, path in parse_named(config.eval.data, "config.eval.data").items():
             store = Store(path)
