@@ -65,6 +65,7 @@ def test_token_speedup():
     assert token_speedup(clm, slm) == pytest.approx(20 / 6.5)  # half way from 0.2 at 5 tokens to 0.4 at 8
     assert token_speedup(clm, clm) == 1.0
     assert token_speedup(slm, clm) is None
+    assert token_speedup([{"tokens": 10, "accuracy": 0.0}], slm) is None
 
 
 @pytest.fixture

@@ -63,11 +63,14 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> float | None:
-    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if SLM never has it.
+    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if there is none.
 
-    SLM's curve is taken as straight between its evaluations, and as zero at its start.
+    SLM's curve is taken as straight between its evaluations, and as zero at its start. Where CLM has no answer right,
+    or SLM never as many as CLM, there is no speed-up to tell.
     """
     best = max(clm, key=lambda point: point["accuracy"])  # the first of equal ones
+    if best["accuracy"] == 0:
+        return None
     before = {"tokens": 0, "accuracy": 0.0}
     for point in slm:
         if point["accuracy"] >= best["accuracy"]:
@@ -94,7 +97,7 @@ def write_report(
     )
     speedup = summary["token_speedup"]
     reached = (
-        "SLM did not reach CLM's best accuracy."
+        "CLM had no answer right, or SLM never as many as CLM: there is no speed-up to tell."
         if speedup is None
         else (f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens.")
     )
