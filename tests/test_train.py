@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,10 +96,11 @@ def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed,
     assert "changed" not in capsys.readouterr().out
 
 
-def test_what_changed_since_the_last_start_is_said(data, reference, undisturbed, capsys):
+def test_what_changed_since_the_last_start_is_said(data, reference, undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
     config = config_of("slm", data, reference)
     config.log_every = 3
-    train(config, undisturbed[0])
+    train(config, tmp_path / "run")
     assert "changed since the last start: config.log_every: 2 -> 3" in capsys.readouterr().out
 
 
