@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from rho1_jax.data.tokenizer import TOKENIZER_FILE
 from rho1_jax.errors import UserError
 from rho1_jax.model import ModelConfig, Params, abstract_params
 from rho1_jax.sharding import param_shardings, path_name
 
 CHECKPOINTS = "checkpoints"
-TOKENIZER = "tokenizer.model"
 
 
 class Meta(NamedTuple):
@@ -131,7 +131,7 @@ def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype
 
 def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
     """The tokenizer that a run keeps beside its checkpoints."""
-    return checkpoint.parent.parent / TOKENIZER
+    return checkpoint.parent.parent / TOKENIZER_FILE
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rho1_jax.errors import UserError
+from rho1_jax.files import write_text
 from rho1_jax.model import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -78,9 +79,7 @@ def parse_named(text: str, key: str) -> dict[str, str]:
 
 def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Saves the resolved config beside the run."""
-    beside = workdir / f"{CONFIG_FILE}.tmp"
-    beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    beside.rename(workdir / CONFIG_FILE)
+    write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:

@@ -18,6 +18,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import accuracy, write_results
 from rho1_jax.evals.evaluator import Evaluator
+from rho1_jax.files import write_text
 
 
 def evaluate(
@@ -55,7 +56,7 @@ def evaluate(
         output.mkdir(parents=True, exist_ok=True)
         for name, results in items.items():
             write_results(output / f"{name}.jsonl", results)
-        (output / "results.json").write_text(json.dumps({"checkpoint": str(directory), **metrics}, indent=2) + "\n")
+        write_text(output / "results.json", json.dumps({"checkpoint": str(directory), **metrics}, indent=2) + "\n")
     return metrics
 
 

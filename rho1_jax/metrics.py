@@ -10,6 +10,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from rho1_jax.errors import UserError
+from rho1_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -83,9 +84,7 @@ class MetricsWriter:
         """Drops what an interrupted run wrote after `resume_step`, so that its steps are not there twice."""
         self._path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if self._path.exists() else []
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        beside.rename(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 

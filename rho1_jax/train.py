@@ -27,7 +27,7 @@ from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.config import define_config_flag, differences, model_config, run, write_config
 from rho1_jax.data.loader import batches, open_mixture
 from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator, to_devices
 from rho1_jax.metrics import MetricsWriter, Progress
@@ -87,7 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
         state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, mesh)
         write_config(config, workdir)
-        shutil.copyfile(tokenizer.path, workdir / checkpoint.TOKENIZER)
+        shutil.copyfile(tokenizer.path, workdir / TOKENIZER_FILE)
 
         # 3. The step.
         step = jitted_step(config, policy, reference, tx, state, mesh)

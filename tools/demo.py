@@ -24,6 +24,7 @@ from rho1_jax.data import prepare as prepare_data
 from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.files import write_text
 from rho1_jax.model import ModelConfig
 from rho1_jax.sharding import make_mesh
 from rho1_jax.train import train
@@ -99,7 +100,7 @@ def demo(output: pathlib.Path, seed: int) -> dict[str, Any]:
         seconds[arm] += time.monotonic() - arm_start
         seconds["total"] += time.monotonic() - start
         start = time.monotonic()
-        seconds_file.write_text(json.dumps(seconds))
+        write_text(seconds_file, json.dumps(seconds))
     arms = {arm: {**arm_summary(output / arm), "seconds": seconds[arm]} for arm in ARMS}
     summary = {
         "arms": arms,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
+from rho1_jax.files import write_text
+
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
 PROBLEM_SHARE = 0.15  # of the noisy corpus's characters
 WRONG_SHARE = 0.4  # of the noisy corpus's problems
@@ -141,6 +143,4 @@ def write_corpora(directory: pathlib.Path, seed: int, clean: int, noisy: int, qu
         "questions": ({"question": problem.question, "answer": f"A: {problem.answer}"} for problem in asked),
     }
     for name, lines in records.items():
-        beside = directory / f"{name}.tmp"
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        beside.rename(directory / f"{name}.jsonl")
+        write_text(directory / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -9,6 +9,7 @@ from typing import Any
 from rho1_jax.analysis.plots import Curve, plot_curves
 from rho1_jax.analysis.token_report import CSS, TokenScores, rows_html
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.files import write_text
 from rho1_jax.metrics import read_metrics
 
 LABELS = {"reference": "reference (clean text)", "clm": "CLM", "random": "random", "slm": "SLM"}
@@ -109,5 +110,5 @@ def write_report(
         speedup=reached,
         rows=rows_html(scores, tokenizer, range(min(SHOWN_ROWS, len(scores.batch.tokens)))),
     )
-    (output / "report.html").write_text(page, encoding="utf-8")
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(output / "report.html", page)
+    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")

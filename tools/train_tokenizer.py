@@ -14,6 +14,7 @@ from absl import flags
 from rho1_jax.config import run
 from rho1_jax.data import records
 from rho1_jax.errors import UserError
+from rho1_jax.files import replacing
 
 # Longer lines than this are cut: SentencePiece drops them otherwise.
 MAX_SENTENCE_BYTES = 4192
@@ -62,9 +63,8 @@ def train_tokenizer(
         reason = " ".join(str(error).split())
         raise UserError(f"--vocab_size={vocab_size} does not suit this text: {reason}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".tmp")
-    beside.write_bytes(model.getvalue())
-    beside.rename(output)
+    with replacing(output) as beside:
+        beside.write_bytes(model.getvalue())
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ import numpy as np
 
 from rho1_jax.data import records, store
 from rho1_jax.data.packing import Batch, pack
-from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from rho1_jax.errors import UserError
+from rho1_jax.files import replacing, write_text
 from rho1_jax.metrics import Progress
 
 CHUNK_BYTES = 4 << 20
@@ -57,12 +58,10 @@ class Chunk:
     bad: list[str]  # "file:line: reason" of each record that holds no document
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes the chunk beside `path` and renames."""
-        beside = path.with_suffix(".tmp")
-        with beside.open("wb") as file:
-            bad = np.array(self.bad, dtype=np.str_)
+        """Writes the chunk, whole or not at all."""
+        bad = np.array(self.bad, dtype=np.str_)
+        with replacing(path) as beside, beside.open("wb") as file:
             np.savez(file, tokens=self.tokens, lengths=self.lengths, held_out=self.held_out, bad=bad)
-        beside.rename(path)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Chunk":
@@ -174,7 +173,7 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
         raise
     manifest = description | counts
     (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.copyfile(tokenizer.path, partial / store.TOKENIZER)
+    shutil.copyfile(tokenizer.path, partial / TOKENIZER_FILE)
     for chunk in chunks:
         chunk.unlink()
     (partial / "description.json").unlink()
@@ -207,9 +206,7 @@ def _start_or_continue(partial: pathlib.Path, description: dict[str, Any]) -> No
     if not (marker.is_file() and json.loads(marker.read_text()) == description):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        beside = marker.with_suffix(".tmp")
-        beside.write_text(json.dumps(description))
-        beside.rename(marker)
+        write_text(marker, json.dumps(description))
 
 
 def _tokenize_all(

@@ -14,11 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rho1_jax.data.packing import Batch
-from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from rho1_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 _ROWS = "rows"
 _VERSION = "1.0.0"
 
@@ -93,7 +92,7 @@ class Store:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the rows."""
-        return Tokenizer(self.path / TOKENIZER)
+        return Tokenizer(self.path / TOKENIZER_FILE)
 
     def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:
         """Random access to a split's rows: {"tokens": [M], "segment_ids": [M]} each.

@@ -8,6 +8,8 @@ import sentencepiece
 
 from rho1_jax.errors import UserError
 
+TOKENIZER_FILE = "tokenizer.model"  # its name in a run or a prepared data set
+
 
 class Tokenizer:
     """Text to token ids and back.

@@ -12,6 +12,7 @@ from flax import nnx
 from rho1_jax.data import records
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
+from rho1_jax.files import write_text
 from rho1_jax.generate import generate
 from rho1_jax.model import Params
 
@@ -122,4 +123,4 @@ def accuracy(results: Sequence[dict[str, Any]]) -> float:
 
 def write_results(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    path.write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    write_text(path, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
