@@ -20,6 +20,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
         {
             "seed": 0,  # of initial weights, shuffles and the random score
             "steps": 1000,  # updates in all
+            "epochs": 0.0,  # above 0: as many steps as this many passes over the training data take, instead
             "batch_size": 32,  # rows of one step, over all devices and microbatches
             "microbatches": 1,  # parts a step is taken in, to save memory; the update is the same
             "log_every": 10,  # steps between two lines of metrics.jsonl
@@ -29,6 +30,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "tensor": 1,  # devices that share heads, feed-forward width and vocabulary
             },
             "model": {
+                "family": "llama",  # or "mistral", "qwen2" (biases on queries, keys, values), "qwen3" (norms)
                 "vocab_size": 0,  # 0: the tokenizer's
                 "width": 256,  # D
                 "layers": 6,  # N
@@ -36,7 +38,12 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "kv_heads": 4,  # K, divides heads
                 "head_width": 32,  # C
                 "ff_width": 768,  # F
+                "context_length": 0,  # longest row the model is made for; 0: the data's
                 "rope_theta": 10_000.0,  # base of the rotary frequencies
+                "rope_factor": 1.0,  # stretches slow rotary waves, as Llama 3.1 does with 8; 1: none
+                "rope_low_frequency_factor": 1.0,  # turns in the original length below which a wave is stretched fully
+                "rope_high_frequency_factor": 4.0,  # turns above which it is not at all
+                "rope_original_length": 8192,  # context before the stretching
                 "norm_eps": 1e-5,  # of RMSNorm
                 "tied_embeddings": True,  # one matrix for input and output
                 "sliding_window": config_dict.placeholder(int),  # keys a query sees, itself included; none: all
@@ -51,12 +58,13 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 1e-3,  # peak
-                "warmup_steps": 100,  # linear, from zero
-                "final_learning_rate_fraction": 0.1,  # where the cosine ends, relative to the peak
+                "warmup_fraction": 0.1,  # of the steps; linear, from zero
+                "decay": "cosine",  # or "linear"
+                "final_learning_rate_fraction": 0.1,  # where the decay ends, relative to the peak
                 "b1": 0.9,
                 "b2": 0.95,
                 "eps": 1e-8,
-                "weight_decay": 0.1,  # of matrices; norms have none
+                "weight_decay": 0.1,  # of matrices; norms and biases have none
                 "clip_norm": 1.0,  # of the gradient
             },
             "selection": {
@@ -64,8 +72,9 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "ratio": 0.6,  # share of the eligible tokens that is trained on, a multiple of 0.0001
                 "scope": "global",  # who competes: the tokens of the step, of a "microbatch" or of a "sequence"
             },
-            "init": {"checkpoint": ""},  # a run or checkpoint to take the first weights from; empty: random ones
-            "reference": {"checkpoint": ""},  # a run or checkpoint: the frozen model of the score "excess"
+            # Of these two each may be a run's directory, one of its checkpoints, or a Hugging Face folder.
+            "init": {"checkpoint": ""},  # where the first weights come from; empty: random ones
+            "reference": {"checkpoint": ""},  # the frozen model of the score "excess"
             "eval": {
                 "every": 100,  # steps between two evaluations; there is one at the end in any case
                 "data": "",  # losses on the split "eval" of data sets: NAME=DIR,NAME=DIR

@@ -18,7 +18,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.log_every = 20
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_width=32, ff_width=384)
-    config.optimizer.update(learning_rate=3e-3 if stage == "reference" else 1.5e-3, warmup_steps=50)
+    config.optimizer.update(learning_rate=3e-3 if stage == "reference" else 1.5e-3, warmup_fraction=50 / config.steps)
     config.selection.ratio = 0.1
     config.eval.update(
         every=config.steps // 10,

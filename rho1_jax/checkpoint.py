@@ -9,14 +9,16 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from rho1_jax.data.tokenizer import TOKENIZER_FILE
+from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.errors import UserError
 from rho1_jax.model import ModelConfig, Params, abstract_params
 from rho1_jax.sharding import param_shardings, path_name
@@ -64,15 +66,11 @@ class Checkpoints:
         return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
     def save(self, params: Params, opt_state: Any, meta: Meta) -> None:
-        """Starts to save; the arrays may be donated once this returns."""
-        self._manager.save(
-            meta.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                opt_state=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave(meta._asdict()),
-            ),
-        )
+        """Starts to save; the arrays may be donated once this returns. Weights that were imported have no opt_state."""
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta._asdict())}
+        if opt_state is not None:
+            items["opt_state"] = ocp.args.StandardSave(opt_state)
+        self._manager.save(meta.step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """Parameters and optimizer state in the shapes, dtypes and shardings of the abstract ones given."""
@@ -130,8 +128,22 @@ def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype
 
 
 def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
-    """The tokenizer that a run keeps beside its checkpoints."""
-    return checkpoint.parent.parent / TOKENIZER_FILE
+    """The tokenizer's folder that a run keeps beside its checkpoints."""
+    return checkpoint.parent.parent / TOKENIZER_DIR
+
+
+def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Path and array, as stored, of each parameter of a checkpoint directory. One is in memory at a time."""
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    directory = checkpoint.absolute() / "params"
+    stored = handler.metadata(directory).item_metadata.tree
+    for path, _ in jax.tree_util.tree_flatten_with_path(stored)[0]:
+        one: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(path):
+            one = {key.key: one}
+        item = jax.tree.map(lambda _: 0, one, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
+        restored = handler.restore(directory, ocp.args.PyTreeRestore(item, restore_args=one, partial_restore=True))
+        yield path_name(path), jax.tree.leaves(restored)[0]
 
 
 @jax.jit

@@ -89,7 +89,7 @@ def generate(
     Returns:
       The continuations, without their prompts.
     """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     if not all(ids):
         raise ValueError(f"prompt {ids.index([])} is empty: there is nothing to continue")
     length = -(-max(map(len, ids)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

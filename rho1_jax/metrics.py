@@ -14,6 +14,7 @@ from rho1_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+LARGE_UNITS = ("B", "params", "tokens")  # shown in thousands and millions
 SILENT_SECONDS = 5.0  # work that was done sooner prints none
 
 
@@ -27,7 +28,7 @@ class Progress:
             initial=initial,
             desc=name,
             unit=unit,
-            unit_scale=unit == "B",
+            unit_scale=unit in LARGE_UNITS,
             disable=not self._terminal,
             leave=leave,
             dynamic_ncols=True,
@@ -59,7 +60,7 @@ class Progress:
             self._last_line - self._start,
             prefix=self._name,
             unit=self._unit,
-            unit_scale=self._unit == "B",
+            unit_scale=self._unit in LARGE_UNITS,
             initial=self._initial,
             postfix=self._note,
             bar_format="{desc}: {n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt} {remaining} left{postfix}",

@@ -1,4 +1,4 @@
-"""A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A decoder as Llama, Mistral and Qwen have it: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Shapes: B batch rows, L sequence, S cached positions, D model width, H query heads, K key/value heads, C head width,
 F feed-forward width, V vocabulary, N layers.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rho1_jax.attention import attention, attention_mask
@@ -18,10 +19,21 @@ from rho1_jax.sharding import shard_activations
 Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
 
 
+class Family(NamedTuple):
+    """In what the families differ, beside sizes."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(qkv_bias=True), "qwen3": Family(qk_norm=True)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model. Field for field the `model` section of a config."""
 
+    family: str
     vocab_size: int
     width: int
     layers: int
@@ -29,7 +41,12 @@ class ModelConfig:
     kv_heads: int
     head_width: int
     ff_width: int
+    context_length: int
     rope_theta: float
+    rope_factor: float
+    rope_low_frequency_factor: float
+    rope_high_frequency_factor: float
+    rope_original_length: int
     norm_eps: float
     tied_embeddings: bool
     sliding_window: int | None
@@ -48,24 +65,37 @@ class Cache(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
-    """Scales each state to a root mean square of one (arXiv 1910.07467), in float32."""
+    """Scales each vector along the last axis to a root mean square of one (arXiv 1910.07467), in float32."""
 
-    def __init__(self, config: ModelConfig):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.width))
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size))
 
-    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        """The states [B, L, D], normalized, in their dtype."""
-        x_BLD = hidden_BLD.astype(jnp.float32)
-        x_BLD *= jax.lax.rsqrt(jnp.mean(x_BLD**2, axis=-1, keepdims=True) + self.eps)
-        return (x_BLD * self.scale[...]).astype(hidden_BLD.dtype)
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """The vectors [..., size], normalized, in their dtype."""
+        x = hidden.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...]).astype(hidden.dtype)
 
 
-def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), first half of the head against the second, as Llama has it."""
-    half = x_BLHC.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BL1c = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians a position, [C / 2], of rotary positions (arXiv 2104.09864).
+
+    With a factor above 1 as Llama 3.1 has them: waves that go round less than `rope_low_frequency_factor` times in the
+    original length are stretched by the factor, those that go round more than `rope_high_frequency_factor` times are
+    left alone, and between the two it is a straight line.
+    """
+    half = config.head_width // 2
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    turns = config.rope_original_length * frequencies / (2 * np.pi)
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Turns each pair by position times frequency: first half of the head against the second, as Llama has it."""
+    angles_BL1c = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
     sin, cos = jnp.sin(angles_BL1c), jnp.cos(angles_BL1c)
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
@@ -96,12 +126,25 @@ class Attention(nnx.Module):
         self.k = _weight(rngs, (D, K, C), D**-0.5)
         self.v = _weight(rngs, (D, K, C), D**-0.5)
         self.o = _weight(rngs, (H, C, D), (2 * config.layers * H * C) ** -0.5)
+        if FAMILIES[config.family].qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((H, C)))
+            self.k_bias = nnx.Param(jnp.zeros((K, C)))
+            self.v_bias = nnx.Param(jnp.zeros((K, C)))
+        if FAMILIES[config.family].qk_norm:
+            self.q_norm = RMSNorm(C, config.norm_eps)
+            self.k_norm = RMSNorm(C, config.norm_eps)
 
     def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
         """Attends to this call's keys or, with a cache, to the cache with this call's keys written at `start`."""
-        q_BLHC = rotate(_project(hidden_BLD, self.q[...]), positions_BL, self.config.rope_theta)
-        k_BLKC = rotate(_project(hidden_BLD, self.k[...]), positions_BL, self.config.rope_theta)
-        v_BLKC = _project(hidden_BLD, self.v[...])
+        q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...]) for kernel in (self.q, self.k, self.v))
+        if FAMILIES[self.config.family].qkv_bias:
+            q_BLHC += self.q_bias[...].astype(q_BLHC.dtype)
+            k_BLKC += self.k_bias[...].astype(k_BLKC.dtype)
+            v_BLKC += self.v_bias[...].astype(v_BLKC.dtype)
+        if FAMILIES[self.config.family].qk_norm:
+            q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
+        frequencies = rotary_frequencies(self.config)
+        q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
         if cached_kv is None:
             mixed_BLHC = attention(q_BLHC, k_BLKC, v_BLKC, mask_BLS)
         else:
@@ -131,9 +174,9 @@ class Layer(nnx.Module):
     """Attention and feed-forward, each behind a norm and added to what came in."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config, rngs)
-        self.feed_forward_norm = RMSNorm(config)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config, rngs)
 
     def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
@@ -157,7 +200,7 @@ class Decoder(nnx.Module):
             return Layer(config, rngs)
 
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tied_embeddings:
             self.head = _weight(rngs, (config.vocab_size, config.width), 0.02)
 
@@ -226,3 +269,8 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters, nothing allocated."""
     return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def param_count(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping by global norm."""
+"""AdamW with warm-up, decay and clipping by global norm."""
 
 import dataclasses
 
@@ -7,13 +7,16 @@ import optax
 
 from rho1_jax.sharding import path_name
 
+DECAYS = ("cosine", "linear")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Field for field the `optimizer` section of a config."""
 
     learning_rate: float
-    warmup_steps: int
+    warmup_fraction: float
+    decay: str
     final_learning_rate_fraction: float
     b1: float
     b2: float
@@ -23,19 +26,22 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from zero, then a cosine down to a fraction of the peak at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(steps, config.warmup_steps + 1),
-        end_value=config.learning_rate * config.final_learning_rate_fraction,
-    )
+    """Linear warm-up from zero, then a cosine or a line down to a fraction of the peak at the last step."""
+    peak, final = config.learning_rate, config.final_learning_rate_fraction
+    warmup = round(config.warmup_fraction * steps)
+    after = max(1, steps - warmup)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, after, alpha=final),
+        "linear": optax.linear_schedule(peak, peak * final, after),
+    }[config.decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def _decayed(params):
-    """Weight decay applies to matrices, not to the scales of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("norm/scale"), params)
+    """Weight decay applies to matrices, neither to the scales of norms nor to biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path_name(path).endswith(("norm/scale", "_bias")), params
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

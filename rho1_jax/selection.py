@@ -54,17 +54,20 @@ SCORES = {
 }
 
 
-def eligible_targets(segment_ids_BM: jax.Array) -> jax.Array:
+def eligible_targets(segment_ids_BM: jax.Array, responses_BM: jax.Array | None = None) -> jax.Array:
     """Which targets may be selected or counted.
 
     Args:
       segment_ids_BM: [B, L + 1] document numbers within each row; 0 is padding.
+      responses_BM: [B, L + 1] bool, in fine-tuning: the token is part of a response.
 
     Returns:
-      [B, L] bool: the target is no padding and lies in the same document as its input.
+      [B, L] bool: the target is no padding, lies in the same document as its input and, in fine-tuning, is part of a
+      response.
     """
     inputs_BL, targets_BL = segment_ids_BM[:, :-1], segment_ids_BM[:, 1:]
-    return (targets_BL != 0) & (targets_BL == inputs_BL)
+    eligible_BL = (targets_BL != 0) & (targets_BL == inputs_BL)
+    return eligible_BL if responses_BM is None else eligible_BL & responses_BM[:, 1:]
 
 
 def ratio_units(ratio: float) -> int:

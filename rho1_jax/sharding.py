@@ -18,6 +18,8 @@ RULES = {
     r"embedding": PartitionSpec("tensor", "fsdp"),
     r"head": PartitionSpec("tensor", "fsdp"),
     r"attention/[qkv]": PartitionSpec(None, "fsdp", "tensor", None),
+    r"attention/[qkv]_bias": PartitionSpec(None, "tensor", None),
+    r"attention/[qk]_norm/scale": PartitionSpec(),
     r"attention/o": PartitionSpec(None, "tensor", None, "fsdp"),
     r"feed_forward/(gate|up)": PartitionSpec(None, "fsdp", "tensor"),
     r"feed_forward/down": PartitionSpec(None, "tensor", "fsdp"),

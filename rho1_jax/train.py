@@ -10,9 +10,8 @@ import functools
 import json
 import math
 import pathlib
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +26,12 @@ from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.config import define_config_flag, differences, model_config, run, write_config
 from rho1_jax.data.loader import batches, open_mixture
 from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator, to_devices
 from rho1_jax.metrics import MetricsWriter, Progress
 from rho1_jax.model import ModelConfig, Params
+from rho1_jax.pretrained import Pretrained, open_pretrained
 from rho1_jax.train_step import TrainState, make_train_step
 
 # A resumed run that changed one of these would train on other batches, or not be the same model.
@@ -64,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
     check_batch_size(config, mesh)
     stores, weights = open_mixture(config.data.train)
     tokenizer = stores[0].tokenizer()
-    config = resolve(config, tokenizer)
+    config = resolve(config, stores, tokenizer)
     policy_config = model_config(config)
     policy = model.build(policy_config)
     with jax.set_mesh(mesh):
@@ -87,7 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
         state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, mesh)
         write_config(config, workdir)
-        shutil.copyfile(tokenizer.path, workdir / TOKENIZER_FILE)
+        tokenizer.save(workdir / TOKENIZER_DIR)
 
         # 3. The step.
         step = jitted_step(config, policy, reference, tx, state, mesh)
@@ -122,6 +122,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         selection.ratio_units(config.selection.ratio)
     except ValueError as error:
         raise UserError(f"config.selection.ratio: {error}") from None
+    if config.optimizer.decay not in optimizer.DECAYS:
+        raise UserError(f"config.optimizer.decay={config.optimizer.decay!r} is none of {', '.join(optimizer.DECAYS)}")
+    if not 0 <= config.optimizer.warmup_fraction < 1:
+        raise UserError(f"config.optimizer.warmup_fraction={config.optimizer.warmup_fraction} must lie in [0, 1)")
+    if config.epochs < 0:
+        raise UserError(f"config.epochs={config.epochs} must not be negative")
     for key in ("steps", "batch_size", "microbatches", "log_every"):
         if config[key] < 1:
             raise UserError(f"config.{key}={config[key]} must be at least 1")
@@ -140,9 +146,21 @@ def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def resolve(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> ml_collections.ConfigDict:
-    """A copy of the config with the vocabulary's size filled in."""
+def resolve(
+    config: ml_collections.ConfigDict, stores: Sequence[Store], tokenizer: Tokenizer
+) -> ml_collections.ConfigDict:
+    """A copy of the config with what the data decide filled in. Raises UserError where the model is too small."""
     config = config.copy_and_resolve_references()
+    if config.epochs:
+        rows = sum(len(store.rows("train")) for store in stores)
+        config.steps = math.ceil(config.epochs * rows / config.batch_size)
+    seq_len = stores[0].seq_len
+    config.model.context_length = config.model.context_length or seq_len
+    if config.model.context_length < seq_len:
+        length = config.model.context_length
+        raise UserError(
+            f"config.model.context_length={length} is below the {seq_len} tokens of a row of {stores[0].path}"
+        )
     if not config.model.vocab_size:
         config.model.vocab_size = tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -162,48 +180,23 @@ def load_reference(config: ml_collections.ConfigDict, store: Store, mesh: Mesh) 
     key = "config.reference.checkpoint"
     if not config.reference.checkpoint:
         raise UserError(f"{key} is empty, and config.selection.score={config.selection.score!r} needs a reference")
-    directory, reference_config = find_model(config.reference.checkpoint, key, config, store)
-    params = checkpoint.load_params(directory, reference_config, mesh, config.model.compute_dtype)
-    description = {"path": str(directory), "fingerprint": checkpoint.fingerprint(params)}
-    return Reference(model.build(reference_config), params, description)
+    found = open_pretrained(config.reference.checkpoint, key, config, store)
+    params = found.load(mesh, config.model.compute_dtype)
+    description = {"path": str(found.path), "fingerprint": checkpoint.fingerprint(params)}
+    return Reference(model.build(found.model), params, description)
 
 
-def find_initial(config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store) -> pathlib.Path | None:
-    """The checkpoint with the first weights, if the config names one. Raises UserError where it is another model's."""
+def find_initial(config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store) -> Pretrained | None:
+    """The model with the first weights, if the config names one. Raises UserError where it is another one."""
     key = "config.init.checkpoint"
     if not config.init.checkpoint:
         return None
-    directory, saved_config = find_model(config.init.checkpoint, key, config, store)
-    changed = differences(dataclasses.asdict(saved_config), dataclasses.asdict(policy_config), "config.model")
+    found = open_pretrained(config.init.checkpoint, key, config, store)
+    same_length = dataclasses.replace(found.model, context_length=policy_config.context_length)
+    changed = differences(dataclasses.asdict(same_length), dataclasses.asdict(policy_config), "config.model")
     if changed:
-        raise UserError(f"{key}={directory} is another model: {'; '.join(changed)}")
-    return directory
-
-
-def find_model(
-    path: str, key: str, config: ml_collections.ConfigDict, store: Store
-) -> tuple[pathlib.Path, ModelConfig]:
-    """A checkpoint's directory and model, for use in a run on the data of `store`.
-
-    Raises:
-      UserError: there is none, or its tokenizer or vocabulary are others.
-    """
-    directory = checkpoint.find(path, key)
-    meta = checkpoint.load_meta(directory)
-    if meta.tokenizer != store.tokenizer_fingerprint:
-        raise UserError(
-            f"{key}={directory} was trained with another tokenizer ({meta.tokenizer[:12]}) than {store.path} was "
-            f"prepared with ({store.tokenizer_fingerprint[:12]}): prepare the data with "
-            f"{checkpoint.tokenizer_path(directory)}"
-        )
-    saved = meta.config["model"]
-    if saved["vocab_size"] != config.model.vocab_size:
-        raise UserError(
-            f"{key}={directory} has a vocabulary of {saved['vocab_size']}, "
-            f"config.model.vocab_size is {config.model.vocab_size}"
-        )
-    run_settings = {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
-    return directory, ModelConfig(**saved | run_settings)
+        raise UserError(f"{key}={found.path} is another model: {'; '.join(changed)}")
+    return found
 
 
 def initial_state(
@@ -212,7 +205,7 @@ def initial_state(
     tx,
     checkpoints: Checkpoints,
     meta: Meta,
-    initial: pathlib.Path | None,
+    initial: Pretrained | None,
     mesh: Mesh,
 ) -> tuple[TrainState, Meta]:
     """The state to go on from, already on the mesh, and where the run stands. A new run starts from `initial`, if any.
@@ -239,7 +232,7 @@ def initial_state(
         meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
     else:
         if initial is not None:
-            params = checkpoint.load_params(initial, policy_config, mesh, "float32")
+            params = initial.load(mesh, "float32")
         else:
             init = functools.partial(model.init_params, policy_config, config.seed)
             params = jax.jit(init, out_shardings=sharded(params_shape))()

@@ -45,7 +45,7 @@ def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
         inputs=batch.tokens[:, :-1],
         targets=batch.tokens[:, 1:],
         segment_ids=segment_ids_BL if document_mask else jnp.minimum(segment_ids_BL, 1),
-        eligible=selection.eligible_targets(batch.segment_ids),
+        eligible=selection.eligible_targets(batch.segment_ids, batch.responses),
     )
 
 

@@ -31,6 +31,7 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 TINY = ModelConfig(
+    family="llama",
     vocab_size=64,
     width=32,
     layers=2,
@@ -38,7 +39,12 @@ TINY = ModelConfig(
     kv_heads=2,
     head_width=8,
     ff_width=48,
+    context_length=64,
     rope_theta=10_000.0,
+    rope_factor=1.0,
+    rope_low_frequency_factor=1.0,
+    rope_high_frequency_factor=4.0,
+    rope_original_length=8192,
     norm_eps=1e-5,
     tied_embeddings=True,
     sliding_window=None,
@@ -94,7 +100,7 @@ def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
     return Tokenizer(path)
 
 
-OPTIONS = Options(templates=("{text}",), seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
+OPTIONS = Options(templates=("{text}",), transcripts=None, seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +121,7 @@ def config_of(stage, data, reference=""):
     config.model.update(sizes)
     config.data.train = str(data)
     config.reference.checkpoint = str(reference)
-    config.optimizer.update(learning_rate=1e-2, warmup_steps=3)
+    config.optimizer.update(learning_rate=1e-2, warmup_fraction=0.25)
     config.eval.update(every=5, data=f"held_out={data}", rows=16)
     config.checkpoint.every = 4
     return config

@@ -1,5 +1,7 @@
 """The schedule at its ends, and what weight decay and clipping touch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from rho1_jax.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 
-CONFIG = OptimizerConfig(0.1, 10, 0.2, 0.9, 0.95, 1e-8, 0.5, 1.0)
+CONFIG = OptimizerConfig(0.1, 10 / 110, "cosine", 0.2, 0.9, 0.95, 1e-8, 0.5, 1.0)
 
 
 def test_schedule_warms_up_and_ends_at_the_fraction():
@@ -20,17 +22,24 @@ def test_schedule_warms_up_and_ends_at_the_fraction():
     assert float(schedule(110)) == pytest.approx(0.02)
 
 
-def test_a_run_shorter_than_its_warm_up_still_has_a_schedule():
-    assert 0 < float(learning_rate_schedule(CONFIG, 3)(2)) < 0.1
+def test_linear_decay_is_a_line_from_the_peak_to_the_fraction():
+    schedule = learning_rate_schedule(dataclasses.replace(CONFIG, decay="linear"), 110)
+    np.testing.assert_allclose([float(schedule(step)) for step in (5, 10, 35, 110)], [0.05, 0.1, 0.08, 0.02], rtol=1e-6)
+
+
+def test_a_run_without_warm_up_starts_at_the_peak():
+    assert float(learning_rate_schedule(dataclasses.replace(CONFIG, warmup_fraction=0.0), 3)(0)) == pytest.approx(0.1)
 
 
 def test_weight_decay_leaves_norms_alone():
-    optimizer = make_optimizer(OptimizerConfig(0.1, 0, 1.0, 0.9, 0.95, 1e-8, 0.5, 1.0), 10)
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, warmup_fraction=0.0, final_learning_rate_fraction=1.0), 10)
     params = {"norm": {"scale": jnp.ones(3)}, "layers": {"attention_norm": {"scale": jnp.ones(3)}}, "head": jnp.ones(3)}
+    params["layers"]["attention"] = {"q_bias": jnp.ones(3)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     new = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(new["norm"]["scale"], 1)
     np.testing.assert_array_equal(new["layers"]["attention_norm"]["scale"], 1)
+    np.testing.assert_array_equal(new["layers"]["attention"]["q_bias"], 1)
     np.testing.assert_allclose(new["head"], 1 - 0.1 * 0.5)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rho1_jax.data.packing import pack
+from rho1_jax.data.packing import Documents, pack
 
 EOS = 2
 
@@ -18,7 +18,9 @@ def as_batches(docs, sizes):
     for size in sizes:
         chosen = docs[start : start + size]
         start += size
-        yield np.array([t for d in chosen for t in d], np.int32), np.array([len(d) for d in chosen], np.int64)
+        yield Documents(
+            np.array([t for d in chosen for t in d], np.int32), np.array([len(d) for d in chosen], np.int64)
+        )
 
 
 def rows_of(docs, sizes, seq_len):

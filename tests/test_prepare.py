@@ -76,7 +76,7 @@ def test_the_first_template_that_fits_joins_a_records_keys(tokenizer, tmp_path):
     assert texts_of(Store(tmp_path / "out"), tokenizer) == ["2+2?\n4", "y"]
     assert records.parse_templates("body", []) == ("{body}",)
     with pytest.raises(records.BadRecord, match="lacks the key 'question', 'answer' nor 'text'; it has 'body'"):
-        records.document(path, {"body": "z"}, templates)
+        records.document({"body": "z"}, templates)
 
 
 def test_manifest_counts_and_held_out_documents_are_disjoint(data, tokenizer, corpus):

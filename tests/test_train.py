@@ -111,7 +111,7 @@ def test_the_run_describes_itself(data, reference, undisturbed, tokenizer):
     meta = checkpoint.load_meta(checkpoint.find(workdir, "workdir"))
     assert meta.config == saved and meta.tokenizer == tokenizer.fingerprint
     assert meta.reference["path"] == str(checkpoint.find(reference, "reference"))
-    assert Tokenizer(workdir / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert Tokenizer(workdir / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
 def test_first_weights_from_another_run(data, reference, tmp_path):
@@ -134,7 +134,7 @@ def test_first_weights_of_another_model_are_refused(data, reference, tmp_path):
 
 def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
     config = config_of("clm", data)
-    config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_steps=0)
+    config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_fraction=0.0)
     with pytest.raises(UserError, match=r"step \d+: loss .*learning_rate"):
         train(config, tmp_path / "run")
 

@@ -33,7 +33,7 @@ from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_repo
 from tools.train_tokenizer import train_tokenizer
 
 ARMS = ("reference", "clm", "random", "slm")
-CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 12_000, 288
+CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 20_000, 288
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
 
 
@@ -53,7 +53,7 @@ def make_data(output: pathlib.Path, seed: int) -> None:
         train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, ["{text}"], max_sentences=50_000)
     for corpus in corpora:
         say(f"preparing {corpus.name}")
-        options = prepare_data.Options(("{text}",), demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
+        options = prepare_data.Options(("{text}",), None, demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
         prepare_data.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
 
 

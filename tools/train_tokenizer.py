@@ -25,7 +25,7 @@ def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterat
     for path in files:
         for line, record, _ in records.read(path):
             try:
-                text = records.document(path, record, templates)
+                text = records.document(records.parse(path, record), templates)
             except records.BadRecord as error:
                 raise UserError(f"{path}:{line}: {error}") from None
             for sentence in filter(None, text.split("\n")):

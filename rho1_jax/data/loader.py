@@ -35,7 +35,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def open_mixture(text: str) -> tuple[list[Store], list[float]]:
-    """The stores and weights of a mixture. All must share tokenizer and row length.
+    """The stores and weights of a mixture. All must share tokenizer, row length and kind.
 
     Raises:
       UserError: one cannot be opened, or differs from the first.
@@ -49,6 +49,8 @@ def open_mixture(text: str) -> tuple[list[Store], list[float]]:
                 f"{store.path} has rows of {store.seq_len} tokens, {stores[0].path} of {stores[0].seq_len}: "
                 "prepare them with the same --seq_len"
             )
+        if store.has_responses != stores[0].has_responses:
+            raise UserError(f"one of {store.path} and {stores[0].path} holds conversations, the other plain text")
     return stores, list(weights)
 
 
@@ -94,18 +96,15 @@ def batches(
     mixed = grain.MapDataset.mix(sources, weights)
     mine = mixed.batch(batch_size // hosts)[first_step * hosts + host :: hosts]
     for rows in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
-        yield Batch(rows["tokens"], rows["segment_ids"])
+        yield Batch(**rows)
 
 
 def eval_batches(rows: Sequence[dict[str, np.ndarray]], batch_size: int, host: int, hosts: int) -> Iterator[Batch]:
     """This host's part of all rows of a split, in order, in batches filled up with padding."""
     part = batch_size // hosts
+    blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
     for start in range(0, len(rows), batch_size):
         first = start + host * part
         taken = [rows[i] for i in range(first, min(first + part, len(rows)))]
-        blank = np.zeros((part - len(taken), len(rows[0]["tokens"])), np.int32)
-        tokens, segment_ids = (
-            np.concatenate([np.reshape([row[name] for row in taken], (-1, blank.shape[1])), blank]).astype(np.int32)
-            for name in ("tokens", "segment_ids")
-        )
-        yield Batch(tokens, segment_ids)
+        taken += [blank] * (part - len(taken))
+        yield Batch(**{name: np.stack([row[name] for row in taken]) for name in blank})

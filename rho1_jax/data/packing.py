@@ -14,19 +14,30 @@ import numpy as np
 PAD_ID = 0
 
 
+class Documents(NamedTuple):
+    """Some documents, one after the other."""
+
+    tokens: np.ndarray  # int32
+    lengths: np.ndarray  # tokens of each document
+    responses: np.ndarray | None = None  # bool, of each token: it is part of a response
+
+
 class Batch(NamedTuple):
-    """Packed rows, [R, M] int32 each: token ids, and document numbers within each row from 1 (0 is padding)."""
+    """Packed rows, [R, M] each: token ids, and document numbers within each row from 1 (0 is padding), both int32.
+
+    In fine-tuning also which tokens are part of a response.
+    """
 
     tokens: Any  # numpy on the host, jax on devices
     segment_ids: Any
+    responses: Any = None
 
 
-def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, eos_id: int) -> Iterator[Batch]:
+def pack(documents: Iterable[Documents], seq_len: int, eos_id: int) -> Iterator[Batch]:
     """Cuts a stream of documents into rows.
 
     Args:
-      documents: batches of documents: their tokens one after the other, each document ended by EOS, and the length
-        of each, its EOS included.
+      documents: plain documents, each ended by EOS.
       seq_len: targets in a row.
       eos_id: the token the stream starts with.
 
@@ -36,7 +47,7 @@ def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, eos_i
     tokens = np.array([eos_id], np.int32)
     numbers = np.zeros(1, np.int64)  # the document that each token of the stream belongs to
     documents_seen = 0
-    for new_tokens, lengths in documents:
+    for new_tokens, lengths, _ in documents:
         new_numbers = documents_seen + 1 + np.repeat(np.arange(len(lengths)), lengths)
         documents_seen += len(lengths)
         tokens, numbers = np.concatenate([tokens, new_tokens]), np.concatenate([numbers, new_numbers])
@@ -57,3 +68,37 @@ def _cut(tokens: np.ndarray, numbers: np.ndarray, rows: int, seq_len: int) -> Ba
     numbers_RM = numbers[index_RM]
     segment_ids_RM = (numbers_RM - numbers_RM[:, :1] + 1).astype(np.int32)
     return Batch(tokens[index_RM].astype(np.int32), segment_ids_RM)
+
+
+def pack_whole(documents: Iterable[Documents], seq_len: int) -> Iterator[Batch]:
+    """Puts conversations into rows without cutting them: a row takes the next ones for as long as they fit.
+
+    Args:
+      documents: conversations of at most seq_len + 1 tokens each, with their responses.
+      seq_len: targets in a row.
+
+    Yields:
+      One row at a time, filled up with padding.
+    """
+    row: list[tuple[np.ndarray, np.ndarray]] = []
+    for tokens, lengths, responses in documents:
+        assert responses is not None
+        ends = np.cumsum(lengths)
+        for start, end in zip(ends - lengths, ends):
+            if sum(len(part) for part, _ in row) + end - start > seq_len + 1:
+                yield _whole_row(row, seq_len)
+                row = []
+            row.append((tokens[start:end], responses[start:end]))
+    if row:
+        yield _whole_row(row, seq_len)
+
+
+def _whole_row(parts: list[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Batch:
+    tokens, responses = (np.concatenate(arrays) for arrays in zip(*parts))
+    numbers = np.repeat(1 + np.arange(len(parts)), [len(part) for part, _ in parts])
+    padding = (0, seq_len + 1 - len(tokens))
+    return Batch(
+        np.pad(tokens, padding, constant_values=PAD_ID)[None].astype(np.int32),
+        np.pad(numbers, padding)[None].astype(np.int32),
+        np.pad(responses, padding)[None],
+    )

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from rho1_jax.data import records, store
-from rho1_jax.data.packing import Batch, pack
-from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from rho1_jax.data import records, store, transcripts
+from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.errors import UserError
 from rho1_jax.files import replacing, write_text
 from rho1_jax.metrics import Progress
@@ -37,12 +38,14 @@ class Options:
 
     Attributes:
       templates: format strings over a record's keys; the first one whose keys it has makes its text.
+      transcripts: where records hold conversations, which are trained on in their responses alone; None: plain text.
       seq_len: targets in a row.
       eval_fraction: share of the documents that go to the split "eval", chosen by a hash of their text.
       max_bad_fraction: share of bad records that is put up with.
     """
 
     templates: tuple[str, ...]
+    transcripts: Transcripts | None
     seq_len: int
     eval_fraction: float
     max_bad_fraction: float
@@ -54,24 +57,30 @@ class Chunk:
 
     tokens: np.ndarray  # int32, document after document, each ended by EOS
     lengths: np.ndarray  # tokens of each document, its EOS included
+    responses: np.ndarray  # bool, of each token: it is part of a response; of plain text there are none
     held_out: np.ndarray  # bool: the document belongs to the split "eval"
+    truncated: int  # conversations that were longer than a row
     bad: list[str]  # "file:line: reason" of each record that holds no document
 
     def save(self, path: pathlib.Path) -> None:
         """Writes the chunk, whole or not at all."""
-        bad = np.array(self.bad, dtype=np.str_)
+        fields = vars(self) | {"bad": np.array(self.bad, dtype=np.str_)}
         with replacing(path) as beside, beside.open("wb") as file:
-            np.savez(file, tokens=self.tokens, lengths=self.lengths, held_out=self.held_out, bad=bad)
+            np.savez(file, **fields)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Chunk":
         """Reads what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["tokens"], arrays["lengths"], arrays["held_out"], arrays["bad"].tolist())
+            fields = dict(arrays)
+        return cls(**fields | {"bad": fields["bad"].tolist(), "truncated": int(fields["truncated"])})
 
-    def split(self, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and lengths of the documents of one split."""
-        return self.tokens[np.repeat(self.held_out == held_out, self.lengths)], self.lengths[self.held_out == held_out]
+    def split(self, held_out: bool) -> Documents:
+        """The documents of one split."""
+        chosen = self.held_out == held_out
+        chosen_tokens = np.repeat(chosen, self.lengths)
+        responses = self.responses[chosen_tokens] if len(self.responses) else None
+        return Documents(self.tokens[chosen_tokens], self.lengths[chosen], responses)
 
 
 RawChunk = list[tuple[pathlib.Path, int, Any]]  # file, line, raw record
@@ -98,19 +107,40 @@ def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
 
 def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
     """Tokenizes a chunk; records that hold no document are set aside with the reason. Empty texts are dropped."""
-    documents, held_out, bad = [], [], []
+    documents: list[list[int]] = []
+    responses: list[list[bool]] = []
+    held_out, bad, truncated = [], [], 0
     for path, line, record in chunk:
         try:
-            text = records.document(path, record, options.templates)
+            parsed = records.parse(path, record)
+            if options.transcripts is None:
+                text = records.document(parsed, options.templates)
+                ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
+            else:
+                found = transcripts.exchanges(parsed, options.transcripts)
+                text = "".join(exchange.text for exchange in found)
+                ids, trained = transcripts.encode(found, tokenizer)
+                room = options.seq_len + 1
+                if not any(trained[:room]):
+                    raise records.BadRecord(f"no response within the {room} tokens of a row")
+                truncated += len(ids) > room
+                ids = ids[:room]
+                responses.append(trained[:room])
         except records.BadRecord as error:
             bad.append(f"{path}:{line}: {error}")
             continue
         if text:
-            documents.append([*tokenizer.encode(text), tokenizer.eos_id])
+            documents.append(ids)
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             held_out.append(int.from_bytes(digest, "big") < options.eval_fraction * 2**64)
-    tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
-    return Chunk(tokens, np.array(list(map(len, documents)), np.int64), np.array(held_out, bool), bad)
+    return Chunk(
+        tokens=np.fromiter(itertools.chain.from_iterable(documents), np.int32),
+        lengths=np.array(list(map(len, documents)), np.int64),
+        responses=np.fromiter(itertools.chain.from_iterable(responses), bool),
+        held_out=np.array(held_out, bool),
+        truncated=truncated,
+        bad=bad,
+    )
 
 
 # A worker process keeps its tokenizer here.
@@ -173,7 +203,7 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
         raise
     manifest = description | counts
     (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.copyfile(tokenizer.path, partial / TOKENIZER_FILE)
+    tokenizer.save(partial / TOKENIZER_DIR)
     for chunk in chunks:
         chunk.unlink()
     (partial / "description.json").unlink()
@@ -263,29 +293,35 @@ def _check_bad(bad: int, documents: int, options: Options) -> None:
 def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options) -> dict[str, Any]:
     """Packs the chunks' documents and writes the rows. Returns what was counted."""
     splits: dict[str, dict[str, int]] = {}
-    bad = 0
+    bad = truncated = 0
     for path in chunks:
         chunk = Chunk.load(path)
         bad += len(chunk.bad)
+        truncated += chunk.truncated
         for name, held_out in (("train", False), ("eval", True)):
-            tokens, lengths = chunk.split(held_out)
-            if len(lengths):
-                counts = splits.setdefault(name, {"documents": 0, "tokens": 0})
-                counts["documents"] += len(lengths)
-                counts["tokens"] += len(tokens)
-    for counts in splits.values():
-        counts["rows"] = -(-counts["tokens"] // options.seq_len)
-    progress = Progress("pack", sum(counts["rows"] for counts in splits.values()), unit="rows")
+            documents = chunk.split(held_out)
+            if len(documents.lengths):
+                counts = splits.setdefault(name, {"documents": 0, "tokens": 0, "rows": 0})
+                counts["documents"] += len(documents.lengths)
+                counts["tokens"] += len(documents.tokens)
+    progress = Progress("pack", sum(counts["tokens"] for counts in splits.values()), unit="tokens")
 
-    def rows(held_out: bool) -> Iterator[Batch]:
-        documents = (Chunk.load(path).split(held_out) for path in chunks)
-        for packed in pack(documents, options.seq_len, tokenizer.eos_id):
+    def rows(name: str) -> Iterator[Batch]:
+        documents = (Chunk.load(path).split(name == "eval") for path in chunks)
+        whole = options.transcripts is not None
+        packing = (
+            pack_whole(documents, options.seq_len) if whole else pack(documents, options.seq_len, tokenizer.eos_id)
+        )
+        for packed in packing:
             yield packed
-            progress.advance(len(packed.tokens))
+            splits[name]["rows"] += len(packed.tokens)
+            # The first token of a row is the last of the row before, where rows are cut from a stream.
+            progress.advance(int((packed.segment_ids[:, 0 if whole else 1 :] > 0).sum()))
 
     with progress:
         shutil.rmtree(partial / "rows", ignore_errors=True)
-        store.write_rows(partial, {name: rows(name == "eval") for name in splits}, options.seq_len)
+        generators = {name: rows(name) for name in splits}
+        store.write_rows(partial, generators, options.seq_len, options.transcripts is not None)
     shutil.rmtree(partial / "downloads", ignore_errors=True)
     totals = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "tokens", "rows")}
-    return {"splits": splits, **totals, "bad_records": bad}
+    return {"splits": splits, **totals, "bad_records": bad, "truncated": truncated}

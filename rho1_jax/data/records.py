@@ -80,17 +80,15 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def document(path: pathlib.Path, record: Any, templates: Sequence[str]) -> str:
-    """The text of one raw record.
+def parse(path: pathlib.Path, record: Any) -> dict[str, Any] | str:
+    """One raw record: an object with keys or, of a plain text file, its text.
 
     Args:
       path: the file it came from.
       record: as `read` yields it.
-      templates: format strings over a record's keys, such as "{text}"; the first one whose keys the record has makes
-        the text. Plain text files ignore them.
 
     Raises:
-      BadRecord: the record is not UTF-8, not JSON, lacks the keys of every template, or holds no text there.
+      BadRecord: the record is not UTF-8, not JSON, or no object.
     """
     if isinstance(record, bytes):
         try:
@@ -105,6 +103,22 @@ def document(path: pathlib.Path, record: Any, templates: Sequence[str]) -> str:
             raise BadRecord(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {type(record).__name__}, not an object with keys")
+    return record
+
+
+def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
+    """The text of one record.
+
+    Args:
+      record: as `parse` gives it.
+      templates: format strings over a record's keys, such as "{text}"; the first one whose keys the record has makes
+        the text. Plain text ignores them.
+
+    Raises:
+      BadRecord: the record lacks the keys of every template, or holds no text there.
+    """
+    if isinstance(record, str):
+        return record
     for template in templates:
         keys = template_keys(template)
         if record.keys() >= set(keys):
@@ -116,11 +130,16 @@ def document(path: pathlib.Path, record: Any, templates: Sequence[str]) -> str:
         if not isinstance(record[key], str):
             raise BadRecord(f"the key {key!r} holds {type(record[key]).__name__}, not text")
     text = template.format_map(record)
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Raises BadRecord where a text has no UTF-8 form."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecord(f"not text: a lone surrogate at character {error.start}") from None
-    return text
 
 
 def parse_templates(text_key: str, text_templates: Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rho1_jax.data.packing import Batch
-from rho1_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -30,14 +30,18 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
     pkg_dir_path = None  # there are no checksums or metadata beside this module to look for
     code_path = None
 
-    def __init__(self, splits: dict[str, Iterator[Batch]], seq_len: int, data_dir: pathlib.Path):
+    def __init__(self, splits: dict[str, Iterator[Batch]], seq_len: int, responses: bool, data_dir: pathlib.Path):
         self._rows = splits
         self._row_length = seq_len + 1
+        self._responses = responses
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         row = tfds.features.Tensor(shape=(self._row_length,), dtype=np.int32)
-        features = tfds.features.FeaturesDict({"tokens": row, "segment_ids": row})
+        features = {"tokens": row, "segment_ids": row}
+        if self._responses:
+            features["responses"] = tfds.features.Tensor(shape=(self._row_length,), dtype=np.bool_)
+        features = tfds.features.FeaturesDict(features)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -46,16 +50,24 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, rows):
         key = 0
         for batch in rows:
-            for tokens_M, segment_ids_M in zip(batch.tokens, batch.segment_ids):
-                yield key, {"tokens": tokens_M, "segment_ids": segment_ids_M}
+            named = {name: rows for name, rows in batch._asdict().items() if rows is not None}
+            for row in zip(*named.values()):
+                yield key, dict(zip(named, row))
                 key += 1
 
 
-def write_rows(directory: pathlib.Path, splits: dict[str, Iterator[Batch]], seq_len: int) -> None:
-    """Writes each split's rows, in order, under `directory`. A split without rows is not allowed."""
+def write_rows(directory: pathlib.Path, splits: dict[str, Iterator[Batch]], seq_len: int, responses: bool) -> None:
+    """Writes each split's rows, in order, under `directory`. A split without rows is not allowed.
+
+    Args:
+      directory: of the data set.
+      splits: name -> packed rows.
+      seq_len: targets in a row.
+      responses: whether the rows say which tokens are part of a response.
+    """
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
-        _RowsBuilder(splits, seq_len, directory).download_and_prepare()
+        _RowsBuilder(splits, seq_len, responses, directory).download_and_prepare()
 
 
 class Store:
@@ -86,16 +98,21 @@ class Store:
         return self.manifest["options"]["seq_len"]
 
     @property
+    def has_responses(self) -> bool:
+        """Whether the rows are conversations, trained on in their responses alone."""
+        return self.manifest["options"]["transcripts"] is not None
+
+    @property
     def tokenizer_fingerprint(self) -> str:
-        """Hash of the tokenizer's file."""
+        """Hash of the tokenizer's file and special ids."""
         return self.manifest["tokenizer_fingerprint"]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the rows."""
-        return Tokenizer(self.path / TOKENIZER_FILE)
+        return Tokenizer(self.path / TOKENIZER_DIR)
 
     def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:
-        """Random access to a split's rows: {"tokens": [M], "segment_ids": [M]} each.
+        """Random access to a split's rows: {"tokens": [M], "segment_ids": [M]} each, and "responses" [M] where told.
 
         Raises:
           UserError: the data set has no such split.

@@ -65,8 +65,9 @@ def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> list[Quest
     for file in records.expand([str(path)]):
         for line, record, _ in records.read(file):
             try:
-                prompt = records.document(file, record, [config.prompt_template])
-                answer_text = records.document(file, record, ["{" + config.answer_key + "}"])
+                parsed = records.parse(file, record)
+                prompt = records.document(parsed, [config.prompt_template])
+                answer_text = records.document(parsed, ["{" + config.answer_key + "}"])
             except records.BadRecord as error:
                 raise UserError(f"{file}:{line}: {error}") from None
             answer = extract(answer_text, config.answer_pattern)

@@ -93,4 +93,4 @@ def _make_loss_sums(graphdef: nnx.GraphDef, document_mask: bool, mesh: Mesh) -> 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """A host's rows as its part of a global batch."""
     sharding = batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x)) for x in batch))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x)), batch)

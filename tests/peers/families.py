@@ -1,0 +1,208 @@
+"""Tiny random models of every family, made by Transformers, and how far our decoder is from them.
+
+python tests/peers/families.py prints the README's table.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from rho1_jax import hf_config, model, sharding
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.generate import generate
+from rho1_jax.sharding import path_name
+from rho1_jax.train_step import make_token_losses
+from rho1_jax.weights import HuggingFaceFolder, named_tensors
+from tools.train_tokenizer import train_tokenizer
+
+RUN_SETTINGS = {"compute_dtype": "float32", "remat": False, "loss_chunk": 16}
+LENGTH = 48
+VOCAB = 320
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model: Transformers' config class and what is not the default."""
+
+    config: type
+    changes: dict[str, Any]
+
+
+def _rope(theta, **scaling):
+    return {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **scaling}}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CASES = {
+    "Llama 2, K = H": Case(transformers.LlamaConfig, {"num_key_value_heads": 4}),
+    "Llama 2 (TinyLlama), K < H": Case(transformers.LlamaConfig, {}),
+    "Llama 2, K = 1, head_dim not D / H": Case(transformers.LlamaConfig, {"num_key_value_heads": 1, "head_dim": 12}),
+    "Llama 3.1, rope scaling": Case(transformers.LlamaConfig, _rope(500_000.0, **LLAMA3)),
+    "Llama 3.2, rope scaling, tied": Case(
+        transformers.LlamaConfig, {"tie_word_embeddings": True, **_rope(500_000.0, **LLAMA3 | {"factor": 32.0})}
+    ),
+    "Mistral 0.1, sliding window": Case(transformers.MistralConfig, {"sliding_window": 7}),
+    "Mistral 0.3, explicit head_dim": Case(
+        transformers.MistralConfig, {"sliding_window": None, "head_dim": 16, **_rope(1_000_000.0)}
+    ),
+    "Qwen2.5, biases": Case(transformers.Qwen2Config, {"rms_norm_eps": 1e-6, **_rope(1_000_000.0)}),
+    "Qwen2.5, tied, K = 1": Case(
+        transformers.Qwen2Config, {"tie_word_embeddings": True, "num_key_value_heads": 1, **_rope(1_000_000.0)}
+    ),
+    "Qwen2, sliding window": Case(
+        transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
+    ),
+    "Qwen3, q/k norm": Case(transformers.Qwen3Config, {"head_dim": 16, **_rope(1_000_000.0)}),
+    "Qwen3, tied": Case(transformers.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+}
+
+
+def build(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
+    """The model with random weights; norms and biases too, which Transformers sets to ones and zeros."""
+    config = case.config(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+            "attn_implementation": "eager",
+            **case.changes,
+        }
+    )
+    torch.manual_seed(seed)
+    peer = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return peer.eval()
+
+
+def save(peer: transformers.PreTrainedModel, tokenizer: Tokenizer, directory: pathlib.Path, **options) -> None:
+    """The model as save_pretrained writes it, with a tokenizer."""
+    peer.save_pretrained(directory, **options)
+    tokenizer.save(directory)
+
+
+def load(directory: pathlib.Path, dtype: str | None = "float32"):
+    """The folder as our model: structure and parameters."""
+    folder = HuggingFaceFolder(directory)
+    config = hf_config.from_hf(folder.config, str(directory), RUN_SETTINGS)
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1) if jax.device_count() == 1 else _one_device_mesh()
+    return model.build(config), folder.load(config, mesh, dtype)
+
+
+def _one_device_mesh():
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+    return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
+
+
+def tensors(tree) -> dict[str, np.ndarray]:
+    """Our parameters, or their gradients, under Transformers' names."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
+
+
+@jax.jit(static_argnums=0)
+def our_logits(graphdef, params, ids_BL):
+    decoder = nnx.merge(graphdef, params)
+    hidden_BLD, _ = decoder(ids_BL, jnp.ones_like(ids_BL))
+    return jnp.einsum("BLD,VD->BLV", hidden_BLD, decoder.output_VD())
+
+
+def random_ids(rows: int = 2, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
+
+
+def logits_difference(graphdef, params, peer) -> float:
+    """Largest absolute difference of logits, both in float32."""
+    ids = random_ids()
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(ids).long()).logits.numpy()
+    return float(np.abs(np.asarray(our_logits(graphdef, params, ids)) - theirs).max())
+
+
+def gradient_difference(graphdef, params, peer) -> float:
+    """Largest difference of a parameter's gradient of the mean loss, in norm and relative to it."""
+    ids = random_ids(seed=1)
+    losses = make_token_losses(graphdef, document_mask=True)
+    ours = tensors(jax.grad(lambda p: losses(p, Batch(ids, np.ones_like(ids)))[0].mean())(params))
+    peer.zero_grad()
+    logits = peer(torch.from_numpy(ids[:, :-1]).long()).logits
+    torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(ids[:, 1:]).long()).backward()
+    theirs = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    return max(
+        float(np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient)) for name, gradient in theirs.items()
+    )
+
+
+def generations(graphdef, params, peer, tokenizer: Tokenizer, new_tokens: int = 24) -> tuple[list[str], list[str]]:
+    """Greedy continuations of the same prompts, ours and Transformers'."""
+    prompts = ["Document 3: 4+", "and so", "x"]
+    ours = generate(graphdef, params, tokenizer, prompts, max_new_tokens=new_tokens, stops=())
+    theirs = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode_prompt(prompt)])
+        with torch.no_grad():
+            out = peer.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+            )
+        new = out[0].tolist()
+        new = new[: len(new) - (new[-1] == tokenizer.eos_id)]
+        theirs.append(tokenizer.decode(new)[len(tokenizer.decode(ids[0].tolist())) :])
+    return ours, theirs
+
+
+def make_tokenizer(directory: pathlib.Path) -> Tokenizer:
+    """A small SentencePiece model of VOCAB pieces."""
+    text = directory / "corpus.jsonl"
+    lines = [f"Document {n}: {n}+{n % 7}={n + n % 7}. and so on, and so forth {n * n}" for n in range(300)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    train_tokenizer([text], directory / "tokenizer.model", VOCAB, ["{text}"], max_sentences=1000)
+    return Tokenizer(directory / "tokenizer.model")
+
+
+def main() -> None:
+    """Prints a Markdown table of the largest differences."""
+    print("| family | logits, absolute | gradients, relative | greedy generation |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = make_tokenizer(pathlib.Path(scratch))
+        for number, (name, case) in enumerate(CASES.items()):
+            peer, directory = build(case), pathlib.Path(scratch) / str(number)
+            save(peer, tokenizer, directory)
+            graphdef, params = load(directory)
+            ours, theirs = generations(graphdef, params, peer, tokenizer)
+            same = "equal" if ours == theirs else "DIFFERS"
+            logits = logits_difference(graphdef, params, peer)
+            print(f"| {name} | {logits:.1e} | {gradient_difference(graphdef, params, peer):.1e} | {same} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
