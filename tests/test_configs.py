@@ -6,10 +6,13 @@ import re
 
 import pytest
 
-from configs import default
+from configs import default, finetune_tora, models
+from rho1_jax.config import model_config
 from rho1_jax.errors import UserError
+from rho1_jax.model import param_count
 
-FILES = sorted(path for path in pathlib.Path(default.__file__).parent.glob("*.py") if path.name != "__init__.py")
+SHARED = ("__init__.py", "models.py", "recipe.py", "finetune_tora.py")
+FILES = sorted(path for path in pathlib.Path(default.__file__).parent.glob("*.py") if path.name not in SHARED)
 
 
 def keys(config, prefix=""):
@@ -23,6 +26,51 @@ def test_stages_differ_in_their_score_and_no_key_is_new(file, stage):
     config = importlib.import_module(f"configs.{file.stem}").get_config(stage)
     assert config.selection.score == default.STAGES[stage]
     assert set(keys(config)) == set(keys(default.get_config()))
+
+
+@pytest.mark.parametrize("stage, score", [("sft", "none"), ("slm", "excess"), ("sft_7b", "none"), ("slm_7b", "excess")])
+def test_fine_tuning_has_stages_of_its_own(stage, score):
+    config = finetune_tora.get_config(stage)
+    assert config.selection.score == score
+    assert set(keys(config)) == set(keys(default.get_config()))
+    with pytest.raises(UserError, match="unknown stage 'clm': this config has the stages sft, slm, sft_7b, slm_7b"):
+        finetune_tora.get_config("clm")
+
+
+# The sizes that the models' publishers give.
+COUNTS = {"TINYLLAMA_1B": 1_100_048_384, "MISTRAL_7B": 7_241_732_096, "LLAMA3_8B": 8_030_261_248}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_published_model_has_the_published_number_of_parameters(name):
+    config = default.get_config()
+    config.model.update(getattr(models, name))
+    assert param_count(model_config(config)) == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    "recipe, tokens, reference_tokens, seq_len, learning_rate, reference_learning_rate, ratio",
+    [
+        ("tinyllama_math", 15e9, 1.5e9, 2048, 8e-5, 5e-5, 0.6),
+        ("mistral_7b_math", 15e9, 1.5e9, 4096, 2e-5, 1e-5, 0.7),
+        ("tinyllama_general", 80e9, 5.7e9, 2048, 1e-4, 5e-5, 0.6),
+    ],
+)
+def test_recipes_have_the_papers_figures(
+    recipe, tokens, reference_tokens, seq_len, learning_rate, reference_learning_rate, ratio
+):
+    get_config = importlib.import_module(f"configs.{recipe}").get_config
+    for stage, rate, total in (
+        ("slm", learning_rate, tokens),
+        ("clm", learning_rate, tokens),
+        ("random", learning_rate, tokens),
+        ("reference", reference_learning_rate, reference_tokens),
+    ):
+        config = get_config(stage)
+        assert config.batch_size * seq_len == 2**20
+        assert total - 2**20 < config.steps * 2**20 <= total
+        assert config.optimizer.learning_rate == rate and config.optimizer.decay == "cosine"
+        assert config.selection.ratio == ratio
 
 
 def test_every_key_has_a_comment_or_a_group_that_has():

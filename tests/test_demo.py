@@ -72,7 +72,7 @@ def test_token_speedup():
 def short(monkeypatch):
     """A demonstration of a few steps."""
     monkeypatch.setattr(demo, "CLEAN_PROBLEMS", 600)
-    monkeypatch.setattr(demo, "NOISY_PROBLEMS", 600)
+    monkeypatch.setattr(demo, "NOISY_PROBLEMS", 1200)
     monkeypatch.setattr(demo, "QUESTIONS", 16)
     full = demo_config.get_config
 

@@ -105,6 +105,34 @@ def test_the_target_of_an_unselected_token_does_not_move_the_gradient(params):
     assert moved[False] == 0 and moved[True] > 1e-4
 
 
+@pytest.mark.parametrize("score", ["none", "excess"])
+def test_prompt_and_tool_output_tokens_give_no_gradient(params, score):
+    """Fine-tuning: the last target of a row moves the gradient where it is part of a response, and only there."""
+    rows = Batch(random_batch(8, 16, seed=3).tokens, np.ones((8, 17), np.int32), np.zeros((8, 17), bool))
+    rows.responses[:, 5:9] = True
+    rows.responses[0, -1] = True
+    step = make_step(score=score, ratio=1.0)
+    state, metrics, selected = step(start(params[0]), params[1], rows)
+    np.testing.assert_array_equal(selected, rows.responses[:, 1:])
+    assert int(metrics["selected_count"]) == 8 * 4 + 1
+    for row in (0, 1):
+        tokens = rows.tokens.copy()
+        tokens[row, -1] = (tokens[row, -1] + 9) % 64
+        changed, _, _ = step(start(params[0]), params[1], rows._replace(tokens=tokens))
+        apart = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(changed.params))]
+        assert max(apart) > 1e-4 if row == 0 else max(apart) == 0
+
+
+def test_among_response_tokens_the_highest_excess_is_selected(params):
+    rows = Batch(random_batch(8, 16, seed=3).tokens, np.ones((8, 17), np.int32), np.zeros((8, 17), bool))
+    rows.responses[:, 4:12] = True
+    losses = make_token_losses(GRAPHDEF, True)
+    excess = np.asarray(losses(params[0], rows)[0] - losses(params[1], rows)[0])
+    _, _, selected = make_step(ratio=0.25)(start(params[0]), params[1], rows)
+    among = np.where(rows.responses[:, 1:], excess, -np.inf)
+    assert selected.sum() == 16 and excess[selected].min() > np.sort(among.ravel())[-17]
+
+
 def test_no_gradient_through_scores_or_reference(params, batch, slm):
     """The reference moves the update only through which tokens are selected."""
     selected = np.asarray(slm[2])

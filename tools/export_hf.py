@@ -36,7 +36,8 @@ def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> It
     """
     shard: dict[str, np.ndarray] = {}
     for path, array in checkpoint.iterate_params(directory):
-        cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
+        with np.errstate(over="ignore"):
+            cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
         if not np.isfinite(cast.astype(np.float32, copy=False)).all() and np.isfinite(array).all():
             raise UserError(f"{path} has values too large for {dtype}; choose another --dtype")
         shard |= named_tensors(path, cast)

@@ -110,7 +110,7 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
             said = json.loads((directory / name).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{directory / name}: not JSON: {error}") from None
-        for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token", "tokenizer_class"):
+        for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token"):
             value = said.get(key)
             if isinstance(value, dict):  # a token with its options
                 value = value.get("content")
@@ -128,9 +128,8 @@ class _SentencePiece:
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model") from error
         self.vocab_size = self._processor.vocab_size()
-        # The model itself does not say whether BOS is put in front; Llama's class does where its files do not.
-        is_llama = settings.get("tokenizer_class", "").startswith("Llama")
-        bos_id = self._processor.bos_id() if settings.get("add_bos_token", is_llama) else -1
+        # The model itself does not say whether BOS is put in front.
+        bos_id = self._processor.bos_id() if settings.get("add_bos_token", False) else -1
         self.bos_id = bos_id if bos_id >= 0 else None
         eos_id = self._processor.eos_id()
         self.eos_id = eos_id if eos_id >= 0 else None

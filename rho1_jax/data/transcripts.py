@@ -125,14 +125,14 @@ def _without_output(start: int, text: str) -> list[Span]:
 def encode(found: list[Exchange], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, each exchange ended by EOS, and which of them are trained on.
 
-    A token is trained on where all its characters are; so is the EOS.
+    A token is trained on where its last character is; so is the EOS.
     """
     ids, trained = tokenizer.prefix(), [False] * len(tokenizer.prefix())
     for exchange in found:
         exchange_ids, spans = tokenizer.encode_spans(exchange.text)
         ids += [*exchange_ids, tokenizer.eos_id]
-        trained += [
-            any(start <= begin < stop and end <= stop for start, stop in exchange.responses) for begin, end in spans
-        ]
+        # One of several bytes of a character covers no characters itself.
+        last_characters = [max(begin, end - 1) for begin, end in spans]
+        trained += [any(start <= last < stop for start, stop in exchange.responses) for last in last_characters]
         trained.append(True)
     return ids, trained

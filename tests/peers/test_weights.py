@@ -1,22 +1,37 @@
 """Weights in and out against Transformers: every family, both directions (extra `peers`)."""
 
+import dataclasses
+import importlib.resources
+import json
 import pathlib
+import re
+import shutil
 
 import families
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 from conftest import config_of
-from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
+from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save, tensors
 from safetensors import safe_open
 
+from rho1_jax.config import model_config
+from rho1_jax.data import transcripts
+from rho1_jax.data.packing import Batch, Documents, pack_whole
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.transcripts import Transcripts, exchanges
 from rho1_jax.train import train
-from tools.export_hf import export_hf
+from rho1_jax.train_step import TrainState, make_train_step
+from rho1_jax.weights import HuggingFaceFolder
+from tools.export_hf import export_hf, sentencepiece_settings
+from tools.import_hf import config_of as config_of_folder
 from tools.import_hf import import_hf
+from tools.verify_hf import verify
 
 LARGEST = 1e-4
 
@@ -101,3 +116,105 @@ def test_an_exported_model_after_twenty_steps_of_slm_is_the_one_that_was_trained
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     text = "Document 3: 4+5=9. and so on\n\nand so  forth \u65e5"
     assert tokenizer(text)["input_ids"] == small_tokenizer.encode(text)
+
+
+def test_verify_finds_no_difference_and_finds_one(small_tokenizer, tmp_path):
+    peer = build(CASES["Llama 3.1, rope scaling"])
+    save(peer, small_tokenizer, tmp_path / "hf")
+    export_tokenizer_settings(tmp_path / "hf")
+    text = tmp_path / "text.txt"
+    text.write_text("Document 3: 4+5=9. and so on, and so forth. " * 10)
+    folder = HuggingFaceFolder(tmp_path / "hf")
+    config = model_config(config_of_folder(folder))
+    tokens, logits, losses = verify(folder, config, text)
+    assert "all" in tokens and difference(logits) < LARGEST and difference(losses) < LARGEST
+    # The same weights under another base of the rotary frequencies.
+    wrong = dataclasses.replace(config, rope_theta=1000.0)
+    _, logits, losses = verify(folder, wrong, text)
+    assert difference(logits) > 100 * LARGEST and "at position" in losses
+
+
+def difference(line: str) -> float:
+    return float(re.search(r"difference (\S+) at position", line)[1])
+
+
+def export_tokenizer_settings(folder: pathlib.Path) -> None:
+    """What Transformers needs to read a bare SentencePiece model."""
+    (folder / "tokenizer_config.json").write_text(json.dumps(sentencepiece_settings(Tokenizer(folder))))
+
+
+def test_fine_tuning_against_torch_with_ignored_labels(small_tokenizer, tmp_path):
+    """The gradient of one step, of conversations packed in rows, against each of them alone in torch."""
+    peer = build(CASES["Llama 2 (TinyLlama), K < H"])
+    save(peer, small_tokenizer, tmp_path)
+    graphdef, params = load(tmp_path)
+    records = [
+        {"prompt": f"{n}+{n}=?", "response": f"so {2 * n}\n```output\n{2 * n}\n```\nDocument {n}"} for n in range(5)
+    ]
+    encoded = [transcripts.encode(exchanges(record, Transcripts()), small_tokenizer) for record in records]
+    documents = Documents(
+        np.concatenate([np.array(ids, np.int32) for ids, _ in encoded]),
+        np.array([len(ids) for ids, _ in encoded]),
+        np.concatenate([np.array(trained) for _, trained in encoded]),
+    )
+    packed = list(pack_whole([documents], 127))
+    rows = Batch(*(np.concatenate(parts) for parts in zip(*packed)))
+    assert len(rows.tokens) < len(records)
+    sgd = optax.sgd(1.0)
+    step = make_train_step(
+        graphdef,
+        None,
+        sgd,
+        score="none",
+        ratio=1.0,
+        scope="global",
+        microbatches=1,
+        document_mask=True,
+        seed=0,
+    )
+    state = TrainState(jnp.int32(0), params, sgd.init(params))
+    after, metrics, _ = jax.jit(step)(state, None, rows)
+
+    total, count = 0.0, 0
+    for ids, trained in encoded:
+        labels = torch.tensor([token if flag else -100 for token, flag in zip(ids, trained)])[1:]
+        logits = peer(torch.tensor([ids[:-1]])).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    assert int(metrics["selected_count"]) == count
+    np.testing.assert_allclose(float(metrics["selected_loss"]), float(total.detach()) / count, rtol=1e-5)
+    updates = tensors(jax.tree.map(lambda b, a: np.asarray(b, np.float64) - np.asarray(a), params, after.params))
+    for name, parameter in peer.named_parameters():
+        gradient = parameter.grad.numpy()
+        assert np.linalg.norm(updates[name] - gradient) < LARGEST * np.linalg.norm(gradient), name
+
+
+def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
+    """Mistral's SentencePiece model as the tokenizer.json that Transformers saves: the ids that Transformers gives.
+
+    Those of a text with several spaces in a row are others than SentencePiece's own: the conversion is not exact.
+    """
+    published = pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    shutil.copyfile(published, tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    converted = Tokenizer(tmp_path / "saved")
+    assert converted.path.name == "tokenizer.json"
+    assert (converted.bos_id, converted.eos_id, converted.vocab_size) == (1, 2, 32_000)
+    for text in texts():
+        assert converted.encode_prompt(text) == theirs(text)["input_ids"]
+        assert converted.decode(converted.encode_prompt(text)) == theirs.decode(theirs(text)["input_ids"][1:])
+
+
+def texts() -> list[str]:
+    """Texts with what tokenizers get wrong."""
+    return [
+        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
+        "  two spaces,\ttab\n\n\nand three line ends ",
+        "na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u0416 e\u0301",
+        "\\begin{equation} \\sum_{i=1}^n x_i^2 \\end{equation}",
+    ]
