@@ -24,6 +24,7 @@ from rho1_jax.model import ModelConfig, Params, abstract_params
 from rho1_jax.sharding import param_shardings, path_name
 
 CHECKPOINTS = "checkpoints"
+SAVE_CONCURRENT_GB = 2  # of each host, on their way to the disk at once: host memory beyond the arrays themselves
 
 
 class Meta(NamedTuple):
@@ -54,7 +55,11 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
-            item_names=("params", "opt_state", "meta"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_CONCURRENT_GB),
+                "opt_state": ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_CONCURRENT_GB),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 

@@ -4,6 +4,7 @@ One table, TENSORS, says where each parameter lies; it is read in both direction
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ TENSORS = {
     "norm/scale": Tensor("model.norm.weight", "D", "D"),
     "head": Tensor("lm_head.weight", "VD", "V D"),
 }
+ALIGNMENT = 64  # bytes
 # Buffers that older files carry; both sides compute them.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -213,12 +215,19 @@ class HuggingFaceFolder:
         names = [tensor.name.format(n=n) for n in numbers]
         slices = _their_slices(tensor, index, shape)
         part_shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, shape))
-        rows = np.empty(
-            (len(names), *part_shape), dtype or jnp.result_type(*(DTYPES[self._stored[name].dtype] for name in names))
-        )
+        stored = jnp.result_type(*(DTYPES[self._stored[name].dtype] for name in names))
+        rows = _aligned_empty((len(names), *part_shape), jnp.dtype(dtype or stored))
         for row, name in zip(rows, names):
             row[...] = _to_ours(tensor, self.read(name, slices), part_shape)
         return rows if stacked else rows[0]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory JAX takes over on CPU instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
