@@ -30,7 +30,7 @@ def test_the_command_tells_what_a_recipe_takes():
     done = run_command("tools.recipe_cost", "--config=configs/tinyllama_math.py:slm")
     assert done.returncode == 0, done.stderr
     first, flops, *_ = done.stdout.splitlines()
-    assert first.startswith("1,100,048,384 parameters, 14,305 steps of 1,048,576 tokens")
+    assert first.startswith("1,100,048,384 parameters, 14,999,879,680 tokens in 14,305 steps of 1,048,576")
     # Policy forward, backward and again, and the reference: five forward passes.
     expected = 5 * 14_305 * 2**20 * (2 * (1_100_048_384 - 32_000 * 2048) + 4 * 22 * 2048 * 1024)
     assert float(flops.split()[0]) == pytest.approx(expected, rel=0.01)

@@ -38,7 +38,7 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     state = parameters * (3 * MASTER_BYTES)
     memory = state + parameters * (MASTER_BYTES + (REFERENCE_BYTES if online else 0))
     return [
-        f"{parameters:,} parameters, {config.steps:,} steps of {config.batch_size * seq_len:,} tokens, {tokens:,} in all",
+        f"{parameters:,} parameters, {tokens:,} tokens in {config.steps:,} steps of {config.batch_size * seq_len:,}",
         f"{flops:.2e} FLOPs, {'reference' if online else 'no reference'}, {'remat' if model.remat else 'no remat'}",
         f"{hours:,.0f} chip-hours at {utilization:.0%} of {peak_tflops:.0f} TFLOP/s",
         f"{memory / 2**30:,.0f} GiB of parameters, optimizer state, gradient and reference over all chips",
