@@ -33,7 +33,7 @@ from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_repo
 from tools.train_tokenizer import train_tokenizer
 
 ARMS = ("reference", "clm", "random", "slm")
-CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 20_000, 288
+CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 12_000, 288
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
 
 

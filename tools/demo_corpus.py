@@ -16,8 +16,8 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from rho1_jax.files import write_text
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
-PROBLEM_SHARE = 0.25  # of the noisy corpus's characters
-WRONG_SHARE = 0.5  # of the noisy corpus's problems
+PROBLEM_SHARE = 0.15  # of the noisy corpus's characters
+WRONG_SHARE = 0.4  # of the noisy corpus's problems
 PROBLEMS_A_PAGE = 4
 
 WORDS = (
