@@ -8,6 +8,7 @@ import ml_collections
 from configs import default
 
 SEQ_LEN = 64
+LEARNING_RATES = {"reference": 3e-3, "clm": 1.5e-3, "random": 1.5e-3, "slm": 7e-4}
 VOCAB_SIZE = 640
 
 
@@ -18,7 +19,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.log_every = 20
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_width=32, ff_width=384)
-    config.optimizer.update(learning_rate=3e-3 if stage == "reference" else 1.5e-3, warmup_fraction=50 / config.steps)
+    config.optimizer.update(learning_rate=LEARNING_RATES[stage], warmup_fraction=50 / config.steps)
     config.selection.ratio = 0.1
     config.eval.update(
         every=config.steps // 10,

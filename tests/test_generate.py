@@ -10,6 +10,7 @@ from conftest import tiny
 from flax import nnx
 
 from rho1_jax import model
+from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.generate import generate
 
 LONGEST = 96  # tokens of a prompt and its continuation
@@ -36,7 +37,7 @@ def all_logits(graphdef, params, tokens, segment_ids):
 
 def teacher_forced_ids(setup, tokenizer, prompt, count):
     """New tokens, by one forward pass without a cache over the whole text for each."""
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode_prompt(prompt)
     start = len(ids)
     while len(ids) < start + count:
         padded = np.zeros((2, 1, LONGEST), np.int32)
@@ -52,7 +53,14 @@ def teacher_forced(setup, tokenizer, prompt, count):
     return tokenizer.decode(tokenizer.encode(prompt) + new_ids)[len(prompt) :]
 
 
-def test_greedy_equals_teacher_forced_argmax(setup, tokenizer):
+@pytest.mark.parametrize("bos", [False, True])
+def test_greedy_equals_teacher_forced_argmax(setup, tokenizer, bos, tmp_path):
+    if bos:
+        tokenizer.save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+        without, tokenizer = tokenizer, Tokenizer(tmp_path)
+        expected = [teacher_forced(setup, without, prompt, 20) for prompt in PROMPTS]
+        assert expected != [teacher_forced(setup, tokenizer, prompt, 20) for prompt in PROMPTS]
     expected = [teacher_forced(setup, tokenizer, prompt, 20) for prompt in PROMPTS]
     assert any(expected) and len(set(expected)) == 3
     assert continue_(setup, tokenizer, PROMPTS) == expected

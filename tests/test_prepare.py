@@ -229,3 +229,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "bad.model").write_text("not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer(pathlib.Path(tmp_path / "bad.model"))
+
+
+def test_documents_begin_with_bos_where_the_tokenizers_files_say_so(corpus, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "bos")
+    (tmp_path / "bos" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    path = write_jsonl(tmp_path / "some.jsonl", TEXTS)
+    with_bos = Tokenizer(tmp_path / "bos")
+    prepare([path], with_bos, tmp_path / "rows", options(seq_len=400), workers=1)
+    row = Store(tmp_path / "rows").rows("train")[0]
+    expected = [[1, *tokenizer.encode(text), tokenizer.eos_id] for text in TEXTS]
+    assert row["tokens"][1:][row["segment_ids"][1:] != 0].tolist() == [token for ids in expected for token in ids]
+    # The first word of each is a target: its input is BOS, of the same document.
+    assert [row["segment_ids"][1:].tolist().count(number) for number in (2, 3, 4)] == [len(ids) for ids in expected]
