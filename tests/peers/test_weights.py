@@ -98,7 +98,7 @@ def test_an_exported_model_after_twenty_steps_of_slm_is_the_one_that_was_trained
         tied_embeddings=False,
         rope_theta=500_000.0,
         rope_factor=8.0,
-        rope_original_length=32,
+        rope_original_length=16,
         norm_eps=1e-6,
         context_length=128,
     )
