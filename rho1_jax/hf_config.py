@@ -87,6 +87,9 @@ def _rope(said: dict[str, Any], where: str) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields = UNSCALED | {"rope_theta": float(rope.get("rope_theta") or said.get("rope_theta") or DEFAULT_THETA)}
     if kind == "llama3":
+        missing = [key for key in ROPE_FIELDS if key not in rope]
+        if missing:
+            raise UserError(f"{where}: its rope scaling lacks {', '.join(missing)}")
         fields |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}
     elif kind != "default":
         raise UserError(f"{where}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")

@@ -57,7 +57,11 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
         model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings)
         found = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)
     else:
-        directory = checkpoint.find(path, key)
+        try:
+            directory = checkpoint.find(path, key)
+        except UserError:
+            kinds = "a run's directory, nor one of its checkpoints, nor a Hugging Face folder with safetensors"
+            raise UserError(f"{key}={path} is neither {kinds}") from None
         meta = checkpoint.load_meta(directory)
         model = ModelConfig(**meta.config["model"] | run_settings)
         found = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)

@@ -118,7 +118,10 @@ class HuggingFaceFolder:
         self.path = pathlib.Path(path)
         self.config = _read_json(self.path / "config.json")
         if (self.path / INDEX_FILE).is_file():
-            names = sorted(set(_read_json(self.path / INDEX_FILE)["weight_map"].values()))
+            index = _read_json(self.path / INDEX_FILE)
+            if "weight_map" not in index:
+                raise UserError(f"{self.path / INDEX_FILE}: lacks weight_map")
+            names = sorted(set(index["weight_map"].values()))
         elif (self.path / SINGLE_FILE).is_file():
             names = [SINGLE_FILE]
         else:

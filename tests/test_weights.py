@@ -136,6 +136,7 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(copy, edit, me
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"hidden_size": None}, "lacks hidden_size"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "its rope scaling lacks low_freq_factor, high"),
         (
             {
                 "architectures": ["Qwen2ForCausalLM"],
