@@ -24,7 +24,6 @@ from rho1_jax.model import ModelConfig, Params, abstract_params
 from rho1_jax.sharding import param_shardings, path_name
 
 CHECKPOINTS = "checkpoints"
-SAVE_CONCURRENT_GB = 2  # of each host, on their way to the disk at once: host memory beyond the arrays themselves
 
 
 class Meta(NamedTuple):
@@ -55,11 +54,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_CONCURRENT_GB),
-                "opt_state": ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_CONCURRENT_GB),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_names=("params", "opt_state", "meta"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
