@@ -114,7 +114,10 @@ def test_the_end_token_from_the_models_config(byte_level, tmp_path):
     with pytest.raises(UserError, match="no end-of-sequence token"):
         Tokenizer(tmp_path)
     write(tmp_path / "config.json", {"eos_token_id": [7, 8]})
-    assert Tokenizer(tmp_path).eos_id == 7
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eos_id == 7
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
 def test_a_saved_tokenizer_is_the_same_and_another_end_token_another(byte_level, mistral, tmp_path):

@@ -20,6 +20,7 @@ SETTINGS_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "config.json",
     "generation_config.json",
     "chat_template.jinja",
     "vocab.json",
