@@ -66,6 +66,16 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
     return model
 
 
+def run_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of the `model` section that belong to a run, whatever the model."""
+    return {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
+
+
+def as_saved(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as it will be read back from JSON."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
 def parse_named(text: str, key: str) -> dict[str, str]:
     """ "NAME=PATH,NAME=PATH" as a dict. Raises UserError, naming the key, where it is something else."""
     named = {}

@@ -1,8 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and read with errors a user can act on."""
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
+
+from rho1_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -17,3 +21,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a whole UTF-8 text file, or leaves what was there."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file. Raises UserError where it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None

@@ -7,6 +7,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, hf_config
+from rho1_jax.config import run_settings
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
@@ -51,10 +52,9 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     Raises:
       UserError: there is none, or its tokenizer or vocabulary are others.
     """
-    run_settings = {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
     if is_hugging_face_folder(path):
         folder = HuggingFaceFolder(path)
-        model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings)
+        model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings(config))
         found = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)
     else:
         try:
@@ -63,7 +63,7 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
             kinds = "a run's directory, nor one of its checkpoints, nor a Hugging Face folder with safetensors"
             raise UserError(f"{key}={path} is neither {kinds}") from None
         meta = checkpoint.load_meta(directory)
-        model = ModelConfig(**meta.config["model"] | run_settings)
+        model = ModelConfig(**meta.config["model"] | run_settings(config))
         found = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)
     if found.tokenizer_fingerprint != store.tokenizer_fingerprint:
         raise UserError(

@@ -7,7 +7,6 @@ Started again with the same command, it goes on from its newest checkpoint as if
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import time
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, model, optimizer, selection, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
-from rho1_jax.config import define_config_flag, differences, model_config, run, write_config
+from rho1_jax.config import as_saved, define_config_flag, differences, model_config, run, write_config
 from rho1_jax.data.loader import batches, open_mixture
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
@@ -75,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
             step=0,
             tokens_seen=0,
             tokens_selected=0,
-            config=json.loads(json.dumps(config.to_dict())),  # as it will be read back
+            config=as_saved(config),
             data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(stores, weights)],
             tokenizer=tokenizer.fingerprint,
             reference=reference.description if reference else None,

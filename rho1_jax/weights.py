@@ -3,7 +3,6 @@
 One table, TENSORS, says where each parameter lies; it is read in both directions.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from rho1_jax.errors import UserError
+from rho1_jax.files import read_json
 from rho1_jax.metrics import Progress
 from rho1_jax.model import ModelConfig, Params, abstract_params, param_count
 from rho1_jax.sharding import param_shardings, path_name
@@ -42,6 +42,11 @@ class Tensor(NamedTuple):
     name: str
     ours: str
     theirs: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each layer has one."""
+        return "{n}" in self.name
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -76,7 +81,7 @@ def to_theirs(tensor: Tensor, array: np.ndarray) -> np.ndarray:
     """A parameter of one layer, in the axes of its Hugging Face tensor."""
     letters = tensor.theirs.replace(" ", "")
     sizes = dict(zip(tensor.ours, array.shape))
-    shape = [int(np.prod([sizes[letter] for letter in group])) for group in tensor.theirs.split()]
+    shape = [math.prod(sizes[letter] for letter in group) for group in tensor.theirs.split()]
     return array.transpose([tensor.ours.index(letter) for letter in letters]).reshape(shape)
 
 
@@ -94,7 +99,7 @@ def _their_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ..
     for group in tensor.theirs.split():
         rest = group[1:]
         assert all(ranges[letter] == (0, sizes[letter]) for letter in rest)
-        unit = int(np.prod([sizes[letter] for letter in rest]))
+        unit = math.prod(sizes[letter] for letter in rest)
         start, stop = ranges[group[0]]
         slices.append(slice(start * unit, stop * unit))
     return tuple(slices)
@@ -116,9 +121,9 @@ class HuggingFaceFolder:
     def __init__(self, path: str | pathlib.Path):
         """Raises UserError where it holds no config.json or no safetensors."""
         self.path = pathlib.Path(path)
-        self.config = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         if (self.path / INDEX_FILE).is_file():
-            index = _read_json(self.path / INDEX_FILE)
+            index = read_json(self.path / INDEX_FILE)
             if "weight_map" not in index:
                 raise UserError(f"{self.path / INDEX_FILE}: lacks weight_map")
             names = sorted(set(index["weight_map"].values()))
@@ -211,9 +216,9 @@ class HuggingFaceFolder:
     def _part(self, path: str, shape: tuple[int, ...], index: Any, dtype: str | None) -> np.ndarray:
         """The part of a parameter that one device holds."""
         tensor = TENSORS[path]
-        stacked = path.startswith("layers/")
-        numbers = range(*index[0].indices(shape[0])) if stacked else [0]
-        if stacked:
+        numbers = range(1)
+        if tensor.stacked:
+            numbers = range(*index[0].indices(shape[0]))
             shape, index = shape[1:], index[1:]
         names = [tensor.name.format(n=n) for n in numbers]
         slices = _their_slices(tensor, index, shape)
@@ -222,7 +227,7 @@ class HuggingFaceFolder:
         rows = _aligned_empty((len(names), *part_shape), jnp.dtype(dtype or stored))
         for row, name in zip(rows, names):
             row[...] = _to_ours(tensor, self.read(name, slices), part_shape)
-        return rows if stacked else rows[0]
+        return rows if tensor.stacked else rows[0]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -233,15 +238,6 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-
-
 def _leaves(params: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
 
@@ -249,8 +245,7 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
 def _expected(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Name and shape of the tensors that a parameter is kept in."""
     tensor = TENSORS[path]
-    layers = shape[0] if path.startswith("layers/") else 1
-    ours = shape[1:] if path.startswith("layers/") else shape
+    layers, ours = (shape[0], shape[1:]) if tensor.stacked else (1, shape)
     theirs = to_theirs(tensor, np.broadcast_to(np.int8(0), ours)).shape
     return {tensor.name.format(n=n): theirs for n in range(layers)}
 
@@ -263,6 +258,6 @@ def _some(names: list[str]) -> str:
 def named_tensors(path: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """A parameter as the Hugging Face tensors that keep it."""
     tensor = TENSORS[path]
-    layers = array if path.startswith("layers/") else array[None]
+    layers = array if tensor.stacked else array[None]
     for n, layer in enumerate(layers):
         yield tensor.name.format(n=n), np.ascontiguousarray(to_theirs(tensor, layer))

@@ -23,7 +23,9 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.model import ModelConfig
+from rho1_jax.sharding import path_name
 from rho1_jax.train import train
+from rho1_jax.weights import named_tensors
 from tools.train_tokenizer import train_tokenizer
 
 logging.set_verbosity(logging.ERROR)
@@ -75,6 +77,12 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) ->
 def params():
     """Parameters of the small model, and of another seed, to stand for a reference."""
     return model.init_params(TINY, 0), model.init_params(TINY, 1)
+
+
+def tensors(tree) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, under Hugging Face's names and shapes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
 
 
 def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:

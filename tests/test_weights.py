@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, config_of, run_command, tiny
+from conftest import TINY, config_of, run_command, tensors, tiny
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax import checkpoint, hf_config, model, sharding
@@ -16,7 +16,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.sharding import path_name
 from rho1_jax.train import train
-from rho1_jax.weights import TENSORS, HuggingFaceFolder, named_tensors
+from rho1_jax.weights import TENSORS, HuggingFaceFolder
 from tools.export_hf import export_hf
 from tools.import_hf import import_hf
 
@@ -32,9 +32,7 @@ RUN_SETTINGS = {"compute_dtype": "float32", "remat": False, "loss_chunk": 64}
 def write_folder(path, config, params, tokenizer):
     """A folder as Hugging Face has it, from our parameters."""
     path.mkdir()
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    tensors = dict(pair for key, leaf in leaves for pair in named_tensors(path_name(key), np.asarray(leaf)))
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors(params), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(hf_config.to_hf(config, "float32", None, tokenizer.eos_id)))
     tokenizer.save(path)
     return path
@@ -98,9 +96,9 @@ def test_a_dtype_by_choice(folder):
 
 
 def edit_tensors(path, edit):
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors")
+    edited = load_file(path / "model.safetensors")
+    edit(edited)
+    save_file(edited, path / "model.safetensors")
 
 
 def edit_config(path, **changes):

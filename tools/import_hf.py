@@ -6,7 +6,6 @@ python -m tools.import_hf --hf=DIR --verify=FILE.txt
 Nothing is fetched: the folder is one that was downloaded before. --verify needs torch and transformers.
 """
 
-import json
 import pathlib
 import resource
 import shutil
@@ -19,7 +18,7 @@ from absl import flags
 from configs import default
 from rho1_jax import hf_config, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
-from rho1_jax.config import model_config, run
+from rho1_jax.config import as_saved, model_config, run, run_settings
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.weights import HuggingFaceFolder
@@ -37,8 +36,7 @@ def usage(start: float) -> str:
 def config_of(folder: HuggingFaceFolder) -> ml_collections.ConfigDict:
     """The default config with the folder's model."""
     config = default.get_config("clm")
-    settings = {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
-    model = hf_config.from_hf(folder.config, f"{folder.path}/config.json", settings)
+    model = hf_config.from_hf(folder.config, f"{folder.path}/config.json", run_settings(config))
     config.model.update(vars(model))
     return config
 
@@ -71,7 +69,7 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
         step=0,
         tokens_seen=0,
         tokens_selected=0,
-        config=json.loads(json.dumps(config.to_dict())),
+        config=as_saved(config),
         data=[],
         tokenizer=tokenizer.fingerprint,
         reference=None,

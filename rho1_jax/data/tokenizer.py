@@ -1,7 +1,6 @@
 """Tokenizers: a SentencePiece model, or a tokenizer.json of the library `tokenizers`, as models come with."""
 
 import hashlib
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ import sentencepiece
 import tokenizers
 
 from rho1_jax.errors import UserError
+from rho1_jax.files import read_json
 
 TOKENIZER_DIR = "tokenizer"  # its name in a run or a prepared data set
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -107,10 +107,7 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (directory / name).is_file():
             continue
-        try:
-            said = json.loads((directory / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{directory / name}: not JSON: {error}") from None
+        said = read_json(directory / name)
         for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token"):
             value = said.get(key)
             if isinstance(value, dict):  # a token with its options

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from conftest import tensors
 from flax import nnx
 
 from rho1_jax import hf_config, model, sharding
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.generate import generate
-from rho1_jax.sharding import path_name
 from rho1_jax.train_step import make_token_losses
-from rho1_jax.weights import HuggingFaceFolder, named_tensors
+from rho1_jax.weights import HuggingFaceFolder
 from tools.train_tokenizer import train_tokenizer
 
 RUN_SETTINGS = {"compute_dtype": "float32", "remat": False, "loss_chunk": 16}
@@ -114,19 +114,9 @@ def load(directory: pathlib.Path, dtype: str | None = "float32"):
     """The folder as our model: structure and parameters."""
     folder = HuggingFaceFolder(directory)
     config = hf_config.from_hf(folder.config, str(directory), RUN_SETTINGS)
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1) if jax.device_count() == 1 else _one_device_mesh()
-    return model.build(config), folder.load(config, mesh, dtype)
-
-
-def _one_device_mesh():
     axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
-    return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
-
-
-def tensors(tree) -> dict[str, np.ndarray]:
-    """Our parameters, or their gradients, under Transformers' names."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
+    one_device = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
+    return model.build(config), folder.load(config, one_device, dtype)
 
 
 @jax.jit(static_argnums=0)

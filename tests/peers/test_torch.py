@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import random_batch, tiny
+from conftest import random_batch, tensors, tiny
 
 from rho1_jax import model
 from rho1_jax.data.packing import Batch
@@ -38,31 +38,16 @@ def torch_llama(config, params):
             attn_implementation="eager",
         )
     ).double()
-    state = {name: torch.from_numpy(array) for name, array in torch_names(params, config).items()}
+    state = {name: torch.from_numpy(array) for name, array in tensors(double(params)).items()}
     if config.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     llama.load_state_dict(state)
     return llama
 
 
-def torch_names(tree, config):
-    """Our parameters, or their gradients, under Transformers' names and shapes (matrices are output by input)."""
-    D = config.width
-    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-    named = {"model.embed_tokens.weight": arrays["embedding"], "model.norm.weight": arrays["norm"]["scale"]}
-    if not config.tied_embeddings:
-        named["lm_head.weight"] = arrays["head"]
-    layers = arrays["layers"]
-    for n in range(config.layers):
-        prefix = f"model.layers.{n}."
-        for ours in "qkv":
-            named[f"{prefix}self_attn.{ours}_proj.weight"] = layers["attention"][ours][n].reshape(D, -1).T
-        named[f"{prefix}self_attn.o_proj.weight"] = layers["attention"]["o"][n].reshape(-1, D).T
-        for ours in ("gate", "up", "down"):
-            named[f"{prefix}mlp.{ours}_proj.weight"] = layers["feed_forward"][ours][n].T
-        named[f"{prefix}input_layernorm.weight"] = layers["attention_norm"]["scale"][n]
-        named[f"{prefix}post_attention_layernorm.weight"] = layers["feed_forward_norm"]["scale"][n]
-    return {name: np.ascontiguousarray(array) for name, array in named.items()}
+def double(tree):
+    """The arrays in float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
 def torch_losses(llama, tokens):
@@ -71,9 +56,9 @@ def torch_losses(llama, tokens):
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
-def assert_gradients_close(ours, llama, config):
+def assert_gradients_close(ours, llama):
     theirs = dict(llama.named_parameters())
-    for name, gradient in torch_names(ours, config).items():
+    for name, gradient in tensors(double(ours)).items():
         expected = theirs[name].grad.numpy()
         error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
         assert error < RELATIVE, f"{name}: {error:.2e}"
@@ -95,7 +80,7 @@ def test_losses_and_gradients_of_the_whole_model(config):
     expected.mean().backward()
     np.testing.assert_allclose(losses(params, rows)[0], expected.detach().numpy(), rtol=RELATIVE)
     np.testing.assert_allclose(float(mean), float(expected.detach().mean()), rtol=RELATIVE)
-    assert_gradients_close(gradient, llama, config)
+    assert_gradients_close(gradient, llama)
 
 
 def test_documents_in_a_row_are_as_documents_alone():
@@ -140,7 +125,7 @@ def test_slm_loss_and_gradient_against_ten_lines_of_torch():
     np.testing.assert_allclose(float(metrics["selected_loss"]), float(loss.detach()), rtol=RELATIVE)
     update = jax.tree.map(lambda b, a: np.asarray(b, np.float64) - np.asarray(a, np.float64), policy, after.params)
     theirs = dict(llama.named_parameters())
-    for name, gradient in torch_names(update, config).items():
+    for name, gradient in tensors(update).items():
         # The difference of two float32 parameters: its error is theirs, not the gradient's.
         error = np.abs(gradient - theirs[name].grad.numpy()).max()
         assert error < 1e-6, f"{name}: {error:.2e}"

@@ -15,8 +15,8 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import config_of
-from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save, tensors
+from conftest import config_of, tensors
+from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
 from safetensors import safe_open
 
 from rho1_jax.config import model_config
