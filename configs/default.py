@@ -48,8 +48,10 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "tied_embeddings": True,  # one matrix for input and output
                 "sliding_window": config_dict.placeholder(int),  # keys a query sees, itself included; none: all
                 "compute_dtype": "float32",  # of activations and of the reference; "bfloat16" on TPU and GPU
-                "remat": False,  # compute each layer again in the backward pass, to save memory
-                "loss_chunk": 512,  # positions of a row whose logits exist at once
+                "attention": "auto",  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
+                "remat": "none",  # to save memory, computed again for the gradient: "dots" (all but products), "full"
+                "unroll": 1,  # layers compiled as one piece of the loop over them; more is faster on CPU
+                "loss_chunk": 512,  # tokens of a device whose logits exist at once
             },
             "data": {
                 "train": "",  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1

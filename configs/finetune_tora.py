@@ -23,7 +23,7 @@ def get_config(stage: str = "sft") -> ml_collections.ConfigDict:
     config = default.get_config(SCORES[kind])
     config.model.update(model)
     config.model.compute_dtype = "bfloat16"  # ToRA
-    config.model.remat = True  # ours: memory
+    config.model.remat = "full"  # ours: memory
     config.init.checkpoint = f"runs/{run}/slm"
     config.reference.checkpoint = f"runs/{run}/tora_reference"  # ours: a model fine-tuned on the best transcripts
     config.data.train = "data/tora" + size

@@ -28,7 +28,7 @@ def recipe(
     config = default.get_config(stage)
     config.model.update(model)
     config.model.compute_dtype = "bfloat16"  # ours: the paper does not tell its precision; master weights are float32
-    config.model.remat = True  # ours: memory
+    config.model.remat = "full"  # ours: memory
     config.init.checkpoint = f"models/{folder}"  # paper: all stages start from the base model
     config.reference.checkpoint = f"runs/{name}/reference"
     config.batch_size = STEP_TOKENS // seq_len

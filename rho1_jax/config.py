@@ -10,11 +10,14 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from rho1_jax.attention import ATTENTION
 from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
-from rho1_jax.model import ModelConfig
+from rho1_jax.model import FAMILIES, REMAT, ModelConfig
 
 CONFIG_FILE = "config.json"
+# The fields of the `model` section that say how a model is run, not which one it is.
+RUN_SETTINGS = ("compute_dtype", "attention", "remat", "unroll", "loss_chunk")
 
 
 def define_config_flag() -> Any:
@@ -63,12 +66,15 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
         raise UserError(f"config.model.kv_heads={model.kv_heads} does not divide config.model.heads={model.heads}")
     if model.head_width % 2:
         raise UserError(f"config.model.head_width={model.head_width} is odd: rotary positions need pairs")
+    for key, values in (("family", FAMILIES), ("attention", ATTENTION), ("remat", REMAT)):
+        if config.model[key] not in values:
+            raise UserError(f"config.model.{key}={config.model[key]!r} is none of {', '.join(values)}")
     return model
 
 
 def run_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The fields of the `model` section that belong to a run, whatever the model."""
-    return {name: config.model[name] for name in ("compute_dtype", "remat", "loss_chunk")}
+    return {name: config.model[name] for name in RUN_SETTINGS}
 
 
 def as_saved(config: ml_collections.ConfigDict) -> dict[str, Any]:

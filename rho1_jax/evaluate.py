@@ -15,6 +15,7 @@ from absl import flags
 from rho1_jax import checkpoint, model, sharding
 from rho1_jax.config import model_config, run
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.distributed import define_distributed_flag, is_first, say, start
 from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import accuracy, write_results
 from rho1_jax.evals.evaluator import Evaluator
@@ -52,7 +53,7 @@ def evaluate(
         metrics = evaluator.losses(params)
         items = {name: evaluator.answers(params, name, temperature, seed) for name in evaluator.questions}
         metrics |= {f"eval/{name}/accuracy": accuracy(results) for name, results in items.items()}
-    if output is not None:
+    if output is not None and is_first():
         output.mkdir(parents=True, exist_ok=True)
         for name, results in items.items():
             write_results(output / f"{name}.jsonl", results)
@@ -73,13 +74,15 @@ def main() -> None:
     }
     temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
     seed = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature.")
+    distributed_flag = define_distributed_flag()
     output = flags.DEFINE_string("output", None, "Directory for results.json and the items.")
 
     def command() -> None:
+        start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
         directory = pathlib.Path(output.value) if output.value else None
         for name, value in evaluate(checkpoint_flag.value, values, directory, temperature.value, seed.value).items():
-            print(f"{name} {value:.4f}")
+            say(f"{name} {value:.4f}")
 
     run(command)
 

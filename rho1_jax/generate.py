@@ -16,6 +16,7 @@ from flax import nnx
 
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.model import Cache, ModelConfig, Params
+from rho1_jax.sharding import replicate
 
 STRETCH = 16
 PROMPT_MULTIPLE = 32  # prompt lengths are rounded up to this, so that few shapes are compiled
@@ -40,7 +41,7 @@ def _prefill(graphdef, params, tokens_BL, segment_ids_BL, key, *, positions, tem
     model = nnx.merge(graphdef, params)
     cache = empty_cache(model.config, tokens_BL.shape[0], positions)
     hidden_BLD, cache = model(tokens_BL, segment_ids_BL, cache)
-    return _next_token(model, hidden_BLD[:, -1], temperature, key), cache
+    return replicate(_next_token(model, hidden_BLD[:, -1], temperature, key)), cache
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="cache")
@@ -54,7 +55,7 @@ def _decode(graphdef, params, token_B, cache, key, *, temperature):
         return (_next_token(model, hidden_B1D[:, -1], temperature, key), cache), token_B
 
     (token_B, cache), tokens_TB = jax.lax.scan(one, (token_B, cache), jax.random.split(key, STRETCH))
-    return token_B, cache, tokens_TB.T
+    return token_B, cache, replicate(tokens_TB.T)
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -53,7 +53,7 @@ def from_hf(said: dict[str, Any], where: str, run_settings: dict[str, Any]) -> M
     Args:
       said: its content.
       where: its path, for errors.
-      run_settings: the fields that belong to a run rather than to a model: compute_dtype, remat, loss_chunk.
+      run_settings: the fields that belong to a run rather than to a model: compute_dtype and so on.
 
     Raises:
       UserError: the architecture is unknown, a size is missing, or a key asks for what the decoder does not compute.

@@ -9,6 +9,7 @@ from types import TracebackType
 import tensorboardX
 from tqdm import tqdm
 
+from rho1_jax.distributed import is_first
 from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
 
@@ -22,7 +23,7 @@ class Progress:
     """A bar with rate and time left in a terminal; a plain line every PLAIN_SECONDS elsewhere."""
 
     def __init__(self, name: str, total: int, unit: str, initial: int = 0, leave: bool = True):
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_first() and sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             initial=initial,
@@ -49,7 +50,7 @@ class Progress:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)
         self._done = done
-        if not self._terminal and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+        if is_first() and not self._terminal and time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._print_line()
 
     def _print_line(self) -> None:
@@ -73,7 +74,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._terminal and self._done > self._initial and time.monotonic() - self._start >= SILENT_SECONDS:
+        if (
+            is_first()
+            and not self._terminal
+            and self._done > self._initial
+            and time.monotonic() - self._start >= SILENT_SECONDS
+        ):
             self._print_line()
         self._bar.close()
 

@@ -6,6 +6,7 @@ F feed-forward width, V vocabulary, N layers.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rho1_jax.attention import attention, attention_mask
+from rho1_jax.attention import attention
 from rho1_jax.sharding import shard_activations
 
 Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
@@ -27,6 +28,15 @@ class Family(NamedTuple):
 
 
 FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(qkv_bias=True), "qwen3": Family(qk_norm=True)}
+
+
+# What the backward pass finds of each layer's forward pass, beside the layer's input: all of it, the products of
+# weights, or nothing. The rest is computed again.
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +61,9 @@ class ModelConfig:
     tied_embeddings: bool
     sliding_window: int | None
     compute_dtype: str
-    remat: bool
+    attention: str
+    remat: str
+    unroll: int
     loss_chunk: int
 
 
@@ -134,7 +146,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(C, config.norm_eps)
             self.k_norm = RMSNorm(C, config.norm_eps)
 
-    def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
+    def __call__(self, hidden_BLD, positions_BL, segments, cached_kv, start):
         """Attends to this call's keys or, with a cache, to the cache with this call's keys written at `start`."""
         q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...]) for kernel in (self.q, self.k, self.v))
         if FAMILIES[self.config.family].qkv_bias:
@@ -145,13 +157,20 @@ class Attention(nnx.Module):
             q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
         frequencies = rotary_frequencies(self.config)
         q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
-        if cached_kv is None:
-            mixed_BLHC = attention(q_BLHC, k_BLKC, v_BLKC, mask_BLS)
-        else:
-            k_BSKC = jax.lax.dynamic_update_slice_in_dim(cached_kv[0], k_BLKC, start, axis=1)
-            v_BSKC = jax.lax.dynamic_update_slice_in_dim(cached_kv[1], v_BLKC, start, axis=1)
-            cached_kv = k_BSKC, v_BSKC
-            mixed_BLHC = attention(q_BLHC, k_BSKC, v_BSKC, mask_BLS)
+        kv = k_BLKC, v_BLKC
+        if cached_kv is not None:
+            kv = cached_kv = tuple(
+                jax.lax.dynamic_update_slice_in_dim(cached_BSKC, new_BLKC, start, axis=1)
+                for cached_BSKC, new_BLKC in zip(cached_kv, kv)
+            )
+        mixed_BLHC = attention(
+            q_BLHC,
+            *kv,
+            *segments,
+            first_query=start,
+            sliding_window=self.config.sliding_window,
+            kernel=self.config.attention,
+        )
         return _project(mixed_BLHC, self.o[...], contracted=2), cached_kv
 
 
@@ -179,9 +198,9 @@ class Layer(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, hidden_BLD, positions_BL, mask_BLS, cached_kv, start):
+    def __call__(self, hidden_BLD, positions_BL, segments, cached_kv, start):
         """The states [B, L, D] after the layer, and the layer's cache with this call's keys and values."""
-        mixed_BLD, kv = self.attention(self.attention_norm(hidden_BLD), positions_BL, mask_BLS, cached_kv, start)
+        mixed_BLD, kv = self.attention(self.attention_norm(hidden_BLD), positions_BL, segments, cached_kv, start)
         hidden_BLD = shard_activations(hidden_BLD + mixed_BLD)
         hidden_BLD = hidden_BLD + self.feed_forward(self.feed_forward_norm(hidden_BLD))
         return shard_activations(hidden_BLD), kv
@@ -223,7 +242,8 @@ class Decoder(nnx.Module):
           [B, L, D] hidden states after the last norm, in the compute dtype, and the cache with these tokens added.
         """
         if cache is None:
-            start, cached_kv = jnp.int32(0), None
+            start: jax.Array | int = 0
+            cached_kv = None
             key_segments_BS = segment_ids_BL
             positions_BL = segment_positions(segment_ids_BL)
         else:
@@ -233,17 +253,17 @@ class Decoder(nnx.Module):
                 segment_positions(key_segments_BS), start, tokens_BL.shape[1], axis=1
             )
             cached_kv = (cache.k_NBSKC, cache.v_NBSKC)
-        mask_BLS = attention_mask(segment_ids_BL, key_segments_BS, start, self.config.sliding_window)
+        segments = segment_ids_BL, key_segments_BS
         hidden_BLD = shard_activations(self.embedding[...].astype(self.config.compute_dtype)[tokens_BL])
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(hidden_BLD, layer_inputs):
             params, cached_kv = layer_inputs
-            return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mask_BLS, cached_kv, start)
+            return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, segments, cached_kv, start)
 
-        if self.config.remat:
-            layer = jax.checkpoint(layer)
-        hidden_BLD, kv = jax.lax.scan(layer, hidden_BLD, (stacked, cached_kv))
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat])
+        hidden_BLD, kv = jax.lax.scan(layer, hidden_BLD, (stacked, cached_kv), unroll=self.config.unroll)
         if cache is not None:
             cache = Cache(kv[0], kv[1], key_segments_BS, cache.length + tokens_BL.shape[1])
         return self.norm(hidden_BLD), cache

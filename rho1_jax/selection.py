@@ -5,6 +5,7 @@ Rho-1 (arXiv 2404.07965), section 2.2 and equation 4. Everything here is a pure 
 Shapes: B batch rows, L sequence.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 
 # Selection ratios are exact multiples of 1 / RATIO_UNITS, so that ceil(ratio * eligible) is integer arithmetic.
 RATIO_UNITS = 10_000
+
+# Up to so many tokens are sorted; above, they are counted (`python -m tools.benchmark --what=selection` measures both).
+SORTED_TOKENS = 2**12
 
 SCOPES = ("global", "microbatch", "sequence")
 
@@ -85,20 +89,53 @@ def selected_count(eligible_count: Count, ratio: float) -> Count:
     return whole * units + -(-rest * units // RATIO_UNITS)
 
 
-def _select_flat(score_T: jax.Array, eligible_T: jax.Array, ratio: float) -> jax.Array:
-    # An eligible score of -inf must still come before every ineligible token.
-    lowest = jnp.finfo(score_T.dtype).min
-    ranked_T = jnp.where(eligible_T, jnp.where(score_T < lowest, lowest, score_T), -jnp.inf)
-    _, order_K = jax.lax.top_k(ranked_T, selected_count(score_T.size, ratio))
-    kept_K = jnp.arange(order_K.size) < selected_count(eligible_T.sum(), ratio)
-    return jnp.zeros_like(eligible_T).at[order_K].set(kept_K)
+def _keys(score: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Scores as integers of the same order: -0.0 equals 0.0, and what is not eligible comes after minus infinity."""
+    bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+    lowest = jnp.iinfo(jnp.int32).min
+    bits = jnp.where(bits == lowest, 0, bits)
+    # Below zero, the magnitude's bits grow as the float falls.
+    return jnp.where(eligible, jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits), lowest)
+
+
+def select_by_sort(score: jax.Array, eligible: jax.Array, ratio: float) -> jax.Array:
+    """The selection [B, L] among all tokens by `jax.lax.top_k`, for which every device gets all scores."""
+    _, order_K = jax.lax.top_k(_keys(score, eligible).ravel(), selected_count(score.size, ratio))
+    kept_K = jnp.arange(order_K.size) < selected_count(eligible.sum(), ratio)
+    return jnp.zeros(score.size, bool).at[order_K].set(kept_K).reshape(score.shape)
+
+
+def select_by_bisection(score: jax.Array, eligible: jax.Array, ratio: float) -> jax.Array:
+    """The same selection without sort or gather: 64 times, tokens are counted, and only counts cross the mesh.
+
+    From the highest bit to the lowest, the largest threshold is built that k tokens still reach; then, among tokens of
+    exactly that score, the flat index below which as many lie as are still missing.
+    """
+    k = selected_count(eligible.sum(), ratio)
+    key = jax.lax.bitcast_convert_type(_keys(score, eligible), jnp.uint32) ^ jnp.uint32(1 << 31)
+
+    def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The largest 32-bit number for which `holds`, which is true up to some number and false after it."""
+
+        def refine(n, found):
+            candidate = found | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
+            return jnp.where(holds(candidate), candidate, found)
+
+        return jax.lax.fori_loop(0, 32, refine, jnp.uint32(0))
+
+    threshold = largest(lambda candidate: (eligible & (key >= candidate)).sum() >= k)
+    above, equal = eligible & (key > threshold), eligible & (key == threshold)
+    missing = k - above.sum()
+    index = jax.lax.iota(jnp.uint32, score.size).reshape(score.shape)
+    last = largest(lambda candidate: (equal & (index < candidate)).sum() <= missing)
+    return above | (equal & (index < last))
 
 
 def select(score_BL: jax.Array, eligible_BL: jax.Array, ratio: float, scope: str) -> jax.Array:
     """The top `ratio` of the eligible tokens by score (equation 4).
 
     Exactly k = ceil(ratio * eligible) tokens are selected: higher score first, ties to the lower flat index, as
-    `jax.lax.top_k` orders them.
+    `jax.lax.top_k` orders them. Up to SORTED_TOKENS tokens are sorted; more are selected by counting, the same ones.
 
     Args:
       score_BL: [B, L] scores, higher is kept first. No gradient passes through them.
@@ -111,5 +148,6 @@ def select(score_BL: jax.Array, eligible_BL: jax.Array, ratio: float, scope: str
     """
     score_BL = jax.lax.stop_gradient(score_BL)
     if scope == "sequence":
-        return jax.vmap(lambda score_L, eligible_L: _select_flat(score_L, eligible_L, ratio))(score_BL, eligible_BL)
-    return _select_flat(score_BL.ravel(), eligible_BL.ravel(), ratio).reshape(score_BL.shape)
+        return jax.vmap(functools.partial(select_by_sort, ratio=ratio))(score_BL, eligible_BL)
+    among_all = select_by_sort if score_BL.size <= SORTED_TOKENS else select_by_bisection
+    return among_all(score_BL, eligible_BL, ratio)

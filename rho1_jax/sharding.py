@@ -2,8 +2,12 @@
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rho1_jax.errors import UserError
@@ -28,21 +32,37 @@ RULES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices. One of the three sizes may be -1: whatever the others leave.
 
+    Between TPU slices, which only the data-centre network connects, lies the axis `data` alone.
+
+    Args:
+      data: copies of the model.
+      fsdp: devices that share parameters, gradients and optimizer state.
+      tensor: devices that share heads, feed-forward width and vocabulary.
+      devices: those to take, in place of all there are.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    devices = jax.device_count()
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and given > 0:
-        sizes[sizes.index(-1)] = devices // given
-    if math.prod(sizes) != devices or min(sizes) < 1:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
         wanted = f"data={data}, fsdp={fsdp}, tensor={tensor}"
-        raise UserError(f"config.mesh ({wanted}) does not fit {devices} devices: the sizes must multiply to that")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise UserError(f"config.mesh ({wanted}) does not fit {len(devices)} devices: the sizes must multiply to that")
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise UserError(f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices")
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    else:
+        grid = mesh_utils.create_device_mesh(within, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_name(path: tuple) -> str:
@@ -77,13 +97,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of the rows 0 to `rows` of a global batch lie on this process's devices, ascending."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_is_set() -> bool:
+    """Whether this is traced under `jax.set_mesh`."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
 def shard_activations(hidden_BLD: jax.Array) -> jax.Array:
     """Keeps rows on the data axes, wherever a mesh is set; otherwise returns its argument."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return hidden_BLD
-    return jax.lax.with_sharding_constraint(hidden_BLD, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(hidden_BLD, PartitionSpec(BATCH_AXES)) if mesh_is_set() else hidden_BLD
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Keeps a whole copy on every device, so that every process can read it, wherever a mesh is set."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh_is_set() else x
+
+
+def on_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """The function on each device's part of the arguments; on the whole of them where no mesh is set."""
+    if not mesh_is_set():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

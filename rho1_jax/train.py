@@ -22,12 +22,13 @@ from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, model, optimizer, selection, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
-from rho1_jax.config import as_saved, define_config_flag, differences, model_config, run, write_config
-from rho1_jax.data.loader import batches, open_mixture
+from rho1_jax.config import RUN_SETTINGS, as_saved, define_config_flag, differences, model_config, run, write_config
+from rho1_jax.data.loader import batches, open_mixture, to_devices
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.distributed import define_distributed_flag, is_first, say, start
 from rho1_jax.errors import UserError
-from rho1_jax.evals.evaluator import Evaluator, to_devices
+from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.metrics import MetricsWriter, Progress
 from rho1_jax.model import ModelConfig, Params
 from rho1_jax.pretrained import Pretrained, open_pretrained
@@ -41,6 +42,8 @@ FIXED_ON_RESUME = (
     "config.data.document_mask",
     "config.selection.",
 )
+# Of these, what may change with the machine.
+FREE_ON_RESUME = tuple(f"config.model.{name}:" for name in RUN_SETTINGS)
 
 
 class Reference(NamedTuple):
@@ -85,8 +88,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
         state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, mesh)
-        write_config(config, workdir)
-        tokenizer.save(workdir / TOKENIZER_DIR)
+        if is_first():
+            write_config(config, workdir)
+            tokenizer.save(workdir / TOKENIZER_DIR)
 
         # 3. The step.
         step = jitted_step(config, policy, reference, tx, state, mesh)
@@ -95,18 +99,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         # 4. The loop.
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        print(f"{count:,} parameters on {mesh.size} devices ({shape}); the first step compiles", flush=True)
+        say(f"{count:,} parameters on {mesh.size} devices ({shape}); the first step compiles")
         batch_stream = batches(
             stores,
             weights,
             batch_size=config.batch_size,
             seed=config.seed,
             first_step=meta.step,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            rows=sharding.local_rows(mesh, config.batch_size),
             prefetch=config.data.prefetch,
         )
-        next_batch = lambda: to_devices(next(batch_stream), mesh)  # noqa: E731
+        next_batch = lambda: to_devices(next(batch_stream), mesh, config.batch_size)  # noqa: E731
         loop = Loop(config, workdir, meta, stores[0].seq_len, evaluator, checkpoints)
         return loop.run(state, step, next_batch)
 
@@ -227,7 +230,7 @@ def initial_state(
             sharded((params_shape, opt_shape)),
         )
         params, opt_state = checkpoints.restore(saved.step, *abstract)
-        print(f"resumed from step {saved.step}", flush=True)
+        say(f"resumed from step {saved.step}")
         meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
     else:
         if initial is not None:
@@ -247,9 +250,10 @@ def check_resume(saved: Meta, meta: Meta) -> None:
         if getattr(saved, part) != getattr(meta, part):
             raise UserError(f"the run in this workdir began with other content of {name}; use a new --workdir")
     for difference in differences(saved.config, meta.config):
-        if difference.startswith(FIXED_ON_RESUME):
+        fixed = difference.startswith(FIXED_ON_RESUME) and not difference.startswith(FREE_ON_RESUME)
+        if fixed:
             raise UserError(f"the run in this workdir cannot go on with {difference}; use a new --workdir")
-        print(f"changed since the last start: {difference}", flush=True)
+        say(f"changed since the last start: {difference}")
 
 
 def jitted_step(
@@ -290,7 +294,7 @@ class Loop:
         self.config, self.meta, self.evaluator, self.checkpoints = config, meta, evaluator, checkpoints
         self.tokens_per_step = config.batch_size * seq_len
         self.schedule = optimizer.learning_rate_schedule(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-        self.writer = MetricsWriter(workdir, meta.step) if jax.process_index() == 0 else None
+        self.writer = MetricsWriter(workdir, meta.step) if is_first() else None
         self.progress = Progress(workdir.name, config.steps, unit="steps", initial=meta.step)
         self.clock = time.monotonic()
         self.clock_step = meta.step
@@ -354,7 +358,10 @@ def main() -> None:
     config = define_config_flag()
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, config.", required=True)
 
+    distributed_flag = define_distributed_flag()
+
     def command() -> None:
+        start(distributed_flag.value)
         train(config.value, pathlib.Path(workdir.value))
 
     run(command)

@@ -46,6 +46,7 @@ def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
         targets=batch.tokens[:, 1:],
         segment_ids=segment_ids_BL if document_mask else jnp.minimum(segment_ids_BL, 1),
         eligible=selection.eligible_targets(batch.segment_ids, batch.responses),
+        reference_loss=batch.reference_losses,
     )
 
 
@@ -81,7 +82,7 @@ def make_train_step(
 
     Args:
       policy: structure of the model in training.
-      reference: structure of the frozen model; None where the score needs none.
+      reference: structure of the frozen model; None where the score needs none, or where the batches bring its losses.
       optimizer: applied to the gradient of the selected tokens' mean loss.
       score: a name in `selection.SCORES`.
       ratio: share of the eligible tokens to select.
@@ -106,7 +107,8 @@ def make_train_step(
         if rule.function is None:
             return tokens.eligible
         score_BL = rule.function(selection.Signals(policy_loss_BL, tokens.reference_loss, tokens.random))
-        return selection.select(score_BL, tokens.eligible, ratio, scope)
+        with jax.named_scope("selection"):
+            return selection.select(score_BL, tokens.eligible, ratio, scope)
 
     def selected_loss(params: Params, tokens: _Tokens):
         policy_loss_bL = _losses(policy, params, tokens)
@@ -119,7 +121,7 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             tokens = tokens._replace(random=jax.random.uniform(key, tokens.targets.shape))
         tokens = jax.tree.map(split, tokens)
-        if rule.needs_reference:
+        if rule.needs_reference and tokens.reference_loss is None:
             assert reference is not None and reference_params is not None
             reference_loss_MbL = jax.lax.map(lambda part: _losses(reference, reference_params, part), tokens)
             tokens = tokens._replace(reference_loss=reference_loss_MbL)

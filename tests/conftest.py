@@ -51,7 +51,9 @@ TINY = ModelConfig(
     tied_embeddings=True,
     sliding_window=None,
     compute_dtype="float32",
-    remat=False,
+    attention="auto",
+    remat="none",
+    unroll=1,
     loss_chunk=64,
 )
 

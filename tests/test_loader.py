@@ -4,23 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import OPTIONS, write_jsonl
+from conftest import OPTIONS, random_batch, write_jsonl
 
-from rho1_jax.data.loader import batches, eval_batches, open_mixture, parse_mixture
+from rho1_jax.data.loader import batches, eval_batches, open_mixture, parse_mixture, to_devices
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.store import Store
 from rho1_jax.errors import UserError
+from rho1_jax.sharding import batch_sharding, local_rows, make_mesh
 
 
-def take(stores, weights, count, *, first_step=0, host=0, hosts=1, seed=0, batch_size=8):
+def take(stores, weights, count, *, first_step=0, rows=range(8), seed=0, batch_size=8):
     stream = batches(
         stores,
         weights,
         batch_size=batch_size,
         seed=seed,
         first_step=first_step,
-        host=host,
-        hosts=hosts,
+        rows=np.array(rows),
         prefetch=2,
     )
     return [batch.tokens for batch in itertools.islice(stream, count)]
@@ -35,13 +35,22 @@ def other_data(tokenizer, tmp_path_factory):
     return directory / "rows"
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_together_read_what_one_reads(data, other_data, hosts):
+@pytest.mark.parametrize("rows", [range(4), range(4, 8), [0, 1, 6, 7], [5]])
+def test_a_host_reads_its_rows_of_each_batch(data, other_data, rows):
     stores, weights = open_mixture(f"{data}:3,{other_data}:1")
-    whole = take(stores, weights, 5)
-    parts = [take(stores, weights, 5, host=host, hosts=hosts) for host in range(hosts)]
-    for step in range(5):
-        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole[step])
+    whole = take(stores, weights, 5, first_step=2)
+    for mine, batch in zip(take(stores, weights, 5, first_step=2, rows=rows), whole):
+        np.testing.assert_array_equal(mine, batch[list(rows)])
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_a_batch_lies_on_the_devices_row_by_row(sizes):
+    mesh = make_mesh(*sizes)
+    np.testing.assert_array_equal(local_rows(mesh, 16), np.arange(16))  # one process has them all
+    batch = random_batch(16, 5)
+    placed = to_devices(batch, mesh, 16)
+    np.testing.assert_array_equal(placed.tokens, batch.tokens)
+    assert placed.segment_ids.sharding == batch_sharding(mesh)
 
 
 def test_a_step_needs_no_earlier_one(data):
@@ -75,11 +84,11 @@ def test_mixture_follows_the_weights(data, other_data):
 
 def test_eval_batches_hold_every_row_once_whatever_the_hosts(data):
     rows = Store(data).rows("eval")
-    for hosts in (1, 2):
+    for parts in ([range(8)], [[0, 1, 6, 7], [2, 3, 4, 5]]):
         found = []
-        for host in range(hosts):
-            for batch in eval_batches(rows, 8, host, hosts):
-                assert batch.tokens.shape == (8 // hosts, 17)
+        for part in parts:
+            for batch in eval_batches(rows, 8, np.array(part)):
+                assert batch.tokens.shape == (len(part), 17)
                 found += batch.tokens[batch.segment_ids.any(axis=1)].tolist()
         assert sorted(found) == sorted(rows[i]["tokens"].tolist() for i in range(len(rows)))
 

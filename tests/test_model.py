@@ -75,7 +75,7 @@ def test_remat_and_tying_change_what_they_should():
     batch = random_batch(2, 12)
     params = model.init_params(TINY, 0)
     plain = run(TINY, params, batch.tokens, batch.segment_ids)
-    np.testing.assert_array_equal(plain, run(tiny(remat=True), params, batch.tokens, batch.segment_ids))
+    np.testing.assert_array_equal(plain, run(tiny(remat="full"), params, batch.tokens, batch.segment_ids))
     assert "head" not in params
     assert model.abstract_params(tiny(tied_embeddings=False))["head"].shape == (64, 32)
 

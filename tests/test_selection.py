@@ -1,6 +1,8 @@
 """The selection against plain numpy and exact fractions."""
 
+import functools
 import math
+import re
 from fractions import Fraction
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rho1_jax import selection
+from rho1_jax import selection, sharding
 
 
 def numpy_selection(score, eligible, ratio):
@@ -19,24 +21,77 @@ def numpy_selection(score, eligible, ratio):
     return chosen
 
 
+BOTH = [selection.select_by_sort, selection.select_by_bisection]
 SCORES = {
+    "normal": lambda rng: rng.normal(size=120).astype(np.float32),
     "distinct": lambda rng: rng.permutation(120).astype(np.float32),
     "ties": lambda rng: rng.integers(0, 4, 120).astype(np.float32),
     "all equal": lambda rng: np.zeros(120, np.float32),
+    "denormal": lambda rng: (rng.integers(-3, 4, 120) * np.float32(1e-45)).astype(np.float32),
+    "signed zeros": lambda rng: np.where(rng.random(120) < 0.5, np.float32(0.0), np.float32(-0.0)),
     "infinite": lambda rng: rng.choice(np.array([-np.inf, np.inf, -3e38, 0.0, 1e-45], np.float32), 120),
 }
 
 
 @pytest.mark.parametrize("ratio", [0.0001, 0.25, 0.6, 0.7, 1.0])
 @pytest.mark.parametrize("kind", SCORES)
-def test_selects_exactly_the_top_k_in_order(kind, ratio):
+@pytest.mark.parametrize("select", BOTH)
+def test_selects_exactly_the_top_k_in_order(select, kind, ratio):
     rng = np.random.default_rng(1)
     score, eligible = SCORES[kind](rng), rng.random(120) < 0.7
-    # Scores below the lowest finite number count as that number.
-    ranked = np.maximum(score, np.finfo(np.float32).min)
-    expected = numpy_selection(ranked, eligible, ratio)
-    selected = selection.select(score.reshape(8, 15), eligible.reshape(8, 15), ratio, "global")
+    expected = numpy_selection(score, eligible, ratio)
+    selected = select(jnp.array(score.reshape(8, 15)), jnp.array(eligible.reshape(8, 15)), ratio)
     np.testing.assert_array_equal(np.ravel(selected), expected)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(2, 4, 1)
+
+
+@pytest.mark.parametrize("select", BOTH)
+@pytest.mark.parametrize("kind", ["normal", "all equal", "one eligible", "empty shards"])
+def test_on_a_mesh_it_is_the_same(select, kind, mesh):
+    rng = np.random.default_rng(3)
+    score = np.zeros((16, 40), np.float32) if kind == "all equal" else rng.normal(size=(16, 40)).astype(np.float32)
+    eligible = rng.random((16, 40)) < 0.8
+    if kind == "one eligible":
+        eligible[:] = False
+        eligible[9, 7] = True
+    if kind == "empty shards":  # two rows lie on each device
+        eligible[2:4], eligible[10:] = False, False
+    placed = jax.device_put((score, eligible), sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        selected = jax.jit(functools.partial(select, ratio=0.6))(*placed)
+    np.testing.assert_array_equal(np.ravel(selected), numpy_selection(score.ravel(), eligible.ravel(), 0.6))
+
+
+def moved(select, mesh):
+    """The number of elements that each collective of the compiled selection hands to each device."""
+    rows = sharding.batch_sharding(mesh)
+    arguments = (jax.ShapeDtypeStruct((64, 1024), dtype, sharding=rows) for dtype in (jnp.float32, bool))
+    with jax.set_mesh(mesh):
+        hlo = jax.jit(functools.partial(select, ratio=0.6), out_shardings=rows).lower(*arguments).compile().as_text()
+    found = re.findall(
+        r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", hlo
+    )
+    sizes = re.findall(r"\[([\d,]*)\]", " ".join(shape for shape, _ in found))
+    return [math.prod(int(size) for size in text.split(",") if size) for text in sizes]
+
+
+def test_bisection_moves_nothing_but_counts(mesh):
+    assert set(moved(selection.select_by_bisection, mesh)) == {1}
+    assert max(moved(selection.select_by_sort, mesh)) <= 64 * 1024
+
+
+def test_many_tokens_are_selected_by_bisection(monkeypatch):
+    called = []
+    monkeypatch.setattr(selection, "select_by_bisection", lambda *arguments: called.append(arguments))
+    few, many = (jnp.zeros((rows, selection.SORTED_TOKENS // 2)) for rows in (2, 3))
+    selection.select(few, few == 0, 0.5, "global")
+    assert not called
+    selection.select(many, many == 0, 0.5, "global")
+    assert called
 
 
 @pytest.mark.parametrize("ratio", ["0.6", "0.7", "0.1", "0.3333", "0.0001", "1.0"])

@@ -1,4 +1,4 @@
-"""Token losses against optax's."""
+"""Token losses and their gradients against optax's in float64, on one device and on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from rho1_jax import sharding
 from rho1_jax.token_loss import token_losses
+
+B, L, D, V = 8, 24, 16, 48
 
 
 def optax_losses(hidden, output, targets):
@@ -14,20 +17,72 @@ def optax_losses(hidden, output, targets):
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8, 24, 100])
-def test_losses_and_gradients_equal_optax(chunk):
+def inputs(selected):
+    """Hidden states, output embedding, targets, and what each token's loss counts: nothing for those not selected."""
     rng = np.random.default_rng(0)
-    hidden, output = jnp.array(rng.normal(size=(3, 24, 16))), jnp.array(rng.normal(size=(50, 16)))
-    targets, weights = jnp.array(rng.integers(0, 50, (3, 24))), jnp.array(rng.random((3, 24)))
-    np.testing.assert_allclose(
-        token_losses(hidden, output, targets, chunk), optax_losses(hidden, output, targets), 1e-5
-    )
-    ours = jax.grad(lambda h, o: (weights * token_losses(h, o, targets, chunk)).sum(), argnums=(0, 1))(hidden, output)
-    theirs = jax.grad(lambda h, o: (weights * optax_losses(h, o, targets)).sum(), argnums=(0, 1))(hidden, output)
-    for mine, other in zip(ours, theirs):
-        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+    weights = np.where(rng.random((B, L)) < selected, rng.random((B, L)), 0)
+    return rng.normal(size=(B, L, D)), rng.normal(size=(V, D)), rng.integers(0, V, (B, L)), weights
+
+
+def expected(hidden, output, targets, weights):
+    """Losses and both gradients, by optax in float64."""
+    with jax.enable_x64(True):
+        losses = optax_losses(hidden, output, targets)
+        gradients = jax.grad(lambda h, o: (weights * optax_losses(h, o, targets)).sum(), argnums=(0, 1))(hidden, output)
+    return losses, *gradients
+
+
+def check(found, hidden, output, targets, weights):
+    for ours, theirs in zip(found, expected(hidden, output, targets, weights)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def ours(hidden, output, targets, weights, chunk):
+    hidden, output, weights = (jnp.asarray(x, jnp.float32) for x in (hidden, output, weights))
+    targets = jnp.asarray(targets)
+    losses, gradient = jax.vjp(lambda h, o: token_losses(h, o, targets, chunk), hidden, output)
+    return losses, *gradient(weights)
+
+
+@pytest.mark.parametrize("selected", [0.0, 0.02, 0.6, 1.0])
+@pytest.mark.parametrize("chunk", [1, 5, 24, 64, 1000])
+def test_losses_and_gradients_equal_optax(chunk, selected):
+    given = inputs(selected)
+    check(ours(*given, chunk), *given)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_on_a_mesh_with_other_numbers_selected_on_each_device(sizes):
+    hidden, output, targets, weights = inputs(0.6)
+    weights[0], weights[1:3, 5:] = 0, 0
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        found = jax.jit(ours, static_argnums=4)(hidden, output, targets, weights, 7)
+    check(found, hidden, output, targets, weights)
+
+
+def test_tokens_without_a_gradient_are_not_touched():
+    """Were their logits made, not a number would come of them, even times zero."""
+    hidden, output, targets, weights = inputs(0.6)
+    found = {}
+    for filler in (0.0, np.nan):
+        filled = np.where(weights[..., None] == 0, filler, hidden)
+        _, *found[filler] = ours(filled, output, targets, weights, 7)
+    for plain, with_nan in zip(*found.values()):
+        np.testing.assert_array_equal(with_nan, plain)
 
 
 def test_large_logits_stay_finite():
     hidden, output = jnp.full((1, 2, 4), 100.0), jnp.stack([jnp.full(4, 100.0), jnp.full(4, -100.0)])
     np.testing.assert_allclose(token_losses(hidden, output, jnp.array([[0, 1]]), 8), [[0.0, 80_000.0]])
+
+
+def test_temporaries_of_loss_and_gradient_are_at_most_a_fifth_of_the_plain_ones():
+    """At 16,384 tokens and a vocabulary of 32,000."""
+    shapes = [((32, 512, 64), jnp.float32), ((32_000, 64), jnp.float32), ((32, 512), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def temporaries(losses):
+        gradient = jax.grad(lambda h, o, t: losses(h, o, t).mean(), argnums=(0, 1))
+        return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda h, o, t: token_losses(h, o, t, 512)) <= temporaries(optax_losses) / 5

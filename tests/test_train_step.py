@@ -1,5 +1,7 @@
 """The step: what it selects, what moves the gradient, and that neither depends on how the work is split."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,7 +206,28 @@ def test_an_empty_batch_changes_nothing(params):
     assert not np.asarray(selected).any() and float(metrics["loss"]) == 0
 
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_no_buffer_of_the_step_holds_the_logits_of_all_tokens(microbatches):
+    config = tiny(vocab_size=509, loss_chunk=16)
+    graphdef, shape = model.build(config), model.abstract_params(config)
+    step = make_train_step(graphdef, graphdef, SGD, **DEFAULTS | {"microbatches": microbatches})
+    state = TrainState(jnp.int32(0), shape, jax.eval_shape(SGD.init, shape))
+    rows = jax.ShapeDtypeStruct((8, 17), jnp.int32)
+    hlo = jax.jit(step).lower(state, shape, Batch(rows, rows)).compile().as_text()
+    with_vocabulary = {dims for dims in re.findall(r"\[([\d,]+)\]", hlo) if "509" in dims.split(",")}
+    assert max(np.prod([int(d) for d in dims.split(",")]) for dims in with_vocabulary) < 8 * 16 * 509 / 2
+
+
+def test_losses_that_come_with_the_batch_stand_for_the_reference(params, batch, slm):
+    reference_losses, _ = jax.jit(make_token_losses(GRAPHDEF, True))(params[1], batch)
+    step = jax.jit(make_train_step(GRAPHDEF, None, SGD, **DEFAULTS))
+    state, metrics, selected = step(start(params[0]), None, batch._replace(reference_losses=reference_losses))
+    np.testing.assert_array_equal(selected, slm[2])
+    assert_trees_close(state.params, slm[0].params)
+    np.testing.assert_allclose(metrics["reference_loss"], slm[1]["reference_loss"], rtol=1e-5)
+
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def random_documents(seed, count, longest):
 def test_rows_hold_whole_conversations_in_order():
     documents = random_documents(0, 200, 17)
     rows = list(pack_whole([documents], 16))
-    tokens, segment_ids, responses = (np.concatenate(parts) for parts in zip(*rows))
+    tokens, segment_ids, responses = (np.concatenate(parts) for parts in zip(*(row[:3] for row in rows)))
     assert tokens.shape[1] == 17
     np.testing.assert_array_equal(tokens[segment_ids > 0], documents.tokens)
     np.testing.assert_array_equal(responses[segment_ids > 0], documents.responses)

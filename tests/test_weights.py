@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen2": tiny(family="qwen2", vocab_size=300),
     "qwen3": tiny(family="qwen3", vocab_size=300, rope_factor=8.0, rope_original_length=32),
 }
-RUN_SETTINGS = {"compute_dtype": "float32", "remat": False, "loss_chunk": 64}
+RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 
 
 def write_folder(path, config, params, tokenizer):

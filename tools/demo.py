@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 
 from configs import demo as demo_config
@@ -81,7 +82,7 @@ def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> 
             params = checkpoint.load_params(directory, model_config, mesh, "float32")
             models.append((model.build(model_config), params))
         rows = Store(output / "data" / "noisy").rows("eval")
-        batch = next(eval_batches(rows, 4 * SHOWN_ROWS, host=0, hosts=1))
+        batch = next(eval_batches(rows, 4 * SHOWN_ROWS, np.arange(4 * SHOWN_ROWS)))
         policy, reference = models
         return score_tokens(policy, reference, batch, config.selection.ratio, config.data.document_mask)
 

@@ -31,7 +31,7 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     tokens = config.steps * config.batch_size * seq_len
     policy, online = forward_flops(model, seq_len), selection.SCORES[config.selection.score].needs_reference
     # The backward pass takes twice the forward one; remat takes that once more.
-    step = policy * (4 if model.remat else 3)
+    step = policy * (4 if model.remat == "full" else 3)
     flops = tokens * (step + (policy if online else 0))
     hours = flops / (peak_tflops * 1e12 * utilization) / 3600
     parameters = param_count(model)
@@ -39,7 +39,7 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     memory = state + parameters * (MASTER_BYTES + (REFERENCE_BYTES if online else 0))
     return [
         f"{parameters:,} parameters, {tokens:,} tokens in {config.steps:,} steps of {config.batch_size * seq_len:,}",
-        f"{flops:.2e} FLOPs, {'reference' if online else 'no reference'}, {'remat' if model.remat else 'no remat'}",
+        f"{flops:.2e} FLOPs, {'reference' if online else 'no reference'}, remat {model.remat}",
         f"{hours:,.0f} chip-hours at {utilization:.0%} of {peak_tflops:.0f} TFLOP/s",
         f"{memory / 2**30:,.0f} GiB of parameters, optimizer state, gradient and reference over all chips",
         f"{state / 2**30:,.0f} GiB a checkpoint, {config.checkpoint.keep} kept",

@@ -5,13 +5,17 @@ n * B to (n + 1) * B of that sequence, so nothing of the iteration has to be sav
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.errors import UserError
+from rho1_jax.sharding import batch_sharding, local_rows
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
@@ -70,11 +74,10 @@ def batches(
     batch_size: int,
     seed: int,
     first_step: int,
-    host: int,
-    hosts: int,
+    rows: np.ndarray,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """This host's rows of the training batches from `first_step` on, without end.
+    """The given rows of the training batches from `first_step` on, without end. No other row is read.
 
     Args:
       stores: prepared data sets; their split "train" is read.
@@ -82,29 +85,52 @@ def batches(
       batch_size: rows B of the global batch.
       seed: of the shuffles.
       first_step: the step of the first batch.
-      host: index of this host among `hosts`. It reads the `host`-th part of each global batch and no other row.
-      hosts: number of hosts; divides `batch_size`.
+      rows: [R] which of the rows 0 to B of each global batch, as `sharding.local_rows` tells.
       prefetch: batches to read ahead.
 
     Yields:
-      numpy arrays [B / hosts, seq_len + 1].
+      numpy arrays [R, seq_len + 1].
     """
     sources = [
         grain.MapDataset.source(store.rows("train")).seed(seed + number).shuffle().repeat()
         for number, store in enumerate(stores)
     ]
     mixed = grain.MapDataset.mix(sources, weights)
-    mine = mixed.batch(batch_size // hosts)[first_step * hosts + host :: hosts]
-    for rows in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
-        yield Batch(**rows)
+    mine = grain.MapDataset.source(_LocalRows(mixed, batch_size, rows)).batch(len(rows))[first_step:]
+    for read in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
+        yield Batch(**read)
 
 
-def eval_batches(rows: Sequence[dict[str, np.ndarray]], batch_size: int, host: int, hosts: int) -> Iterator[Batch]:
-    """This host's part of all rows of a split, in order, in batches filled up with padding."""
-    part = batch_size // hosts
+class _LocalRows:
+    """Of a sequence of rows, taken in batches, the same ones of each batch."""
+
+    def __init__(self, sequence: Sequence[dict[str, np.ndarray]], batch_size: int, rows: np.ndarray):
+        self._sequence, self._batch_size, self._rows = sequence, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._sequence) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, position = divmod(index, len(self._rows))
+        return self._sequence[step * self._batch_size + int(self._rows[position])]
+
+
+def eval_batches(rows: Sequence[dict[str, np.ndarray]], batch_size: int, local: np.ndarray) -> Iterator[Batch]:
+    """All rows of a split, in order, in batches filled up with padding; of each batch the rows `local`."""
     blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
     for start in range(0, len(rows), batch_size):
-        first = start + host * part
-        taken = [rows[i] for i in range(first, min(first + part, len(rows)))]
-        taken += [blank] * (part - len(taken))
+        taken = [rows[start + i] if start + i < len(rows) else blank for i in local.tolist()]
         yield Batch(**{name: np.stack([row[name] for row in taken]) for name in blank})
+
+
+def to_devices(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """The rows `sharding.local_rows` of each process as one global batch of `batch_size` rows."""
+    rows, everywhere = local_rows(mesh, batch_size), batch_sharding(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return x[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), everywhere, part)
+
+    return jax.tree.map(place, batch)

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from rho1_jax.config import parse_named
-from rho1_jax.data.loader import eval_batches
+from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import AnswerConfig, accuracy, answer_all, read_questions
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
-from rho1_jax.sharding import batch_sharding, replicated
+from rho1_jax.sharding import local_rows, replicated
 from rho1_jax.train_step import make_token_losses
 
 
@@ -31,7 +30,7 @@ class Evaluator:
     def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
         """Raises UserError where a data set or question file is missing, bad, or of another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
-        self._batch_size, self._max_rows = config.batch_size, config.eval.rows
+        self._batch_size, self._max_rows = config.batch_size // config.microbatches, config.eval.rows
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
         self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
         self._rows = {}
@@ -68,13 +67,14 @@ class Evaluator:
 
     def _loss(self, params: Params, name: str) -> float:
         rows = self._rows[name]
-        host, hosts = jax.process_index(), jax.process_count()
         steps = math.ceil(min(self._max_rows, len(rows)) / self._batch_size)
-        batches = itertools.islice(eval_batches(rows, self._batch_size, host, hosts), steps)
+        batches = itertools.islice(
+            eval_batches(rows, self._batch_size, local_rows(self._mesh, self._batch_size)), steps
+        )
         total = count = 0.0
         with Progress(name, steps, unit="batches", leave=False) as progress:
             for batch in batches:
-                loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh))
+                loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh, self._batch_size))
                 total, count = total + float(loss_sum), count + float(eligible)
                 progress.advance(1)
         return total / count
@@ -88,9 +88,3 @@ def _make_loss_sums(graphdef: nnx.GraphDef, document_mask: bool, mesh: Mesh) -> 
         return jnp.where(eligible_BL, loss_BL, 0).sum(), eligible_BL.sum()
 
     return jax.jit(loss_sums, out_shardings=replicated(mesh))
-
-
-def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """A host's rows as its part of a global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x)), batch)

@@ -30,7 +30,7 @@ from rho1_jax.train_step import make_token_losses
 from rho1_jax.weights import HuggingFaceFolder
 from tools.train_tokenizer import train_tokenizer
 
-RUN_SETTINGS = {"compute_dtype": "float32", "remat": False, "loss_chunk": 16}
+RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 16}
 LENGTH = 48
 VOCAB = 320
 
