@@ -68,6 +68,8 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.1,  # of matrices; norms and biases have none
                 "clip_norm": 1.0,  # of the gradient
+                "first_moment_dtype": "float32",  # or "bfloat16", to save memory
+                "host_offload": False,  # moments stay in the host's memory between updates, where the backend can
             },
             "selection": {
                 "score": STAGES[stage],  # "none" (CLM), "random" (control) or "excess" (SLM)

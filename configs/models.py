@@ -38,3 +38,16 @@ LLAMA3_8B = {
     "rope_theta": 500_000.0,
     "tied_embeddings": False,
 }
+LLAMA3_70B = {
+    "family": "llama",
+    "vocab_size": 128_256,
+    "width": 8192,
+    "layers": 80,
+    "heads": 64,
+    "kv_heads": 8,
+    "head_width": 128,
+    "ff_width": 28_672,
+    "context_length": 8192,
+    "rope_theta": 500_000.0,
+    "tied_embeddings": False,
+}

@@ -30,7 +30,8 @@ def empty_cache(config: ModelConfig, rows: int, positions: int) -> Cache:
 
 
 def _next_token(model, hidden_BD: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
-    logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, model.output_VD(), preferred_element_type=jnp.float32)
+    output_VD = model.output_VD().astype(hidden_BD.dtype)
+    logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, output_VD, preferred_element_type=jnp.float32)
     if temperature == 0:
         return logits_BV.argmax(axis=-1)
     return jax.random.categorical(key, logits_BV / temperature)

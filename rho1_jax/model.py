@@ -224,9 +224,8 @@ class Decoder(nnx.Module):
             self.head = _weight(rngs, (config.vocab_size, config.width), 0.02)
 
     def output_VD(self) -> jax.Array:
-        """The output embedding [V, D] in the compute dtype."""
-        output = self.embedding if self.config.tied_embeddings else self.head
-        return output[...].astype(self.config.compute_dtype)
+        """The output embedding [V, D]."""
+        return (self.embedding if self.config.tied_embeddings else self.head)[...]
 
     def __call__(
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, cache: Cache | None = None

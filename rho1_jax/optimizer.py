@@ -23,6 +23,8 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    first_moment_dtype: str
+    host_offload: bool
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -46,7 +48,7 @@ def _decayed(params):
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps. Its state holds two trees of the parameters' shape."""
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate_schedule(config, steps),
@@ -55,5 +57,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=_decayed,
+            mu_dtype=config.first_moment_dtype,
         ),
     )
+    return _from_host(optimizer) if config.host_offload else optimizer
+
+
+def _from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, its state brought to the device for each update. The step says where it goes back to."""
+
+    def update(updates, state, params=None):
+        return optimizer.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
+
+    return optax.GradientTransformation(optimizer.init, update)

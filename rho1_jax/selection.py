@@ -89,6 +89,11 @@ def selected_count(eligible_count: Count, ratio: float) -> Count:
     return whole * units + -(-rest * units // RATIO_UNITS)
 
 
+def count(mask: jax.Array) -> jax.Array:
+    """How many are true. The barrier keeps the TPU compiler from fusing mask and sum, which fails in some shapes."""
+    return jax.lax.optimization_barrier(mask).sum()
+
+
 def _keys(score: jax.Array, eligible: jax.Array) -> jax.Array:
     """Scores as integers of the same order: -0.0 equals 0.0, and what is not eligible comes after minus infinity."""
     bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
@@ -101,7 +106,7 @@ def _keys(score: jax.Array, eligible: jax.Array) -> jax.Array:
 def select_by_sort(score: jax.Array, eligible: jax.Array, ratio: float) -> jax.Array:
     """The selection [B, L] among all tokens by `jax.lax.top_k`, for which every device gets all scores."""
     _, order_K = jax.lax.top_k(_keys(score, eligible).ravel(), selected_count(score.size, ratio))
-    kept_K = jnp.arange(order_K.size) < selected_count(eligible.sum(), ratio)
+    kept_K = jnp.arange(order_K.size) < selected_count(count(eligible), ratio)
     return jnp.zeros(score.size, bool).at[order_K].set(kept_K).reshape(score.shape)
 
 
@@ -111,7 +116,7 @@ def select_by_bisection(score: jax.Array, eligible: jax.Array, ratio: float) -> 
     From the highest bit to the lowest, the largest threshold is built that k tokens still reach; then, among tokens of
     exactly that score, the flat index below which as many lie as are still missing.
     """
-    k = selected_count(eligible.sum(), ratio)
+    k = selected_count(count(eligible), ratio)
     key = jax.lax.bitcast_convert_type(_keys(score, eligible), jnp.uint32) ^ jnp.uint32(1 << 31)
 
     def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -125,7 +130,7 @@ def select_by_bisection(score: jax.Array, eligible: jax.Array, ratio: float) -> 
 
     threshold = largest(lambda candidate: (eligible & (key >= candidate)).sum() >= k)
     above, equal = eligible & (key > threshold), eligible & (key == threshold)
-    missing = k - above.sum()
+    missing = k - count(above)
     index = jax.lax.iota(jnp.uint32, score.size).reshape(score.shape)
     last = largest(lambda candidate: (equal & (index < candidate)).sum() <= missing)
     return above | (equal & (index < last))

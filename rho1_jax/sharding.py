@@ -17,6 +17,8 @@ AXES = ("data", "fsdp", "tensor")
 # Rows of a batch are spread over both of these; parameters are spread over `fsdp` and `tensor`.
 BATCH_AXES = ("data", "fsdp")
 
+HOST_MEMORY = "pinned_host"
+
 # Parameter path (the end of it) -> how its axes lie on the mesh. Layers carry a leading axis N.
 RULES = {
     r"embedding": PartitionSpec("tensor", "fsdp"),
@@ -54,7 +56,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         wanted = f"data={data}, fsdp={fsdp}, tensor={tensor}"
         raise UserError(f"config.mesh ({wanted}) does not fit {len(devices)} devices: the sizes must multiply to that")
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes[0] % slices:
         raise UserError(f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices")
     within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
@@ -90,6 +92,20 @@ def param_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _partition_spec(path_name(path), leaf.shape, mesh)), tree
     )
+
+
+def on_host(shardings):
+    """The same shardings in the host's memory, but for scalars.
+
+    Raises:
+      UserError: the devices have no such memory.
+    """
+    devices = jax.tree.leaves(shardings)[0].mesh.devices.flat
+    if devices[0].platform != "tpu" and HOST_MEMORY not in {
+        memory.kind for memory in devices[0].addressable_memories()
+    }:
+        raise UserError(f"config.optimizer.host_offload: {devices[0].platform} devices have no memory {HOST_MEMORY!r}")
+    return jax.tree.map(lambda s: s.with_memory_kind(HOST_MEMORY) if s.spec else s, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -25,7 +25,7 @@ def token_losses(hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Ar
 
     Args:
       hidden_BLD: [B, L, D] final hidden states.
-      output_VD: [V, D] output embedding, in the dtype of the hidden states.
+      output_VD: [V, D] output embedding. Its gradient is summed in float32, whatever the dtype of the hidden states.
       targets_BL: [B, L] token ids.
       chunk: tokens of a device whose logits exist at once.
 
@@ -38,16 +38,18 @@ def token_losses(hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Ar
 def _forward(hidden_BLD, output_VD, targets_BL, chunk):
     local = functools.partial(_local_losses, chunk=chunk)
     on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), (ROWS, ROWS))
-    loss_BL, log_total_BL = on_devices(hidden_BLD, output_VD, targets_BL)
+    loss_BL, log_total_BL = on_devices(hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL)
     return loss_BL, (hidden_BLD, output_VD, targets_BL, log_total_BL)
 
 
 def _backward(chunk, kept, gradient_BL):
-    hidden_BLD, output_VD, _, _ = kept
+    hidden_BLD, output_VD, *others = kept
     local = functools.partial(_local_gradients, chunk=chunk)
     in_specs = (ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, ROWS)
     on_devices = on_mesh(local, in_specs, (ROWS, PartitionSpec(VOCABULARY, WIDTH)))
-    hidden_gradient_BLD, output_gradient_VD = on_devices(*kept, gradient_BL)
+    hidden_gradient_BLD, output_gradient_VD = on_devices(
+        hidden_BLD, output_VD.astype(hidden_BLD.dtype), *others, gradient_BL
+    )
     return hidden_gradient_BLD.astype(hidden_BLD.dtype), output_gradient_VD.astype(output_VD.dtype), None
 
 

@@ -216,20 +216,11 @@ def initial_state(
       UserError: the run in the work directory is another one.
     """
 
-    def sharded(tree: Any) -> Any:
-        return sharding.param_shardings(tree, mesh)
-
-    params_shape = model.abstract_params(policy_config)
-    opt_shape = jax.eval_shape(tx.init, params_shape)
+    abstract = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
     saved = checkpoints.latest_meta()
     if saved is not None:
         check_resume(saved, meta)
-        abstract = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            (params_shape, opt_shape),
-            sharded((params_shape, opt_shape)),
-        )
-        params, opt_state = checkpoints.restore(saved.step, *abstract)
+        params, opt_state = checkpoints.restore(saved.step, abstract.params, abstract.opt_state)
         say(f"resumed from step {saved.step}")
         meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
     else:
@@ -237,10 +228,33 @@ def initial_state(
             params = initial.load(mesh, "float32")
         else:
             init = functools.partial(model.init_params, policy_config, config.seed)
-            params = jax.jit(init, out_shardings=sharded(params_shape))()
-        opt_state = jax.jit(tx.init, out_shardings=sharded(opt_shape))(params)
+            params = jax.jit(init, out_shardings=placement(abstract.params))()
+        opt_state = jax.jit(tx.init, out_shardings=placement(abstract.opt_state))(params)
     step = jax.device_put(jnp.int32(meta.step), sharding.replicated(mesh))
     return TrainState(step, params, opt_state), meta
+
+
+def abstract_state(policy_config: ModelConfig, tx, mesh: Mesh, host_offload: bool) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    params = model.abstract_params(policy_config)
+    opt_state = jax.eval_shape(tx.init, params)
+    opt_shardings = sharding.param_shardings(opt_state, mesh)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return TrainState(
+        step,
+        placed(params, sharding.param_shardings(params, mesh)),
+        placed(opt_state, sharding.on_host(opt_shardings) if host_offload else opt_shardings),
+    )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays with the shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def placement(tree: Any) -> Any:
+    """The sharding of each array of a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def check_resume(saved: Meta, meta: Meta) -> None:
@@ -263,7 +277,7 @@ def jitted_step(
     tx,
     state: TrainState,
     mesh: Mesh,
-) -> Callable:
+) -> Any:
     """The train step, compiled for the mesh; the state is donated, the reference is not."""
     step = make_train_step(
         policy,
@@ -275,8 +289,7 @@ def jitted_step(
         seed=config.seed,
     )
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnames="state", out_shardings=(state_shardings, everywhere, rows))
+    return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))
 
 
 class Loop:

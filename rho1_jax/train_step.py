@@ -136,7 +136,7 @@ def make_train_step(
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         gradient, (policy_loss_MbL, selected_MbL) = jax.lax.scan(accumulate, zeros, tokens)
-        count = jnp.maximum(selected_MbL.sum(), 1)
+        count = jnp.maximum(selection.count(selected_MbL), 1)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = _metrics(policy_loss_MbL, selected_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
@@ -148,8 +148,8 @@ def make_train_step(
 
 def _metrics(policy_loss: jax.Array, selected: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:
     """Means over the step's tokens, in nats; `loss` and the reference's are over all eligible ones."""
-    eligible_count = tokens.eligible.sum()
-    selected_count = selected.sum()
+    eligible_count = selection.count(tokens.eligible)
+    selected_count = selection.count(selected)
 
     def mean(values: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1)

@@ -38,7 +38,12 @@ def test_fine_tuning_has_stages_of_its_own(stage, score):
 
 
 # The sizes that the models' publishers give.
-COUNTS = {"TINYLLAMA_1B": 1_100_048_384, "MISTRAL_7B": 7_241_732_096, "LLAMA3_8B": 8_030_261_248}
+COUNTS = {
+    "TINYLLAMA_1B": 1_100_048_384,
+    "MISTRAL_7B": 7_241_732_096,
+    "LLAMA3_8B": 8_030_261_248,
+    "LLAMA3_70B": 70_553_706_496,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -11,7 +11,7 @@ from rho1_jax import model, sharding
 from rho1_jax.errors import UserError
 from rho1_jax.optimizer import OptimizerConfig, make_optimizer
 
-ADAMW = OptimizerConfig(1e-2, 0.2, "cosine", 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0)
+ADAMW = OptimizerConfig(1e-2, 0.2, "cosine", 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0, "float32", False)
 
 
 def test_one_axis_takes_what_the_others_leave():

@@ -1,0 +1,191 @@
+"""Compiles a run's step for a TPU topology, without a TPU, by its real compiler: does it fit, and what does it take?
+
+python -m tools.compile_tpu --config=FILE:stage --topology=v5e:8x8 [--seq_len=2048] [--config.key=value]
+
+Needs the extra `tpu`. One line each for CLM, SLM with the reference in the step (online), and SLM whose reference ran
+before (cached). The exit status is not 0 where one does not fit a chip's memory.
+"""
+
+import os
+
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost"
+)
+
+import json
+import math
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from rho1_jax import accounting, model, optimizer, sharding
+from rho1_jax.attention import KERNELS
+from rho1_jax.config import define_config_flag, model_config, run
+from rho1_jax.data.packing import Batch
+from rho1_jax.errors import UserError
+from rho1_jax.files import write_text
+from rho1_jax.train import Reference, abstract_state, check, check_batch_size, jitted_step, placed, placement
+from tools import hlo_cost
+
+GIB = 2**30
+ARMS = ("clm", "online", "cached")
+
+
+def topology_mesh(name: str, slices: int, mesh: ml_collections.ConfigDict) -> Mesh:
+    """The mesh over the chips of a topology, "v5e:8x8" for one. Raises UserError where the compiler knows none such."""
+    try:
+        options = {"num_slices": slices} if slices > 1 else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:
+        raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from None
+    return sharding.make_mesh(**mesh, devices=devices)
+
+
+def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy of the config with the kernel that "auto" takes on TPU."""
+    config = config.copy_and_resolve_references()
+    if config.model.attention == "auto":
+        config.model.attention = KERNELS["tpu"][0]
+    return config
+
+
+def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step of an arm for abstract arrays that lie on the mesh."""
+    policy_config = model_config(config)
+    graphdef = model.build(policy_config)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+
+    state = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy_config.compute_dtype), state.params)
+    frozen = placed(frozen, placement(state.params))
+    reference = Reference(graphdef, frozen, {}) if arm == "online" else None
+    row = jax.ShapeDtypeStruct((config.batch_size, seq_len + 1), jnp.int32)
+    losses = jax.ShapeDtypeStruct((config.batch_size, seq_len), jnp.float32) if arm == "cached" else None
+    batch = jax.tree.map(lambda x: x.update(sharding=sharding.batch_sharding(mesh)), Batch(row, row, None, losses))
+    step = jitted_step(config, graphdef, reference, tx, state, mesh)
+    return step.lower(state, reference_params=frozen if arm == "online" else None, batch=batch)
+
+
+def figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> dict[str, Any]:
+    """What the compiler makes of an arm's step, per chip, and what follows for the whole run."""
+    chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
+    policy_config = model_config(config)
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = lowered_step(config, arm, seq_len, mesh).compile()
+    seconds = time.monotonic() - start
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    tokens = config.batch_size * seq_len
+    ratio = 1.0 if arm == "clm" else config.selection.ratio
+    chips_of_rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    head_rounds = math.ceil(ratio * tokens / config.microbatches / chips_of_rows / config.model.loss_chunk)
+    program = hlo_cost.Program(compiled.as_text() or "", lambda _: head_rounds, policy_config.sliding_window)
+    cost = program.cost()
+    times = {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.memory_bytes / chip.memory_bandwidth,
+        "links": cost.collective_bytes / chip.link_bandwidth,
+    }
+    forward = accounting.ForwardFlops.of(policy_config, seq_len)
+    needed = accounting.training_flops(forward, forward if arm == "online" else None, tokens, ratio * tokens)
+    step_seconds = max(times.values())
+    total = arguments + temporaries + others
+    return {
+        "arm": arm,
+        "memory_gib": {
+            "arguments": arguments / GIB,
+            "temporaries": temporaries / GIB,
+            "total": total / GIB,
+            "chip": chip.memory / GIB,
+            "host": memory.host_argument_size_in_bytes / GIB,
+        },
+        "fits": total <= chip.memory,
+        "compile_seconds": seconds,
+        "flops": cost.flops,
+        "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in cost.collectives.items()},
+        "selection_share": {
+            "flops": cost.selection_flops / cost.flops,
+            "collective_bytes": cost.selection_bytes / max(cost.collective_bytes, 1),
+        },
+        "roofline_seconds": {**times, "step": step_seconds},
+        "mfu": sum(needed.values()) / (step_seconds * chip.flops * mesh.size),
+        "chip_hours": config.steps * step_seconds * mesh.size / 3600,
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """An arm's figures as a row of a table."""
+    memory, times, share = found["memory_gib"], found["roofline_seconds"], found["selection_share"]
+    bound = max(("compute", "memory", "links"), key=lambda part: times[part])
+    received = sum(kind["bytes"] for kind in found["collectives"].values())
+    return (
+        f"| {found['arm']} | {memory['arguments']:.2f} | {memory['temporaries']:.2f} | {memory['total']:.2f} of "
+        f"{memory['chip']:.0f} | {found['compile_seconds']:.0f} | {found['flops'] / 1e12:.1f} | {received / 1e9:.1f} | "
+        f"{share['flops']:.1e}, {share['collective_bytes']:.1e} | {times['step']:.2f} ({bound}) | {found['mfu']:.0%} | "
+        f"{found['chip_hours']:,.0f} |"
+    )
+
+
+HEADER = (
+    "| arm | arguments GiB | temporaries GiB | total GiB a chip | compile s | TFLOP a chip | GB received | "
+    "selection's share of FLOPs, bytes | roofline s a step | MFU | chip-hours |\n|" + " --- |" * 11
+)
+
+
+def compile_arms(
+    config: ml_collections.ConfigDict, arms: list[str], topology: str, slices: int, seq_len: int
+) -> dict[str, Any]:
+    """Compiles each arm, prints its line, and returns all figures. Raises UserError where one does not fit a chip."""
+    config = for_tpu(config)
+    mesh = topology_mesh(topology, slices, config.mesh)
+    check(config)
+    check_batch_size(config, mesh)
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    tokens = config.batch_size * seq_len
+    print(f"{topology}: {mesh.size} chips ({shape}); {tokens:,} tokens a step in {config.microbatches} microbatches")
+    print(HEADER, flush=True)
+    found = []
+    for arm in arms:
+        config.selection.score = "none" if arm == "clm" else "excess"
+        try:
+            found.append(figures(config, arm, seq_len, mesh))
+        except jax.errors.JaxRuntimeError as error:
+            reason = re.search(r"(Ran out of memory[^.]*\.[^.]*)", str(error))
+            if reason is None:
+                raise
+            raise UserError(f"{arm} on {topology} does not fit: {reason[1]}") from None
+        print(line(found[-1]), flush=True)
+    if not all(figure["fits"] for figure in found):
+        raise UserError(f"{topology}: more than a chip's memory; more microbatches, remat or chips would help")
+    return {"topology": topology, "slices": slices, "mesh": dict(mesh.shape), "seq_len": seq_len, "arms": found}
+
+
+def main() -> None:
+    """The command: its flags, then `compile_arms`."""
+    config = define_config_flag()
+    topology = flags.DEFINE_string("topology", None, "As v5e:8x8, v5p:4x4x4, v6e:16x16.", required=True)
+    slices = flags.DEFINE_integer("slices", 1, "So many of the topology, between them the data-centre network.")
+    seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.", lower_bound=1)
+    arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Which to compile; more than one may be given.")
+    output = flags.DEFINE_string("output", None, "JSON file for all figures.")
+
+    def command() -> None:
+        found = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
+        if output.value:
+            write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

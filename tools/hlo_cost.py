@@ -1,0 +1,256 @@
+"""What a program that XLA compiled for TPU does, read from its text: every loop is counted as often as it runs."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+from rho1_jax.accounting import seen_keys
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Products of matrices in each of splash attention's kernels, by a part of its name.
+SPLASH_PRODUCTS = {"_fwd_": 2, "_dq_": 3, "_dkv_": 4}
+# What takes no time of its own: its result is an operand, or it is counted where it ends.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
+_ARRAY = re.compile(r"\b(pred|[subf]+\d+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line of a computation: `shape` and `rest` as text, `operands` by name."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    rest: str
+    is_root: bool
+
+    def arrays(self) -> list[tuple[str, tuple[int, ...], bool]]:
+        """Dtype and sizes of each array of the result, and whether it lies in the chip's main memory."""
+        return [
+            (dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" not in (layout or ""))
+            for dtype, sizes, layout in _ARRAY.findall(self.shape)
+        ]
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str:
+        """The computation under a name, as in condition=%name."""
+        return _groups(rf"\b{name}=%([^,\s)]+)", self.rest)[0]
+
+    def called(self) -> list[str]:
+        """The computations that run where this does."""
+        return re.findall(r"(?:calls|body|condition|true_computation|false_computation)=%([^,\s)]+)", self.rest)
+
+
+@dataclasses.dataclass
+class Cost:
+    """Per chip: FLOPs, bytes to and from main memory (estimated), and collectives by kind as [count, bytes received].
+
+    The part of them that lies in the scope "selection" is in `selection_flops` and `selection_bytes`.
+    """
+
+    flops: float = 0
+    memory_bytes: float = 0
+    collectives: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(lambda: [0.0, 0.0])
+    )
+    selection_flops: float = 0
+    selection_bytes: float = 0
+
+    def add(self, other: "Cost", times: float) -> None:
+        """Counts another cost so many times."""
+        self.flops += times * other.flops
+        self.memory_bytes += times * other.memory_bytes
+        self.selection_flops += times * other.selection_flops
+        self.selection_bytes += times * other.selection_bytes
+        for kind, (count, size) in other.collectives.items():
+            self.collectives[kind][0] += times * count
+            self.collectives[kind][1] += times * size
+
+    @property
+    def collective_bytes(self) -> float:
+        """Bytes received by all kinds of collectives."""
+        return sum(size for _, size in self.collectives.values())
+
+
+class Program:
+    """A compiled program."""
+
+    def __init__(self, text: str, dynamic_trips: Callable[[str], float], sliding_window: int | None):
+        """Reads the text of `jax.stages.Compiled.as_text()`.
+
+        Args:
+          text: of the optimized program.
+          dynamic_trips: how often a loop runs whose number of rounds is known only at run time, by its op_name.
+          sliding_window: of the attention kernels.
+        """
+        self._dynamic_trips, self._window = dynamic_trips, sliding_window
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._costs: dict[tuple[str, bool], Cost] = {}
+        self._channels: dict[str, Instruction] = {}
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            header = re.match(r"^(ENTRY )?%(\S+) \(.*\{$", line)
+            if header:
+                current = self._computations[header[2]] = {}
+                if header[1]:
+                    self._entry = header[2]
+                continue
+            found = _INSTRUCTION.match(line)
+            if found:
+                name, shape, opcode, rest = found.groups()
+                operands = re.findall(r"%([^,\s)]+)", rest.split("), ")[0])
+                current[name] = Instruction(name, shape, opcode, operands, rest, "ROOT" in line[:10])
+
+    def cost(self) -> Cost:
+        """Of the whole program."""
+        return self._cost(self._entry, True)
+
+    def _cost(self, computation: str, in_memory: bool) -> Cost:
+        key = computation, in_memory
+        if key not in self._costs:
+            self._costs[key] = Cost()
+            for instruction in self._computations[computation].values():
+                self._costs[key].add(self._own_cost(instruction, self._computations[computation], in_memory), 1)
+                times = self._trips(instruction) if instruction.opcode == "while" else 1
+                inside = in_memory and instruction.opcode != "fusion"
+                for called in instruction.called():
+                    self._costs[key].add(self._cost(called, inside), times)
+        return self._costs[key]
+
+    def _trips(self, loop: Instruction) -> float:
+        """From the condition, which compares a counter that starts at zero with a constant, and the counter's step."""
+        condition, body = (self._computations[loop.attribute(name)] for name in ("condition", "body"))
+        counter, limit = (condition[operand] for operand in _root(condition).operands)
+        if limit.opcode != "constant":
+            return self._dynamic_trips(loop.op_name)
+        step = 0
+        value = body[_root(body).operands[int(_groups(r"index=(\d+)", counter.rest)[0])]]
+        while value.opcode in ("add", "copy"):
+            constants = [body[operand] for operand in value.operands if body[operand].opcode == "constant"]
+            step += sum(_constant(constant) for constant in constants)
+            value = body[next(operand for operand in value.operands if body[operand].opcode != "constant")]
+        return math.ceil(_constant(limit) / (step or 1))
+
+    def _is_first(self, collective: Instruction) -> bool:
+        """An asynchronous one stands in the fusions that start, overlap and end it, each time with its channel."""
+        channel = re.search(r"channel_id=(\d+)", collective.rest)
+        return channel is None or self._channels.setdefault(channel[1], collective) is collective
+
+    def _own_cost(self, instruction: Instruction, around: dict[str, Instruction], in_memory: bool) -> Cost:
+        cost = Cost()
+        kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "convolution":
+            cost.flops = _convolution_flops(instruction, around)
+        elif instruction.opcode == "custom-call" and instruction.name.startswith("splash"):
+            cost.flops = self._splash_flops(instruction, around)
+        elif kind in COLLECTIVES and self._is_first(instruction):
+            received = _received_bytes(instruction, kind)
+            cost.collectives[kind][0] += 1
+            cost.collectives[kind][1] += received
+        if in_memory and instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
+            cost.memory_bytes = 2 * self._written_bytes(instruction)
+        if "selection" in instruction.op_name:
+            cost.selection_bytes = sum(size for _, size in cost.collectives.values())
+            if not in_memory and instruction.opcode not in _FREE:
+                cost.selection_flops = sum(math.prod(sizes) for _, sizes, _ in instruction.arrays())
+        return cost
+
+    def _written_bytes(self, instruction: Instruction) -> float:
+        """Bytes of the result in main memory. Each is taken to be read once, too. A slice is written in place."""
+        if instruction.opcode == "fusion":
+            body = self._computations[instruction.called()[0]]
+            root = _root(body)
+            if root.opcode == "dynamic-update-slice":
+                return _array_bytes(body[root.operands[1]].arrays())
+        return _array_bytes([array for array in instruction.arrays() if array[2]])
+
+    def _splash_flops(self, kernel: Instruction, around: dict[str, Instruction]) -> float:
+        queries = max(
+            (array[1] for operand in kernel.operands for array in around[operand].arrays() if len(array[1]) == 4),
+            key=math.prod,
+        )
+        products = next(count for part, count in SPLASH_PRODUCTS.items() if part in kernel.name)
+        return 2 * products * math.prod(queries) * seen_keys(queries[2], self._window)
+
+
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _constant(instruction: Instruction) -> int:
+    return int(_groups(r"^(-?\d+)", instruction.rest)[0])
+
+
+def _groups(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's text has no {pattern!r} in {text[:300]!r}")
+    return found.groups()
+
+
+def _array_bytes(arrays: list[tuple[str, tuple[int, ...], bool]]) -> float:
+    return sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes, _ in arrays)
+
+
+def _received_bytes(instruction: Instruction, kind: str) -> float:
+    """Bytes that a chip of the group receives, by the algorithm that receives least."""
+    arrays = instruction.arrays()
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # the operand is there, too
+    size = _array_bytes(arrays)
+    if kind == "collective-permute":
+        return size
+    chips = _group_size(instruction.rest)
+    factor = {"all-reduce": 2 * (chips - 1) / chips, "reduce-scatter": chips - 1}.get(kind, (chips - 1) / chips)
+    return factor * size
+
+
+def _group_size(text: str) -> int:
+    """Chips of a group, from replica_groups=[4,16]<=[64], {{0,1},{2,3}} or mesh['x'=4,'y'=16] {'y'}."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    mesh, axes = _groups(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    sizes = dict(axis.split("=") for axis in mesh.split(","))
+    return math.prod(int(sizes[axis.strip()]) for axis in axes.split(","))
+
+
+def _convolution_flops(instruction: Instruction, around: dict[str, Instruction]) -> float:
+    """Two operations for each pair of an input and a weight that meet; those that meet padding do not count."""
+    lhs, rhs, out = _groups(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    lhs_sizes, rhs_sizes = (around[operand].arrays()[0][1] for operand in instruction.operands[:2])
+    out_sizes = instruction.arrays()[0][1]
+    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+
+    def per_axis(name: str, default: str, axis: int) -> str:
+        return fields[name].split("x")[axis] if name in fields else default
+
+    meetings = 1
+    spatial = sorted(label for label in out if label.isdigit())
+    for axis, label in enumerate(spatial):
+        size, length, steps = lhs_sizes[lhs.index(label)], rhs_sizes[rhs.index(label)], out_sizes[out.index(label)]
+        low = int(per_axis("pad", "0_0", axis).split("_")[0])
+        stride, spread = int(per_axis("stride", "1", axis)), int(per_axis("rhs_dilate", "1", axis))
+        holes = int(per_axis("lhs_dilate", "1", axis))
+        meetings *= sum(
+            0 <= (at := step * stride + tap * spread - low) <= (size - 1) * holes and at % holes == 0
+            for step in range(steps)
+            for tap in range(length)
+        )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
+    batch = out_sizes[out.index("b")] * (int(groups[1]) if groups else 1)
+    return (
+        2 * batch * out_sizes[out.index("f")] * rhs_sizes[rhs.index("i")] * meetings / (int(groups[1]) if groups else 1)
+    )
