@@ -91,6 +91,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "max_new_tokens": 256,
                 "generate_batch": 64,  # prompts decoded together
             },
+            "trace": {"first": 0, "last": 0},  # steps recorded for xprof, in WORKDIR/trace; 0: none
             "checkpoint": {
                 "every": 100,  # steps between two checkpoints; there is one at the end in any case
                 "keep": 2,  # newest ones that are kept

@@ -1,9 +1,18 @@
-"""What training costs, by arithmetic: floating-point operations (FLOPs), and what known chips can do in a second."""
+"""What training costs: floating-point operations (FLOPs) by arithmetic, and where the time of a run goes."""
 
 import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
+from rho1_jax.files import write_text
 from rho1_jax.model import ModelConfig, param_count
+
+LEDGER_FILE = "ledger.json"
 
 
 class Chip(NamedTuple):
@@ -77,3 +86,53 @@ def training_flops(
         "policy_backward": 2 * (tokens * policy.layers + selected * policy.head),
         "reference_forward": tokens * reference.total if reference else 0.0,
     }
+
+
+class Ledger:
+    """Where the operations of a run and the time of its latest start went; ledger.json in its directory."""
+
+    def __init__(
+        self,
+        start_time: float,
+        policy: ForwardFlops,
+        reference: ForwardFlops | None,
+        devices: Sequence[jax.Device],
+    ):
+        """`start_time` is that of the program, by `time.monotonic`; the others are the models and the chips."""
+        self._start_time, self._policy, self._reference, self._devices = start_time, policy, reference, devices
+        self._chip = CHIPS.get(devices[0].device_kind)
+        self._step_tokens = self._step_seconds = 0.0
+
+    def add_steps(self, tokens: int, seconds: float) -> None:
+        """Counts steps that were already compiled, evaluations and checkpoints left out."""
+        self._step_tokens += tokens
+        self._step_seconds += seconds
+
+    def mfu(self, tokens: float, selected: float, seconds: float) -> float | None:
+        """Model FLOPs utilization: the share of the chips' peak that training used. None on chips not in CHIPS."""
+        if self._chip is None:
+            return None
+        flops = sum(training_flops(self._policy, self._reference, tokens, selected).values())
+        return flops / seconds / (self._chip.flops * len(self._devices))
+
+    def write(self, workdir: pathlib.Path, tokens: int, selected: int) -> None:
+        """Writes ledger.json for a run that went through `tokens`, and trained on `selected` of them, in all."""
+        seconds = time.monotonic() - self._start_time
+        statistics = [device.memory_stats() or {} for device in self._devices if device in jax.local_devices()]
+        peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
+        rate = self._step_tokens / self._step_seconds if self._step_seconds else None
+        share = selected / tokens if tokens else 0.0
+        ledger = {
+            "chips": len(self._devices),
+            "chip": self._devices[0].device_kind,
+            "tokens_seen": tokens,
+            "tokens_selected": selected,
+            "flops": training_flops(self._policy, self._reference, tokens, selected),
+            "seconds": seconds,
+            "step_seconds": self._step_seconds,
+            "goodput": self._step_seconds / seconds,
+            "tokens_per_second_per_chip": rate and rate / len(self._devices),
+            "mfu": rate and self.mfu(rate, share * rate, 1.0),
+            "peak_memory_gib": max(peaks) / 2**30 if peaks else None,
+        }
+        write_text(workdir / LEDGER_FILE, json.dumps(ledger, indent=2) + "\n")

@@ -10,7 +10,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax import checkpoint, model, optimizer, selection, sharding
+from rho1_jax import accounting, checkpoint, model, optimizer, selection, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.config import RUN_SETTINGS, as_saved, define_config_flag, differences, model_config, run, write_config
 from rho1_jax.data.loader import batches, open_mixture, to_devices
@@ -29,7 +29,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.distributed import define_distributed_flag, is_first, say, start
 from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator
-from rho1_jax.metrics import MetricsWriter, Progress
+from rho1_jax.loop import Loop
 from rho1_jax.model import ModelConfig, Params
 from rho1_jax.pretrained import Pretrained, open_pretrained
 from rho1_jax.train_step import TrainState, make_train_step
@@ -49,7 +49,7 @@ FREE_ON_RESUME = tuple(f"config.model.{name}:" for name in RUN_SETTINGS)
 class Reference(NamedTuple):
     """The frozen model, in the compute dtype. Never donated, never saved."""
 
-    graphdef: nnx.GraphDef
+    model: ModelConfig
     params: Params
     description: dict[str, str]
 
@@ -60,6 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
     Raises:
       UserError: the config, the data, the reference or an earlier run in `workdir` do not fit.
     """
+    start_time = time.monotonic()
     # 1. Everything that can be refused is checked before anything is written.
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -110,7 +111,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
             prefetch=config.data.prefetch,
         )
         next_batch = lambda: to_devices(next(batch_stream), mesh, config.batch_size)  # noqa: E731
-        loop = Loop(config, workdir, meta, stores[0].seq_len, evaluator, checkpoints)
+        forward = accounting.ForwardFlops.of(policy_config, stores[0].seq_len)
+        reference_forward = accounting.ForwardFlops.of(reference.model, stores[0].seq_len) if reference else None
+        ledger = accounting.Ledger(start_time, forward, reference_forward, mesh.devices.ravel().tolist())
+        loop = Loop(config, workdir, meta, stores[0].seq_len, evaluator, checkpoints, ledger)
         return loop.run(state, step, next_batch)
 
 
@@ -133,6 +137,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("steps", "batch_size", "microbatches", "log_every"):
         if config[key] < 1:
             raise UserError(f"config.{key}={config[key]} must be at least 1")
+    if not 0 <= config.trace.first <= config.trace.last:
+        raise UserError(
+            f"config.trace.last={config.trace.last} must not be below config.trace.first={config.trace.first} or 0"
+        )
     for section in ("eval", "checkpoint"):
         if config[section].every < 1:
             raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
@@ -185,7 +193,7 @@ def load_reference(config: ml_collections.ConfigDict, store: Store, mesh: Mesh) 
     found = open_pretrained(config.reference.checkpoint, key, config, store)
     params = found.load(mesh, config.model.compute_dtype)
     description = {"path": str(found.path), "fingerprint": checkpoint.fingerprint(params)}
-    return Reference(model.build(found.model), params, description)
+    return Reference(found.model, params, description)
 
 
 def find_initial(config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store) -> Pretrained | None:
@@ -281,7 +289,7 @@ def jitted_step(
     """The train step, compiled for the mesh; the state is donated, the reference is not."""
     step = make_train_step(
         policy,
-        reference.graphdef if reference else None,
+        model.build(reference.model) if reference else None,
         tx,
         **config.selection,
         microbatches=config.microbatches,
@@ -290,80 +298,6 @@ def jitted_step(
     )
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))
-
-
-class Loop:
-    """The steps of a run, with what is told and saved along the way."""
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        workdir: pathlib.Path,
-        meta: Meta,
-        seq_len: int,
-        evaluator: Evaluator,
-        checkpoints: Checkpoints,
-    ):
-        self.config, self.meta, self.evaluator, self.checkpoints = config, meta, evaluator, checkpoints
-        self.tokens_per_step = config.batch_size * seq_len
-        self.schedule = optimizer.learning_rate_schedule(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-        self.writer = MetricsWriter(workdir, meta.step) if is_first() else None
-        self.progress = Progress(workdir.name, config.steps, unit="steps", initial=meta.step)
-        self.clock = time.monotonic()
-        self.clock_step = meta.step
-
-    def run(self, state: TrainState, step: Callable, next_batch: Callable) -> Params:
-        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs."""
-        config, waiting = self.config, None
-        with self.progress:
-            for number in range(self.meta.step + 1, config.steps + 1):
-                state, metrics, _ = step(state, batch=next_batch())
-                if waiting:
-                    self.record(*waiting, {})
-                waiting = (number, metrics)
-                last = number == config.steps
-                evaluate = last or number % config.eval.every == 0
-                save = last or number % config.checkpoint.every == 0
-                if evaluate or save:
-                    # A checkpoint's step is on the disk in metrics.jsonl before the checkpoint is.
-                    self.record(*waiting, self.evaluate(state.params) if evaluate else {})
-                    waiting = None
-                if save:
-                    self.checkpoints.save(state.params, state.opt_state, self.meta)
-        self.checkpoints.close()
-        if self.writer:
-            self.writer.close()
-        return state.params
-
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """All evaluations, their time not counted in the rate."""
-        start = time.monotonic()
-        metrics = self.evaluator(params)
-        self.clock += time.monotonic() - start
-        return metrics
-
-    def record(self, number: int, device_metrics: dict[str, jax.Array], evaluations: dict[str, float]) -> None:
-        """Counts a step's tokens; writes its metrics where it is one of those that are written."""
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
-            raise UserError(
-                f"step {number}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; no checkpoint was "
-                "written since; try a lower config.optimizer.learning_rate or more warm-up"
-            )
-        self.meta = self.meta._replace(
-            step=number,
-            tokens_seen=self.meta.tokens_seen + self.tokens_per_step,
-            tokens_selected=self.meta.tokens_selected + int(metrics.pop("selected_count")),
-        )
-        note = " ".join([f"loss {metrics['loss']:.3f}", *(f"{k[5:]} {v:.3f}" for k, v in evaluations.items())])
-        self.progress.advance_to(number, note)
-        if self.writer and (evaluations or number % self.config.log_every == 0 or number == self.config.steps):
-            seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-            rate = (number - self.clock_step) * self.tokens_per_step / seconds
-            self.clock_step = number
-            totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
-            schedule = {"learning_rate": float(self.schedule(number - 1)), "tokens_per_second": rate}
-            self.writer.write(number, totals | metrics | schedule | evaluations)
 
 
 def main() -> None:

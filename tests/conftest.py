@@ -137,11 +137,19 @@ def config_of(stage, data, reference=""):
     return config
 
 
+def root() -> pathlib.Path:
+    return pathlib.Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root())}
+
+
 def run_command(module, *arguments, **options):
-    root = pathlib.Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=300, **options
+    )
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh
     state = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy_config.compute_dtype), state.params)
     frozen = placed(frozen, placement(state.params))
-    reference = Reference(graphdef, frozen, {}) if arm == "online" else None
+    reference = Reference(policy_config, frozen, {}) if arm == "online" else None
     row = jax.ShapeDtypeStruct((config.batch_size, seq_len + 1), jnp.int32)
     losses = jax.ShapeDtypeStruct((config.batch_size, seq_len), jnp.float32) if arm == "cached" else None
     batch = jax.tree.map(lambda x: x.update(sharding=sharding.batch_sharding(mesh)), Batch(row, row, None, losses))

@@ -9,37 +9,28 @@ import ml_collections
 from absl import flags
 
 from rho1_jax import selection
+from rho1_jax.accounting import ForwardFlops, training_flops
 from rho1_jax.config import define_config_flag, model_config, run
-from rho1_jax.model import ModelConfig, param_count
+from rho1_jax.model import param_count
 
 MASTER_BYTES = 4  # float32 parameters, and each of the optimizer's two moments
 REFERENCE_BYTES = 2  # bfloat16
-
-
-def forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations of one token's forward pass: two a weight, and attention over half the row."""
-    weights = param_count(model)
-    if not model.tied_embeddings:
-        weights -= model.vocab_size * model.width  # looking up the input embedding multiplies nothing
-    keys = min(seq_len / 2, model.sliding_window or seq_len)
-    return 2 * weights + 4 * model.layers * model.heads * model.head_width * keys
 
 
 def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, utilization: float) -> list[str]:
     """The figures, for a reference of the policy's size."""
     model = model_config(config)
     tokens = config.steps * config.batch_size * seq_len
-    policy, online = forward_flops(model, seq_len), selection.SCORES[config.selection.score].needs_reference
-    # The backward pass takes twice the forward one; remat takes that once more.
-    step = policy * (4 if model.remat == "full" else 3)
-    flops = tokens * (step + (policy if online else 0))
+    forward, online = ForwardFlops.of(model, seq_len), selection.SCORES[config.selection.score].needs_reference
+    ratio = 1.0 if selection.SCORES[config.selection.score].function is None else config.selection.ratio
+    flops = sum(training_flops(forward, forward if online else None, tokens, ratio * tokens).values())
     hours = flops / (peak_tflops * 1e12 * utilization) / 3600
     parameters = param_count(model)
     state = parameters * (3 * MASTER_BYTES)
     memory = state + parameters * (MASTER_BYTES + (REFERENCE_BYTES if online else 0))
     return [
         f"{parameters:,} parameters, {tokens:,} tokens in {config.steps:,} steps of {config.batch_size * seq_len:,}",
-        f"{flops:.2e} FLOPs, {'reference' if online else 'no reference'}, remat {model.remat}",
+        f"{flops:.2e} model FLOPs, {'reference' if online else 'no reference'}",
         f"{hours:,.0f} chip-hours at {utilization:.0%} of {peak_tflops:.0f} TFLOP/s",
         f"{memory / 2**30:,.0f} GiB of parameters, optimizer state, gradient and reference over all chips",
         f"{state / 2**30:,.0f} GiB a checkpoint, {config.checkpoint.keep} kept",
