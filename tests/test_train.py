@@ -226,3 +226,38 @@ def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, messag
     assert line.startswith("error: ")
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_optimizer_state_in_host_memory_changes_nothing(data, reference, tmp_path, microbatches):
+    """Each run is stopped half way and goes on, so that the state is also restored to where it belongs."""
+    finals = {}
+    for offload in (False, True):
+        for steps in (4, 8):
+            config = config_of("slm", data, reference)
+            config.update(steps=steps, microbatches=microbatches, batch_size=16)
+            config.optimizer.host_offload = offload
+            finals[offload] = train(config, tmp_path / str(offload))
+    jax.tree.map(np.testing.assert_array_equal, *finals.values())
+
+
+def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_path):
+    config = config_of("slm", data, reference)
+    config.optimizer.first_moment_dtype = "bfloat16"
+    train(config, tmp_path / "run")
+    ours, theirs = read_metrics(tmp_path / "run")[-1], read_metrics(undisturbed[0])[-1]
+    assert ours["loss"] != theirs["loss"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
+def test_a_run_goes_on_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):
+    config = config_of("slm", data, reference)
+    config.steps = 4
+    train(config, tmp_path / "run")
+    config.steps = 6
+    config.model.update(attention="xla", remat="dots", unroll=2, loss_chunk=64)
+    train(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert (
+        "resumed from step 4" in printed
+        and "changed since the last start: config.model.remat: 'none' -> 'dots'" in printed
+    )

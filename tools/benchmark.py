@@ -1,85 +1,304 @@
-"""Speeds, measured side by side in one run.
+"""Speeds, measured side by side in one run: every way has its turn in each round, and the median is told.
 
-python -m tools.benchmark --tokenizer=FILE --input=FILES [--text_template=...] [--repeats=3]
+python -m tools.benchmark --what=steps [--size=6m --size=34m] [--peers] [--repeats=5] [--output=FILE.json]
+python -m tools.benchmark --what=generation [--peers]      python -m tools.benchmark --what=selection
+python -m tools.benchmark --what=loading --data=DIR        python -m tools.benchmark --what=head_memory
+python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--text_template=...]
 
-Tokens a second of preparing a data set on one core and on all, against the bare library on the same documents.
+"steps" are CLM, SLM with the reference in the step (online), SLM whose reference ran before (cached), and scoring, that
+is, the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
 """
 
-import os
+import itertools
+import json
 import pathlib
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import sentencepiece
-import tokenizers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from absl import flags
 
+from rho1_jax import model, selection
+from rho1_jax.accounting import ForwardFlops, training_flops
 from rho1_jax.config import run
 from rho1_jax.data import records
-from rho1_jax.data.prepare import Options, prepare
+from rho1_jax.data.loader import batches, open_mixture
+from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.errors import UserError
+from rho1_jax.files import write_text
+from rho1_jax.generate import generate
+from rho1_jax.model import ModelConfig
+from rho1_jax.token_loss import token_losses
+from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+from tools.benchmark_text import tokenizing
+
+RATIO = 0.6
+NEW_TOKENS = 64
+PAUSE = 0.5  # seconds between two ways: PyTorch's threads go on spinning for a while, at the next way's cost
+PRODUCT = 2048  # rows, columns and depth of the matrix product that tells what the machine can do
 
 
-def bare(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """The library's own encoding, without anything of ours around it."""
-    if tokenizer.path.suffix == ".json":
-        library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-        return lambda text: library.encode(text, add_special_tokens=False).ids
-    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode
+class Size(NamedTuple):
+    """A model and the batch it is timed on."""
+
+    model: dict[str, Any]
+    rows: int
+    seq_len: int
+
+    def config(self) -> ModelConfig:
+        """The model in float32, its loop over layers unrolled."""
+        return ModelConfig(**COMMON, **self.model, context_length=self.seq_len, unroll=self.model["layers"])
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+COMMON: dict[str, Any] = {
+    "family": "llama",
+    "rope_theta": 10_000.0,
+    "rope_factor": 1.0,
+    "rope_low_frequency_factor": 1.0,
+    "rope_high_frequency_factor": 4.0,
+    "rope_original_length": 8192,
+    "norm_eps": 1e-5,
+    "tied_embeddings": True,
+    "sliding_window": None,
+    "compute_dtype": "float32",
+    "attention": "auto",
+    "remat": "none",
+    "loss_chunk": 512,
+}
+_6M = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32, "ff_width": 768}
+_34M = {"vocab_size": 32_000, "width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "head_width": 64, "ff_width": 1024}
+_TINY = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ff_width": 48}
+SIZES = {"6m": Size(_6M, 16, 256), "34m": Size(_34M, 8, 512), "tiny": Size(_TINY, 4, 32)}
+
+Ways = dict[str, Callable[[], object]]
 
 
-def tokenizing(tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...], repeats: int) -> None:
-    """Prints tokens a second, the median of `repeats` rounds in which each way has its turn."""
-    texts = [
-        records.document(records.parse(file, record), templates)
-        for file in files
-        for _, record, _ in records.read(file)
-    ]
-    encode = bare(tokenizer)
-    tokens = sum(len(encode(text)) for text in texts)
-    cores = sorted(os.sched_getaffinity(0))
-    options = Options(templates, None, seq_len=2048, eval_fraction=0.0, max_bad_fraction=0.0)
-
-    def prepared(count: int) -> None:
-        os.sched_setaffinity(0, cores[:count])
-        with tempfile.TemporaryDirectory() as scratch:
-            prepare(files, tokenizer, pathlib.Path(scratch) / "rows", options, workers=count)
-        os.sched_setaffinity(0, cores)
-
-    ways: dict[str, Callable[[], object]] = {
-        "bare library, 1 core": lambda: [encode(text) for text in texts],
-        "prepare_data, 1 core": lambda: prepared(1),
-        f"prepare_data, {len(cores)} cores": lambda: prepared(len(cores)),
+def timed(ways: Ways, amount: float, repeats: int) -> dict[str, dict[str, float]]:
+    """How much of `amount` each way does in a second: median, lowest and highest of the rounds, after one untold."""
+    for way in ways.values():
+        way()
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            way()
+            taken[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "median": amount / statistics.median(seconds),
+            "lowest": amount / max(seconds),
+            "highest": amount / min(seconds),
+        }
+        for name, seconds in taken.items()
     }
-    rounds = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
-    print(f"{tokens:,} tokens in {len(texts):,} documents; prepare_data also reads, packs and writes")
-    first = statistics.median(taken["bare library, 1 core"] for taken in rounds)
-    for name in ways:
-        took = [taken[name] for taken in rounds]
-        middle = statistics.median(took)
-        spread = f"{tokens / max(took):,.0f} to {tokens / min(took):,.0f}"
-        print(f"{name:<26}{tokens / middle:>12,.0f} tokens a second ({spread}), {first / middle:.2f} of the first")
+
+
+def step_ways(size: Size) -> Ways:
+    """One step of each arm, and scoring."""
+    config = size.config()
+    graphdef, tx = model.build(config), optax.adamw(1e-3)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, config.vocab_size, (size.rows, size.seq_len + 1), dtype=np.int32)
+    batch = Batch(jnp.array(tokens), jnp.ones_like(tokens))
+    reference = model.init_params(config, 1)
+    losses = jax.jit(make_token_losses(graphdef, document_mask=True))
+    scored = batch._replace(reference_losses=losses(reference, batch)[0])
+
+    def arm(score: str, frozen: Any, rows: Batch) -> Callable[[], object]:
+        step = jax.jit(
+            make_train_step(
+                graphdef,
+                graphdef if frozen is not None else None,
+                tx,
+                score=score,
+                ratio=RATIO,
+                scope="global",
+                microbatches=1,
+                document_mask=True,
+                seed=0,
+            ),
+            donate_argnums=0,
+        )
+        params = model.init_params(config, 0)
+        state = [TrainState(jnp.int32(0), params, tx.init(params))]
+
+        def one() -> None:
+            state[0], *_ = step(state[0], frozen, rows)
+            jax.block_until_ready(state[0])
+
+        return one
+
+    return {
+        "CLM": arm("none", None, batch),
+        "SLM online": arm("excess", reference, batch),
+        "SLM cached": arm("excess", None, scored),
+        "scoring": lambda: jax.block_until_ready(losses(reference, batch)),
+    }
+
+
+class _Ids:
+    """Stands for a tokenizer: a prompt is a row's number, and nothing ends a text."""
+
+    eos_id = -1
+
+    def __init__(self, prompts: np.ndarray):
+        self._prompts = prompts
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        return self._prompts[int(prompt)].tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+def generation_ways(size: Size) -> Ways:
+    """Greedy continuation of prompts of half a row."""
+    config = size.config()
+    graphdef, params = model.build(config), model.init_params(config, 0)
+    prompts = np.random.default_rng(0).integers(1, config.vocab_size, (size.rows, size.seq_len // 2))
+    texts, tokenizer = [str(row) for row in range(size.rows)], _Ids(prompts)
+    return {
+        "generate": lambda: generate(graphdef, params, tokenizer, texts, max_new_tokens=NEW_TOKENS, stops=[])  # type: ignore[arg-type]
+    }
+
+
+def product_ways() -> Ways:
+    """A product of two square matrices in float32."""
+    a = jnp.ones((PRODUCT, PRODUCT))
+    product = jax.jit(lambda a: a @ a)
+    return {"JAX": lambda: jax.block_until_ready(product(a))}
+
+
+def selection_ways(tokens: int) -> Ways:
+    """Both selections of 60 % of so many scores."""
+    rng = np.random.default_rng(0)
+    score_BL = jnp.array(rng.normal(size=(tokens // 256, 256)), jnp.float32)
+    eligible_BL = jnp.array(rng.random(score_BL.shape) < 0.95)
+
+    def way(select: Callable) -> Callable[[], object]:
+        jitted = jax.jit(lambda score, eligible: select(score, eligible, RATIO))
+        return lambda: jax.block_until_ready(jitted(score_BL, eligible_BL))
+
+    return {"top_k": way(selection.select_by_sort), "bisection": way(selection.select_by_bisection)}
+
+
+def head_memory(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
+    """MiB of temporaries of loss and gradient of the output head: ours, and with all logits at once."""
+    hidden = jax.ShapeDtypeStruct((tokens // 512, 512, width), jnp.float32)
+    output = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((tokens // 512, 512), jnp.int32)
+
+    def plain(hidden: jax.Array, output: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = jnp.einsum("BLD,VD->BLV", hidden, output)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    ways: dict[str, Callable] = {"in chunks": lambda h, o, t: token_losses(h, o, t, 512), "all logits": plain}
+    found = {}
+    for name, losses in ways.items():
+        gradient = jax.grad(lambda h, o, t, losses=losses: losses(h, o, t).mean(), argnums=(0, 1))
+        analysis: Any = jax.jit(gradient).lower(hidden, output, targets).compile().memory_analysis()
+        found[name] = analysis.temp_size_in_bytes / 2**20
+    return found
+
+
+def loading_ways(data: str, rows: int) -> tuple[Ways, int]:
+    """Ten batches of a prepared data set, and how many tokens they are."""
+    stores, weights = open_mixture(data)
+    stream = batches(stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4)
+    ways: Ways = {"batches": lambda: list(itertools.islice(stream, 10))}
+    return ways, 10 * rows * stores[0].seq_len
+
+
+def table(title: str, found: dict[str, dict[str, float]], unit: str) -> None:
+    """Prints the figures, each against the first."""
+    print(f"\n| {title} | {unit} | lowest to highest | of the first |\n| --- | --- | --- | --- |")
+    first = next(iter(found.values()))["median"]
+    for name, way in found.items():
+        spread = f"{way['lowest']:,.0f} to {way['highest']:,.0f}"
+        print(f"| {name} | {way['median']:,.0f} | {spread} | {way['median'] / first:.2f} |", flush=True)
+
+
+def measure(what: str, sizes: list[str], peers: bool, repeats: int, data: str | None) -> dict[str, Any]:
+    """Measures and prints; returns the figures by title."""
+    found: dict[str, Any] = {}
+    if what == "selection":
+        for tokens in (2**12, 2**14, 2**16, 2**18, 2**20):
+            title = f"selection among {tokens:,} scores"
+            found[title] = timed(selection_ways(tokens), tokens, repeats)
+            table(title, found[title], "scores a second")
+    elif what == "head_memory":
+        found[what] = head_memory(16_384, 32_000, 384)
+        print(", ".join(f"{name}: {size:,.0f} MiB" for name, size in found[what].items()))
+    elif what == "loading":
+        if not data:
+            raise UserError("--what=loading needs --data=DIR, a prepared data set")
+        ways, amount = loading_ways(data, 64)
+        found[what] = timed(ways, amount, repeats)
+        table(what, found[what], "tokens a second")
+    else:
+        for name in sizes:
+            size = SIZES[name]
+            generating = what == "generation"
+            ways = generation_ways(size) if generating else step_ways(size)
+            if peers:
+                from tools import benchmark_peers  # torch is an extra
+
+                ways |= benchmark_peers.generation_ways(size) if generating else benchmark_peers.step_ways(size)
+            amount = size.rows * (NEW_TOKENS if generating else size.seq_len)
+            found[name] = timed(ways, amount, repeats)
+            table(f"{name} {what}", found[name], "tokens a second")
+            if not generating:
+                tell_products(size, found[name], peers, repeats)
+    return found
+
+
+def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, repeats: int) -> None:
+    """Prints how fast a matrix product is here, and at what share of that CLM and SLM compute what the model needs."""
+    ways = product_ways()
+    if peers:
+        from tools import benchmark_peers
+
+        ways |= benchmark_peers.product_ways(PRODUCT)
+    for name, speed in timed(ways, 2 * PRODUCT**3, repeats).items():
+        print(f"{name}: matrix products at {speed['median'] / 1e9:,.0f} GFLOP/s")
+        if name == "JAX":
+            product_flops = speed["median"]
+    forward = ForwardFlops.of(size.config(), size.seq_len)
+    for name, reference, ratio in (("CLM", None, 1.0), ("SLM online", forward, RATIO)):
+        needed = sum(training_flops(forward, reference, 1, ratio).values())
+        print(f"{name}: {needed * found[name]['median'] / product_flops:.0%} of that in model FLOPs")
 
 
 def main() -> None:
-    """The command: its flags, then `tokenizing`."""
-    tokenizer = flags.DEFINE_string("tokenizer", None, "A tokenizer's file or folder.", required=True)
-    inputs = flags.DEFINE_list("input", None, "Files or globs, divided by commas.", required=True)
+    """The command: its flags, then `measure` or `tokenizing`."""
+    kinds = ["steps", "generation", "selection", "head_memory", "loading", "tokenizing"]
+    what = flags.DEFINE_enum("what", "steps", kinds, "What to measure.")
+    sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Of the model; more than one may be given.")
+    peers = flags.DEFINE_bool("peers", False, "Transformers on PyTorch, too.")
+    repeats = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
+    data = flags.DEFINE_string("data", None, "A prepared data set, for loading.")
+    tokenizer = flags.DEFINE_string("tokenizer", None, "A tokenizer's file or folder, for tokenizing.")
+    inputs = flags.DEFINE_list("input", [], "Files or globs, divided by commas, for tokenizing.")
     text_templates = flags.DEFINE_multi_string("text_template", [], "As in prepare_data.")
-    repeats = flags.DEFINE_integer("repeats", 3, "Rounds.", lower_bound=1)
+    output = flags.DEFINE_string("output", None, "JSON file for all figures.")
 
     def command() -> None:
-        templates = records.parse_templates("text", text_templates.value)
-        tokenizing(Tokenizer(tokenizer.value), records.expand(inputs.value), templates, repeats.value)
+        if what.value == "tokenizing":
+            if not tokenizer.value or not inputs.value:
+                raise UserError("--what=tokenizing needs --tokenizer=FILE and --input=FILES")
+            templates = records.parse_templates("text", text_templates.value)
+            tokenizing(Tokenizer(tokenizer.value), records.expand(inputs.value), templates, repeats.value)
+            return
+        found = measure(what.value, sizes.value, peers.value, repeats.value, data.value)
+        if output.value:
+            write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
 
     run(command)
 

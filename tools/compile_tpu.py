@@ -9,7 +9,11 @@ before (cached). The exit status is not 0 where one does not fit a chip's memory
 import os
 
 os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost"
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-16",
+    TPU_WORKER_HOSTNAMES="localhost",
 )
 
 import json
@@ -160,7 +164,7 @@ def compile_arms(
         try:
             found.append(figures(config, arm, seq_len, mesh))
         except jax.errors.JaxRuntimeError as error:
-            reason = re.search(r"(Ran out of memory[^.]*\.[^.]*)", str(error))
+            reason = re.search(r"(Ran out of memory[^\n]*)", str(error))
             if reason is None:
                 raise
             raise UserError(f"{arm} on {topology} does not fit: {reason[1]}") from None

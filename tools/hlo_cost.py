@@ -221,7 +221,7 @@ def _group_size(text: str) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found[1].split(","))
-    mesh, axes = _groups(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    mesh, axes = _groups(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     sizes = dict(axis.split("=") for axis in mesh.split(","))
     return math.prod(int(sizes[axis.strip()]) for axis in axes.split(","))
 

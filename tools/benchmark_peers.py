@@ -1,0 +1,88 @@
+"""What a user would take instead, for tools/benchmark.py: Transformers' Llama on PyTorch, eager and compiled.
+
+CLM and SLM as one would write them there: all logits, cross-entropy without reduction, top-k of the excess losses, the
+mean of those that are kept.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from tools.benchmark import Size
+
+RATIO = 0.6
+NEW_TOKENS = 64
+
+
+def _model(size: "Size") -> Any:
+    torch.manual_seed(0)
+    shape = size.model
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape["vocab_size"],
+            hidden_size=shape["width"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["kv_heads"],
+            head_dim=shape["head_width"],
+            intermediate_size=shape["ff_width"],
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def step_ways(size: "Size") -> dict[str, Callable[[], object]]:
+    """One step of CLM and of SLM, eager and compiled."""
+    tokens = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len + 1))
+
+    def losses(network: Any) -> torch.Tensor:
+        logits = network(input_ids=tokens[:, :-1], use_cache=False).logits
+        return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+
+    def arm(selective: bool, compiled: bool) -> Callable[[], object]:
+        policy = _model(size)
+        reference = copy.deepcopy(policy).eval()
+        if compiled:
+            policy, reference = torch.compile(policy), torch.compile(reference)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+
+        def one() -> None:
+            loss = losses(policy)
+            if selective:
+                with torch.no_grad():
+                    excess = loss.detach() - losses(reference)
+                loss = loss[excess.topk(int(RATIO * excess.numel())).indices]
+            loss.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return one
+
+    return {
+        "torch eager, CLM": arm(False, False),
+        "torch eager, SLM online": arm(True, False),
+        "torch.compile, CLM": arm(False, True),
+        "torch.compile, SLM online": arm(True, True),
+    }
+
+
+def product_ways(size: int) -> dict[str, Callable[[], object]]:
+    """A product of two square matrices in float32."""
+    a = torch.ones(size, size)
+    return {"PyTorch": lambda: a @ a}
+
+
+def generation_ways(size: "Size") -> dict[str, Callable[[], object]]:
+    """Greedy continuation of prompts of half a row."""
+    network = _model(size).eval()
+    prompts = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len // 2))
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    mask = torch.ones_like(prompts)
+    return {"Transformers' generate": lambda: network.generate(prompts, attention_mask=mask, **options)}
