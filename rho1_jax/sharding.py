@@ -79,6 +79,9 @@ def _partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
     if len(specs) != 1:
         raise ValueError(f"{len(specs)} sharding rules match {name}: sharding.RULES must hold exactly one")
     spec = specs.pop()
+    taken = [axis for axis in spec if axis is not None]
+    if len(set(taken)) < len(taken):
+        raise ValueError(f"the sharding rule {spec} of {name} takes one mesh axis for two of its own")
     for size, axis in zip(shape, spec):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(

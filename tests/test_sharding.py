@@ -40,6 +40,36 @@ def test_an_array_without_a_rule_is_refused_by_name():
         sharding.param_shardings({"no_such": jnp.zeros((2, 2))}, sharding.make_mesh(8, 1, 1))
 
 
+def test_two_rules_for_one_array_are_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sharding.RULES, r"\w+/q", PartitionSpec())
+    with pytest.raises(ValueError, match="2 sharding rules match layers/attention/q"):
+        sharding.param_shardings(model.abstract_params(TINY), sharding.make_mesh(8, 1, 1))
+
+
+def test_a_rule_that_takes_a_mesh_axis_twice_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sharding.RULES, r"embedding", PartitionSpec("fsdp", "fsdp"))
+    with pytest.raises(ValueError, match="of embedding takes one mesh axis for two"):
+        sharding.param_shardings(model.abstract_params(TINY), sharding.make_mesh(8, 1, 1))
+
+
+class Chip:
+    """A TPU chip of one of two slices, as far as a mesh asks."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number):
+        self.id, self.process_index, self.slice_index = number, number // 4, number // 4
+        self.coords = (number % 2, number // 2 % 2, 0)
+
+
+def test_between_slices_lies_the_axis_data_alone():
+    chips = [Chip(number) for number in range(8)]
+    mesh = sharding.make_mesh(2, 2, 2, devices=chips)
+    assert [{chip.slice_index for chip in part.ravel()} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="config.mesh.data=1 must be a multiple of the 2 slices"):
+        sharding.make_mesh(1, 4, 2, devices=chips)
+
+
 def test_an_axis_that_does_not_divide_is_refused_by_name():
     params = model.abstract_params(TINY)
     with pytest.raises(UserError, match="attention/k has an axis of 2, .*tensor=8"):

@@ -206,6 +206,16 @@ def test_an_empty_batch_changes_nothing(params):
     assert not np.asarray(selected).any() and float(metrics["loss"]) == 0
 
 
+@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}], ids=str)
+def test_computing_layers_again_or_unrolled_gives_the_same_update(params, batch, slm, changes):
+    graphdef = model.build(tiny(**changes))
+    state, _, selected = jax.jit(make_train_step(graphdef, graphdef, SGD, **DEFAULTS))(
+        start(params[0]), params[1], batch
+    )
+    np.testing.assert_array_equal(selected, slm[2])
+    assert_trees_close(state.params, slm[0].params)
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_no_buffer_of_the_step_holds_the_logits_of_all_tokens(microbatches):
     config = tiny(vocab_size=509, loss_chunk=16)
@@ -227,7 +237,7 @@ def test_losses_that_come_with_the_batch_stand_for_the_reference(params, batch, 
     np.testing.assert_allclose(metrics["reference_loss"], slm[1]["reference_loss"], rtol=1e-5)
 
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1), (4, 2, 1)]
 
 
 @pytest.fixture(scope="module")
