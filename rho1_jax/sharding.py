@@ -61,9 +61,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         raise UserError(f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices")
     within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh(within, devices)
+        grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

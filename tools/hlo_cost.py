@@ -175,12 +175,11 @@ class Program:
         return _array_bytes([array for array in instruction.arrays() if array[2]])
 
     def _splash_flops(self, kernel: Instruction, around: dict[str, Instruction]) -> float:
-        queries = max(
-            (array[1] for operand in kernel.operands for array in around[operand].arrays() if len(array[1]) == 4),
-            key=math.prod,
-        )
+        # The largest operand, [rows, heads, L, C]; a single row has no axis.
+        operands = (sizes for operand in kernel.operands for _, sizes, _ in around[operand].arrays())
+        queries = max(operands, key=math.prod)
         products = next(count for part, count in SPLASH_PRODUCTS.items() if part in kernel.name)
-        return 2 * products * math.prod(queries) * seen_keys(queries[2], self._window)
+        return 2 * products * math.prod(queries) * seen_keys(queries[-2], self._window)
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:
