@@ -11,7 +11,7 @@ from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.errors import UserError
 from rho1_jax.optimizer import OptimizerConfig, make_optimizer
 
-ADAMW = make_optimizer(OptimizerConfig(1e-2, 0.2, "cosine", 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0), 10)
+ADAMW = make_optimizer(OptimizerConfig(1e-2, 0.2, "cosine", 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0, "float32", False), 10)
 
 
 def meta(step):

@@ -10,7 +10,7 @@ import pytest
 
 from rho1_jax.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 
-CONFIG = OptimizerConfig(0.1, 10 / 110, "cosine", 0.2, 0.9, 0.95, 1e-8, 0.5, 1.0)
+CONFIG = OptimizerConfig(0.1, 10 / 110, "cosine", 0.2, 0.9, 0.95, 1e-8, 0.5, 1.0, "float32", False)
 
 
 def test_schedule_warms_up_and_ends_at_the_fraction():
