@@ -1,17 +1,20 @@
-# make demo | test | test-peers | lint, each with an environment of its own for each PYTHON.
+# make demo | test | test-slow | test-peers | lint, each with an environment of its own for each PYTHON.
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN = $(VENV)/bin
 SEED ?= 0
 OUTPUT ?= runs/demo
 
-.PHONY: demo test test-peers lint clean
+.PHONY: demo test test-slow test-peers lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m tools.demo --output=$(OUTPUT) --seed=$(SEED)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/slow
 
 test-peers: $(VENV)/peers.stamp
 	$(BIN)/python -m pytest tests/peers
