@@ -67,7 +67,6 @@ class Loop:
         self.checkpoints.close()
         if self.writer:
             self.writer.close()
-            self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)
         return state.params
 
     def evaluate(self, params: Params) -> dict[str, float]:

@@ -250,7 +250,10 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, data: str | 
             if peers:
                 from tools import benchmark_peers  # torch is an extra
 
-                ways |= benchmark_peers.generation_ways(size) if generating else benchmark_peers.step_ways(size)
+                if generating:
+                    ways |= benchmark_peers.generation_ways(size, NEW_TOKENS)
+                else:
+                    ways |= benchmark_peers.step_ways(size, RATIO)
             amount = size.rows * (NEW_TOKENS if generating else size.seq_len)
             found[name] = timed(ways, amount, repeats)
             table(f"{name} {what}", found[name], "tokens a second")

@@ -15,9 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 if TYPE_CHECKING:
     from tools.benchmark import Size
 
-RATIO = 0.6
-NEW_TOKENS = 64
-
 
 def _model(size: "Size") -> Any:
     torch.manual_seed(0)
@@ -38,7 +35,7 @@ def _model(size: "Size") -> Any:
     )
 
 
-def step_ways(size: "Size") -> dict[str, Callable[[], object]]:
+def step_ways(size: "Size", ratio: float) -> dict[str, Callable[[], object]]:
     """One step of CLM and of SLM, eager and compiled."""
     tokens = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len + 1))
 
@@ -58,7 +55,7 @@ def step_ways(size: "Size") -> dict[str, Callable[[], object]]:
             if selective:
                 with torch.no_grad():
                     excess = loss.detach() - losses(reference)
-                loss = loss[excess.topk(int(RATIO * excess.numel())).indices]
+                loss = loss[excess.topk(int(ratio * excess.numel())).indices]
             loss.mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -79,10 +76,10 @@ def product_ways(size: int) -> dict[str, Callable[[], object]]:
     return {"PyTorch": lambda: a @ a}
 
 
-def generation_ways(size: "Size") -> dict[str, Callable[[], object]]:
+def generation_ways(size: "Size", new_tokens: int) -> dict[str, Callable[[], object]]:
     """Greedy continuation of prompts of half a row."""
     network = _model(size).eval()
     prompts = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len // 2))
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
     mask = torch.ones_like(prompts)
     return {"Transformers' generate": lambda: network.generate(prompts, attention_mask=mask, **options)}

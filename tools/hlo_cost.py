@@ -248,8 +248,4 @@ def _convolution_flops(instruction: Instruction, around: dict[str, Instruction])
             for step in range(steps)
             for tap in range(length)
         )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
-    batch = out_sizes[out.index("b")] * (int(groups[1]) if groups else 1)
-    return (
-        2 * batch * out_sizes[out.index("f")] * rhs_sizes[rhs.index("i")] * meetings / (int(groups[1]) if groups else 1)
-    )
+    return 2 * out_sizes[out.index("b")] * out_sizes[out.index("f")] * rhs_sizes[rhs.index("i")] * meetings
