@@ -90,9 +90,9 @@ def test_kill_9_and_the_same_command_again_equals_no_interruption(data, referenc
 
 
 def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed, capsys):
-    lines = read_metrics(undisturbed[0])
+    kept = [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")]
     train(config_of("slm", data, reference), undisturbed[0])
-    assert read_metrics(undisturbed[0]) == lines
+    assert [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")] == kept
     assert "changed" not in capsys.readouterr().out
 
 
@@ -172,6 +172,7 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undi
         ({"microbatches": 2}, "config.batch_size=8 must be a multiple of 16"),
         ({"steps": 0}, "config.steps=0"),
         ({"eval": {"every": 0}}, "config.eval.every=0"),
+        ({"trace": {"first": 3, "last": 2}}, "config.trace.last=2 must not be below config.trace.first=3"),
         ({"mesh": {"fsdp": 3}}, "config.mesh"),
         ({"model": {"kv_heads": 3}}, "config.model.kv_heads=3 does not divide"),
         ({"model": {"head_width": 7}}, "config.model.head_width=7 is odd"),

@@ -9,11 +9,13 @@ python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--te
 is, the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
 """
 
+import importlib
 import itertools
 import json
 import pathlib
 import statistics
 import time
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from rho1_jax.generate import generate
 from rho1_jax.model import ModelConfig
 from rho1_jax.token_loss import token_losses
 from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
-from tools.benchmark_text import tokenizing
+from tools.benchmark_text import tokenizing_ways
 
 RATIO = 0.6
 NEW_TOKENS = 64
@@ -225,8 +227,16 @@ def table(title: str, found: dict[str, dict[str, float]], unit: str) -> None:
         print(f"| {name} | {way['median']:,.0f} | {spread} | {way['median'] / first:.2f} |", flush=True)
 
 
-def measure(what: str, sizes: list[str], peers: bool, repeats: int, data: str | None) -> dict[str, Any]:
-    """Measures and prints; returns the figures by title."""
+def peer_module() -> types.ModuleType:
+    """tools/benchmark_peers.py, whose libraries are an extra. Raises UserError where they are not installed."""
+    try:
+        return importlib.import_module("tools.benchmark_peers")
+    except ModuleNotFoundError as error:
+        raise UserError(f"--peers: {error}; install the extra `peers`: pip install -e '.[peers]'") from None
+
+
+def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[Ways, int] | None) -> dict[str, Any]:
+    """Measures and prints; returns the figures by title. `text` are ways to load or to tokenize, and of how much."""
     found: dict[str, Any] = {}
     if what == "selection":
         for tokens in (2**12, 2**14, 2**16, 2**18, 2**20):
@@ -236,24 +246,18 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, data: str | 
     elif what == "head_memory":
         found[what] = head_memory(16_384, 32_000, 384)
         print(", ".join(f"{name}: {size:,.0f} MiB" for name, size in found[what].items()))
-    elif what == "loading":
-        if not data:
-            raise UserError("--what=loading needs --data=DIR, a prepared data set")
-        ways, amount = loading_ways(data, 64)
-        found[what] = timed(ways, amount, repeats)
+    elif text is not None:
+        found[what] = timed(*text, repeats)
         table(what, found[what], "tokens a second")
     else:
         for name in sizes:
             size = SIZES[name]
             generating = what == "generation"
             ways = generation_ways(size) if generating else step_ways(size)
-            if peers:
-                from tools import benchmark_peers  # torch is an extra
-
-                if generating:
-                    ways |= benchmark_peers.generation_ways(size, NEW_TOKENS)
-                else:
-                    ways |= benchmark_peers.step_ways(size, RATIO)
+            if peers and generating:
+                ways |= peer_module().generation_ways(size, NEW_TOKENS)
+            elif peers:
+                ways |= peer_module().step_ways(size, RATIO)
             amount = size.rows * (NEW_TOKENS if generating else size.seq_len)
             found[name] = timed(ways, amount, repeats)
             table(f"{name} {what}", found[name], "tokens a second")
@@ -266,9 +270,7 @@ def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, r
     """Prints how fast a matrix product is here, and at what share of that CLM and SLM compute what the model needs."""
     ways = product_ways()
     if peers:
-        from tools import benchmark_peers
-
-        ways |= benchmark_peers.product_ways(PRODUCT)
+        ways |= peer_module().product_ways(PRODUCT)
     for name, speed in timed(ways, 2 * PRODUCT**3, repeats).items():
         print(f"{name}: matrix products at {speed['median'] / 1e9:,.0f} GFLOP/s")
         if name == "JAX":
@@ -280,7 +282,7 @@ def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, r
 
 
 def main() -> None:
-    """The command: its flags, then `measure` or `tokenizing`."""
+    """The command: its flags, then `measure`."""
     kinds = ["steps", "generation", "selection", "head_memory", "loading", "tokenizing"]
     what = flags.DEFINE_enum("what", "steps", kinds, "What to measure.")
     sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Of the model; more than one may be given.")
@@ -293,13 +295,17 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "JSON file for all figures.")
 
     def command() -> None:
-        if what.value == "tokenizing":
+        text = None
+        if what.value == "loading":
+            if not data.value:
+                raise UserError("--what=loading needs --data=DIR, a prepared data set")
+            text = loading_ways(data.value, 64)
+        elif what.value == "tokenizing":
             if not tokenizer.value or not inputs.value:
                 raise UserError("--what=tokenizing needs --tokenizer=FILE and --input=FILES")
             templates = records.parse_templates("text", text_templates.value)
-            tokenizing(Tokenizer(tokenizer.value), records.expand(inputs.value), templates, repeats.value)
-            return
-        found = measure(what.value, sizes.value, peers.value, repeats.value, data.value)
+            text = tokenizing_ways(Tokenizer(tokenizer.value), records.expand(inputs.value), templates)
+        found = measure(what.value, sizes.value, peers.value, repeats.value, text)
         if output.value:
             write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
 

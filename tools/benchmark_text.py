@@ -2,9 +2,7 @@
 
 import os
 import pathlib
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 
 import sentencepiece
@@ -23,15 +21,10 @@ def bare(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def tokenizing(tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...], repeats: int) -> None:
-    """Prints tokens a second, the median of `repeats` rounds in which each way has its turn."""
+def tokenizing_ways(
+    tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...]
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """The bare library, and `prepare_data`, which also reads, packs and writes; and how many tokens they make."""
     texts = [
         records.document(records.parse(file, record), templates)
         for file in files
@@ -53,11 +46,4 @@ def tokenizing(tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple
         "prepare_data, 1 core": lambda: prepared(1),
         f"prepare_data, {len(cores)} cores": lambda: prepared(len(cores)),
     }
-    rounds = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
-    print(f"{tokens:,} tokens in {len(texts):,} documents; prepare_data also reads, packs and writes")
-    first = statistics.median(taken["bare library, 1 core"] for taken in rounds)
-    for name in ways:
-        took = [taken[name] for taken in rounds]
-        middle = statistics.median(took)
-        spread = f"{tokens / max(took):,.0f} to {tokens / min(took):,.0f}"
-        print(f"{name:<26}{tokens / middle:>12,.0f} tokens a second ({spread}), {first / middle:.2f} of the first")
+    return ways, tokens
