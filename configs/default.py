@@ -9,11 +9,21 @@ from ml_collections import config_dict
 from rho1_jax.errors import UserError
 
 # The stages of the method, and what they select by.
-STAGES = {"reference": "none", "clm": "none", "random": "random", "slm": "excess"}
+STAGES = {
+    "reference": "none",
+    "clm": "none",
+    "random": "random",
+    "slm": "excess",
+    # With a reference trained on the corpus itself (section 3.4).
+    "self_reference": "none",
+    "self_loss": "reference_loss",
+    "self_entropy": "reference_entropy",
+    "self_both": "reference_loss & reference_entropy",
+}
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The defaults of a stage: "reference", "clm", "random" or "slm"."""
+    """The defaults of a stage, one of STAGES."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: a config has the stages {', '.join(STAGES)}")
     return ml_collections.ConfigDict(
@@ -55,6 +65,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
             },
             "data": {
                 "train": "",  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1
+                "external": "",  # FILE.npy of [rows, seq_len] for each data set, with commas: the score "external"
                 "document_mask": True,  # attention stays within documents, positions restart at each
                 "prefetch": 4,  # batches read ahead
             },
@@ -72,13 +83,26 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "host_offload": False,  # moments stay in the host's memory between updates, where the backend can
             },
             "selection": {
-                "score": STAGES[stage],  # "none" (CLM), "random" (control) or "excess" (SLM)
+                "score": STAGES[stage],  # "none" (CLM), a name in rho1_jax/scores.py, or as "a:0.7 & b:0.7", "a | b"
+                "rule": "ratio",  # the top `ratio`; "threshold", "soft" and "weight" are told in docs/method.md
                 "ratio": 0.6,  # share of the eligible tokens that is trained on, a multiple of 0.0001
+                "schedule": "constant",  # of the ratio; "linear", "cosine" or "stepwise": from first_ratio to ratio
+                "first_ratio": 1.0,  # where the schedule begins
+                "stairs": 4,  # levels of "stepwise"
+                "dense_fraction": 0.0,  # of the steps, the first ones, in which every eligible token is trained on
+                "threshold": 0.0,  # of the score, for the rules "threshold" and "soft"
+                "temperature": 1.0,  # of the rule "soft", in units of the score
                 "scope": "global",  # who competes: the tokens of the step, of a "microbatch" or of a "sequence"
             },
-            # Of these two each may be a run's directory, one of its checkpoints, or a Hugging Face folder.
+            # Both checkpoints may be a run's directory, one of its checkpoints, or a Hugging Face folder.
             "init": {"checkpoint": ""},  # where the first weights come from; empty: random ones
-            "reference": {"checkpoint": ""},  # the frozen model of the score "excess"
+            "reference": {
+                "checkpoint": "",  # the model that scores refer to
+                "scores": "",  # name of what `rho1_jax.score` stored beside the data; empty: the model runs in the step
+                "moves": "",  # from there it follows the policy: "average" of its parameters over time, or "snapshot"
+                "decay": 0.999,  # of the average: what a step leaves of it
+                "every": 100,  # steps from one snapshot to the next
+            },
             "eval": {
                 "every": 100,  # steps between two evaluations; there is one at the end in any case
                 "data": "",  # losses on the split "eval" of data sets: NAME=DIR,NAME=DIR
@@ -94,7 +118,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
             "trace": {"first": 0, "last": 0},  # steps recorded for xprof, in WORKDIR/trace; 0: none
             "checkpoint": {
                 "every": 100,  # steps between two checkpoints; there is one at the end in any case
-                "keep": 2,  # newest ones that are kept
+                "keep": 2,  # newest ones that are kept; 0: all
             },
         }
     )

@@ -8,18 +8,20 @@ import ml_collections
 from configs import default
 
 SEQ_LEN = 64
-LEARNING_RATES = {"reference": 3e-3, "clm": 1.5e-3, "random": 1.5e-3, "slm": 7e-4}
+LEARNING_RATES = {"reference": 3e-3, "clm": 1.5e-3, "random": 1.5e-3, "slm": 7e-4, "self_reference": 1.5e-3}
 VOCAB_SIZE = 640
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The demonstration's stage "reference", "clm", "random" or "slm". The directories are filled in by the tool."""
+    """A stage in the demonstration's size. The directories are filled in by the tool."""
     config = default.get_config(stage)
     config.steps = 990 if stage == "reference" else 1300
     config.batch_size = 16
     config.log_every = 20
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_width=32, ff_width=384)
-    config.optimizer.update(learning_rate=LEARNING_RATES[stage], warmup_fraction=50 / config.steps)
+    config.optimizer.update(
+        learning_rate=LEARNING_RATES.get(stage, LEARNING_RATES["slm"]), warmup_fraction=50 / config.steps
+    )
     config.selection.ratio = 0.1
     config.eval.update(
         every=config.steps // 10,
@@ -30,5 +32,6 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
         max_new_tokens=48,
         generate_batch=144,
     )
-    config.checkpoint.every = config.steps // 2
+    # All checkpoints of these two are kept, for tools/token_dynamics.py.
+    config.checkpoint.update(every=100, keep=0 if stage in ("clm", "slm") else 2)
     return config

@@ -1,4 +1,4 @@
-"""As `llama3_8b_math`, at 70 billion parameters."""
+"""As `llama3_8b_math`, at 70 billion parameters; its stage "weak_to_strong" selects by the reference of 8 billion."""
 
 import ml_collections
 
@@ -7,10 +7,12 @@ from configs.models import LLAMA3_70B
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The stage "reference", "clm", "random" or "slm"."""
-    config = llama3_8b_math.get_config(stage)
+    """A stage of `default.STAGES`, or "weak_to_strong"."""
+    weak = stage == "weak_to_strong"
+    config = llama3_8b_math.get_config("slm" if weak else stage)
     config.model.update(LLAMA3_70B)
     config.init.checkpoint = "models/llama3_70b"
-    config.reference.checkpoint = "runs/llama3_70b_math/reference"
+    if not weak:
+        config.reference.checkpoint = config.reference.checkpoint.replace("llama3_8b", "llama3_70b")
     config.mesh.tensor = 2  # ours: 256 rows a step are fewer than the chips
     return config

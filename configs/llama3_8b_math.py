@@ -9,7 +9,7 @@ SEQ_LEN = 4096  # ours: as Mistral 7B; the model would take 8192
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The stage "reference", "clm", "random" or "slm"."""
+    """A stage of `default.STAGES`."""
     is_reference = stage == "reference"
     tokens = 3 * 0.5e9 if is_reference else 15e9  # paper, for its own models
     config = recipe(stage, "llama3_8b_math", LLAMA3_8B, "llama3_8b", SEQ_LEN, tokens)

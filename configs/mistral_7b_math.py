@@ -9,7 +9,7 @@ SEQ_LEN = 4096  # paper
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The stage "reference", "clm", "random" or "slm"."""
+    """A stage of `default.STAGES`."""
     is_reference = stage == "reference"
     tokens = 3 * 0.5e9 if is_reference else 15e9  # paper: three epochs of 0.5 B tokens; 15 B tokens of OpenWebMath
     config = recipe(stage, "mistral_7b_math", MISTRAL_7B, "mistral_7b", SEQ_LEN, tokens)

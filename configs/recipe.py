@@ -18,8 +18,8 @@ def recipe(
     """A stage of continued pre-training.
 
     Args:
-      stage: "reference", "clm", "random" or "slm".
-      name: of the recipe; the reference is looked for in runs/NAME/reference.
+      stage: one of `default.STAGES`.
+      name: of the recipe; references are looked for in runs/NAME/reference and runs/NAME/self_reference.
       model: its `model` section.
       folder: the Hugging Face folder in models/ that all stages start from.
       seq_len: targets in a row, as the data were prepared.
@@ -30,7 +30,8 @@ def recipe(
     config.model.compute_dtype = "bfloat16"  # ours: the paper does not tell its precision; master weights are float32
     config.model.remat = "full"  # ours: memory
     config.init.checkpoint = f"models/{folder}"  # paper: all stages start from the base model
-    config.reference.checkpoint = f"runs/{name}/reference"
+    trained = "self_reference" if stage.startswith("self_") else "reference"
+    config.reference.checkpoint = f"runs/{name}/{trained}"
     config.batch_size = STEP_TOKENS // seq_len
     config.steps = int(tokens) // STEP_TOKENS
     config.mesh.update(data=1, fsdp=-1)  # ours: parameters and optimizer state spread over all chips

@@ -9,7 +9,7 @@ SEQ_LEN = 2048  # paper
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """The stage "reference", "clm", "random" or "slm"."""
+    """A stage of `default.STAGES`."""
     is_reference = stage == "reference"
     # Paper: a reference from 1.9 B tokens (Tulu v2, OpenHermes 2.5 and others), and 80 B tokens of the mixture. Ours:
     # three epochs for the reference, which the paper tells for mathematics.

@@ -77,7 +77,7 @@ def training_flops(
 
     Args:
       policy: of the model in training.
-      reference: of the frozen model, whether it runs in the step or ran before; None where there is none.
+      reference: of the one that runs in the step; None where there is none.
       tokens: that went through the models.
       selected: of these, those that were trained on. The head's backward pass is for them alone.
     """
@@ -96,10 +96,20 @@ class Ledger:
         start_time: float,
         policy: ForwardFlops,
         reference: ForwardFlops | None,
+        scoring_flops: float,
         devices: Sequence[jax.Device],
     ):
-        """`start_time` is that of the program, by `time.monotonic`; the others are the models and the chips."""
+        """A ledger that is empty.
+
+        Args:
+          start_time: of the program, by `time.monotonic`.
+          policy: the model in training.
+          reference: that of the step; None where there is none.
+          scoring_flops: that the stored losses took which the run reads, of all rows once.
+          devices: the chips.
+        """
         self._start_time, self._policy, self._reference, self._devices = start_time, policy, reference, devices
+        self._scoring_flops = scoring_flops
         self._chip = CHIPS.get(devices[0].device_kind)
         self._step_tokens = self._step_seconds = 0.0
 
@@ -127,7 +137,7 @@ class Ledger:
             "chip": self._devices[0].device_kind,
             "tokens_seen": tokens,
             "tokens_selected": selected,
-            "flops": training_flops(self._policy, self._reference, tokens, selected),
+            "flops": training_flops(self._policy, self._reference, tokens, selected) | {"scoring": self._scoring_flops},
             "seconds": seconds,
             "step_seconds": self._step_seconds,
             "goodput": self._step_seconds / seconds,

@@ -1,8 +1,8 @@
 """Checkpoints through Orbax: asynchronous, atomic, the last few kept.
 
-A checkpoint holds parameters, optimizer state and a JSON description, each readable by itself:
+A checkpoint holds parameters, optimizer state, a reference that moves, and a JSON description, each readable by itself:
 
-    WORKDIR/checkpoints/STEP/params  .../opt_state  .../meta
+    WORKDIR/checkpoints/STEP/params  .../opt_state  [.../reference]  .../meta
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.errors import UserError
 from rho1_jax.model import ModelConfig, Params, abstract_params
 from rho1_jax.sharding import param_shardings, path_name
+from rho1_jax.train_state import TrainState
 
 CHECKPOINTS = "checkpoints"
 
@@ -54,8 +55,8 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
-            item_names=("params", "opt_state", "meta"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_names=("params", "opt_state", "reference", "meta"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, cleanup_tmp_directories=True),
         )
 
     def latest_meta(self) -> Meta | None:
@@ -65,27 +66,27 @@ class Checkpoints:
             return None
         return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
-    def save(self, params: Params, opt_state: Any, meta: Meta) -> None:
-        """Starts to save; the arrays may be donated once this returns. Weights that were imported have no opt_state."""
-        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta._asdict())}
-        if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardSave(opt_state)
-        self._manager.save(meta.step, args=ocp.args.Composite(**items))
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts to save; the arrays may be donated once this returns. What is None in the state is left out."""
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        self._manager.save(meta.step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta._asdict())))
 
-    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
-        """Parameters and optimizer state in the shapes, dtypes and shardings of the abstract ones given."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state)
-            ),
-        )
-        return restored["params"], restored["opt_state"]
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of a step, in the shapes, dtypes and shardings of the abstract one."""
+        items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        count = jax.device_put(jnp.int32(step), abstract.step.sharding)
+        return TrainState(count, **{name: restored[name] for name in items})
 
     def close(self) -> None:
         """Waits until everything is on the disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state beside the step."""
+    return {name: item for name, item in state._asdict().items() if name != "step" and item is not None}
 
 
 def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
@@ -101,10 +102,20 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
     directory = pathlib.Path(path).absolute()
     if (directory / "meta").is_dir():
         return directory
-    steps = [child for child in (directory / CHECKPOINTS).glob("*") if child.name.isdigit()]
-    if not steps:
+    found = steps(directory)
+    if not found:
         raise UserError(f"{key}={path}: no checkpoint here; give a run's directory or one of its checkpoints")
-    return max(steps, key=lambda child: int(child.name))
+    return at(directory, found[-1])
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps that a run has checkpoints of, ascending."""
+    return sorted(int(child.name) for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit())
+
+
+def at(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """The checkpoint directory of a run's step."""
+    return workdir.absolute() / CHECKPOINTS / str(step)
 
 
 def load_meta(checkpoint: pathlib.Path) -> Meta:

@@ -14,6 +14,7 @@ from rho1_jax.attention import ATTENTION
 from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
 from rho1_jax.model import FAMILIES, REMAT, ModelConfig
+from rho1_jax.selection import Selection
 
 CONFIG_FILE = "config.json"
 # The fields of the `model` section that say how a model is run, not which one it is.
@@ -70,6 +71,16 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
         if config.model[key] not in values:
             raise UserError(f"config.model.{key}={config.model[key]!r} is none of {', '.join(values)}")
     return model
+
+
+def selection_rule(config: ml_collections.ConfigDict) -> Selection:
+    """The `selection` section. Raises UserError where a value cannot be."""
+    rule = Selection(**config.selection)
+    try:
+        rule.check()
+    except ValueError as error:
+        raise UserError(f"config.selection.{error}") from None
+    return rule
 
 
 def run_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.metrics import MetricsWriter, Progress
 from rho1_jax.model import Params
-from rho1_jax.train_step import TrainState
+from rho1_jax.train_state import TrainState
 
 
 class Loop:
@@ -79,7 +79,7 @@ class Loop:
     def save(self, state: TrainState) -> None:
         """Starts to save a checkpoint, the time until training can go on not counted in the rate."""
         start = time.monotonic()
-        self.checkpoints.save(state.params, state.opt_state, self.meta)
+        self.checkpoints.save(state, self.meta)
         if self.writer:
             self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)
         self.clock += time.monotonic() - start

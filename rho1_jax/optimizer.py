@@ -1,6 +1,7 @@
-"""AdamW with warm-up, decay and clipping by global norm."""
+"""AdamW with warm-up, decay and clipping by global norm; and references that follow the parameters."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import optax
@@ -8,6 +9,7 @@ import optax
 from rho1_jax.sharding import path_name
 
 DECAYS = ("cosine", "linear")
+MOVES = ("average", "snapshot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +72,23 @@ def _from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return optimizer.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+class MovingReference(NamedTuple):
+    """A reference that follows the model in training, in float32 like it.
+
+    Attributes:
+      kind: "average", of the parameters over time, or "snapshot", the parameters of some steps ago.
+      decay: of the average: what a step leaves of it.
+      every: steps from one snapshot to the next.
+    """
+
+    kind: str
+    decay: float
+    every: int
+
+    def move(self, reference, params, step: jax.Array):
+        """The reference after `step` updates, the last of which gave `params`."""
+        if self.kind == "average":
+            return optax.incremental_update(params, reference, 1 - self.decay)
+        return optax.periodic_update(params, reference, step, self.every)

@@ -7,7 +7,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, hf_config
-from rho1_jax.config import run_settings
+from rho1_jax.config import differences, run_settings
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
@@ -75,4 +75,18 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
             f"{key}={found.path} has a vocabulary of {model.vocab_size}, "
             f"config.model.vocab_size is {config.model.vocab_size}"
         )
+    return found
+
+
+def open_same_model(
+    path: str, key: str, config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store
+) -> Pretrained | None:
+    """A model like the policy, if `key` names one. Raises UserError where it is another one."""
+    if not path:
+        return None
+    found = open_pretrained(path, key, config, store)
+    same_length = dataclasses.replace(found.model, context_length=policy_config.context_length)
+    changed = differences(dataclasses.asdict(same_length), dataclasses.asdict(policy_config), "config.model")
+    if changed:
+        raise UserError(f"{key}={found.path} is another model: {'; '.join(changed)}")
     return found

@@ -1,4 +1,4 @@
-"""Per-token cross-entropy that never holds the logits of all tokens, neither forward nor backward.
+"""Per-token cross-entropy, and entropy, that never holds the logits of all tokens, neither forward nor backward.
 
 Shapes: B batch rows, L sequence, D model width, V vocabulary. On one device: T tokens of its rows, v its part of the
 vocabulary, c tokens of one chunk, n chunks.
@@ -16,9 +16,11 @@ ROWS = PartitionSpec(BATCH_AXES)
 VOCABULARY, WIDTH = RULES["head"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_losses(hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Array, chunk: int) -> jax.Array:
-    """-log p(target) of every token.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_losses(
+    hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Array, chunk: int, entropies: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """-log p(target) of every token and, if asked, the entropy of its prediction.
 
     The backward pass makes logits again, and only those of tokens whose loss has a gradient: under selection, of the
     selected ones. On a mesh each device does both for its own rows and its own part of the vocabulary.
@@ -28,21 +30,23 @@ def token_losses(hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Ar
       output_VD: [V, D] output embedding. Its gradient is summed in float32, whatever the dtype of the hidden states.
       targets_BL: [B, L] token ids.
       chunk: tokens of a device whose logits exist at once.
+      entropies: whether to make them. No gradient passes through an entropy.
 
     Returns:
-      [B, L] float32 losses in nats.
+      [B, L] float32 losses, and [B, L] float32 entropies or None, all in nats.
     """
-    return _forward(hidden_BLD, output_VD, targets_BL, chunk)[0]
+    return _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies)[0]
 
 
-def _forward(hidden_BLD, output_VD, targets_BL, chunk):
-    local = functools.partial(_local_losses, chunk=chunk)
-    on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), (ROWS, ROWS))
-    loss_BL, log_total_BL = on_devices(hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL)
-    return loss_BL, (hidden_BLD, output_VD, targets_BL, log_total_BL)
+def _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies):
+    local = functools.partial(_local_losses, chunk=chunk, entropies=entropies)
+    on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), ROWS)
+    loss_BL, log_total_BL, entropy_BL = on_devices(hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL)
+    return (loss_BL, entropy_BL), (hidden_BLD, output_VD, targets_BL, log_total_BL)
 
 
-def _backward(chunk, kept, gradient_BL):
+def _backward(chunk, _, kept, gradients):
+    gradient_BL, _ = gradients
     hidden_BLD, output_VD, *others = kept
     local = functools.partial(_local_gradients, chunk=chunk)
     in_specs = (ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, ROWS)
@@ -65,8 +69,8 @@ def _local_targets(targets: jax.Array, output_vD: jax.Array) -> jax.Array:
     return targets - jax.lax.axis_index(VOCABULARY) * output_vD.shape[0] if mesh_is_set() else targets
 
 
-def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk):
-    """Losses [B, L], and the logarithms of the softmax's denominators [B, L]."""
+def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies):
+    """Losses, logarithms of the softmax's denominators, and entropies or None: [B, L] each."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
     padding = -T % chunk
@@ -86,9 +90,17 @@ def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk):
         if mesh_is_set():
             total_c, target_logit_c = jax.lax.psum((total_c, target_logit_c), VOCABULARY)
         log_total_c = largest_c + jnp.log(total_c)
-        return log_total_c - target_logit_c, log_total_c
+        entropy_c = None
+        if entropies:
+            below_cv = logits_cv - largest_c[:, None]
+            weighted_c = (jnp.exp(below_cv) * below_cv).sum(axis=-1)
+            if mesh_is_set():
+                weighted_c = jax.lax.psum(weighted_c, VOCABULARY)
+            entropy_c = jnp.log(total_c) - weighted_c / total_c
+        return log_total_c - target_logit_c, log_total_c, entropy_c
 
-    return tuple(x_nc.ravel()[:T].reshape(targets_BL.shape) for x_nc in jax.lax.map(one, (hidden_ncD, targets_nc)))
+    found = jax.lax.map(one, (hidden_ncD, targets_nc))
+    return jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), found)
 
 
 def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_BL, *, chunk):

@@ -5,13 +5,12 @@ python -m rho1_jax.train --config=FILE[:stage] --workdir=DIR [--config.key=value
 Started again with the same command, it goes on from its newest checkpoint as if it had never stopped.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,18 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax import accounting, checkpoint, model, optimizer, selection, sharding
+from rho1_jax import accounting, model, optimizer, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
-from rho1_jax.config import RUN_SETTINGS, as_saved, define_config_flag, differences, model_config, run, write_config
+from rho1_jax.config import (
+    RUN_SETTINGS,
+    as_saved,
+    define_config_flag,
+    differences,
+    model_config,
+    run,
+    selection_rule,
+    write_config,
+)
 from rho1_jax.data.loader import batches, open_mixture, to_devices
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
@@ -31,8 +39,10 @@ from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.loop import Loop
 from rho1_jax.model import ModelConfig, Params
-from rho1_jax.pretrained import Pretrained, open_pretrained
-from rho1_jax.train_step import TrainState, make_train_step
+from rho1_jax.pretrained import Pretrained, open_same_model
+from rho1_jax.reference import Reference, open_reference
+from rho1_jax.train_state import TrainState
+from rho1_jax.train_step import make_train_step
 
 # A resumed run that changed one of these would train on other batches, or not be the same model.
 FIXED_ON_RESUME = (
@@ -41,17 +51,12 @@ FIXED_ON_RESUME = (
     "config.batch_size",
     "config.data.document_mask",
     "config.selection.",
+    "config.reference.moves",
+    "config.reference.decay",
+    "config.reference.every",
 )
 # Of these, what may change with the machine.
 FREE_ON_RESUME = tuple(f"config.model.{name}:" for name in RUN_SETTINGS)
-
-
-class Reference(NamedTuple):
-    """The frozen model, in the compute dtype. Never donated, never saved."""
-
-    model: ModelConfig
-    params: Params
-    description: dict[str, str]
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
@@ -71,8 +76,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
     policy_config = model_config(config)
     policy = model.build(policy_config)
     with jax.set_mesh(mesh):
-        initial = find_initial(config, policy_config, stores[0])
-        reference = load_reference(config, stores[0], mesh)
+        initial = open_same_model(config.init.checkpoint, "config.init.checkpoint", config, policy_config, stores[0])
+        reference = open_reference(config, selection_rule(config), policy_config, stores, mesh)
         evaluator = Evaluator(config, policy, tokenizer, mesh)
         meta = Meta(
             step=0,
@@ -81,21 +86,21 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
             config=as_saved(config),
             data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(stores, weights)],
             tokenizer=tokenizer.fingerprint,
-            reference=reference.description if reference else None,
+            reference=reference.description,
         )
 
         # 2. The state: of the newest checkpoint, of another run, or new.
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-        state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, mesh)
+        state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, reference, mesh)
         if is_first():
             write_config(config, workdir)
             tokenizer.save(workdir / TOKENIZER_DIR)
 
         # 3. The step.
         step = jitted_step(config, policy, reference, tx, state, mesh)
-        step = functools.partial(step, reference_params=reference.params if reference else None)
+        step = functools.partial(step, reference_params=reference.params)
 
         # 4. The loop.
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -109,25 +114,21 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
             first_step=meta.step,
             rows=sharding.local_rows(mesh, config.batch_size),
             prefetch=config.data.prefetch,
+            columns=reference.columns,
         )
         next_batch = lambda: to_devices(next(batch_stream), mesh, config.batch_size)  # noqa: E731
         forward = accounting.ForwardFlops.of(policy_config, stores[0].seq_len)
-        reference_forward = accounting.ForwardFlops.of(reference.model, stores[0].seq_len) if reference else None
-        ledger = accounting.Ledger(start_time, forward, reference_forward, mesh.devices.ravel().tolist())
+        reference_forward = accounting.ForwardFlops.of(reference.model, stores[0].seq_len) if reference.model else None
+        ledger = accounting.Ledger(
+            start_time, forward, reference_forward, reference.scoring_flops, mesh.devices.ravel().tolist()
+        )
         loop = Loop(config, workdir, meta, stores[0].seq_len, evaluator, checkpoints, ledger)
         return loop.run(state, step, next_batch)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the key, where a value cannot be."""
-    if config.selection.score not in selection.SCORES:
-        raise UserError(f"config.selection.score={config.selection.score!r} is none of {', '.join(selection.SCORES)}")
-    if config.selection.scope not in selection.SCOPES:
-        raise UserError(f"config.selection.scope={config.selection.scope!r} is none of {', '.join(selection.SCOPES)}")
-    try:
-        selection.ratio_units(config.selection.ratio)
-    except ValueError as error:
-        raise UserError(f"config.selection.ratio: {error}") from None
+    selection_rule(config)
     if config.optimizer.decay not in optimizer.DECAYS:
         raise UserError(f"config.optimizer.decay={config.optimizer.decay!r} is none of {', '.join(optimizer.DECAYS)}")
     if not 0 <= config.optimizer.warmup_fraction < 1:
@@ -179,36 +180,6 @@ def resolve(
     return config
 
 
-def load_reference(config: ml_collections.ConfigDict, store: Store, mesh: Mesh) -> Reference | None:
-    """The frozen model that `config.reference.checkpoint` names; None where the score needs none.
-
-    Raises:
-      UserError: it is not there, or its tokenizer or vocabulary differ from the training data's.
-    """
-    if not selection.SCORES[config.selection.score].needs_reference:
-        return None
-    key = "config.reference.checkpoint"
-    if not config.reference.checkpoint:
-        raise UserError(f"{key} is empty, and config.selection.score={config.selection.score!r} needs a reference")
-    found = open_pretrained(config.reference.checkpoint, key, config, store)
-    params = found.load(mesh, config.model.compute_dtype)
-    description = {"path": str(found.path), "fingerprint": checkpoint.fingerprint(params)}
-    return Reference(found.model, params, description)
-
-
-def find_initial(config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store) -> Pretrained | None:
-    """The model with the first weights, if the config names one. Raises UserError where it is another one."""
-    key = "config.init.checkpoint"
-    if not config.init.checkpoint:
-        return None
-    found = open_pretrained(config.init.checkpoint, key, config, store)
-    same_length = dataclasses.replace(found.model, context_length=policy_config.context_length)
-    changed = differences(dataclasses.asdict(same_length), dataclasses.asdict(policy_config), "config.model")
-    if changed:
-        raise UserError(f"{key}={found.path} is another model: {'; '.join(changed)}")
-    return found
-
-
 def initial_state(
     config: ml_collections.ConfigDict,
     policy_config: ModelConfig,
@@ -216,6 +187,7 @@ def initial_state(
     checkpoints: Checkpoints,
     meta: Meta,
     initial: Pretrained | None,
+    reference: Reference,
     mesh: Mesh,
 ) -> tuple[TrainState, Meta]:
     """The state to go on from, already on the mesh, and where the run stands. A new run starts from `initial`, if any.
@@ -223,36 +195,37 @@ def initial_state(
     Raises:
       UserError: the run in the work directory is another one.
     """
-
-    abstract = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
+    moves = reference.moving is not None
+    abstract = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload, moves)
     saved = checkpoints.latest_meta()
     if saved is not None:
         check_resume(saved, meta)
-        params, opt_state = checkpoints.restore(saved.step, abstract.params, abstract.opt_state)
+        state = checkpoints.restore(saved.step, abstract)
         say(f"resumed from step {saved.step}")
         meta = meta._replace(step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected)
+        return state, meta
+    if initial is not None:
+        params = initial.load(mesh, "float32")
     else:
-        if initial is not None:
-            params = initial.load(mesh, "float32")
-        else:
-            init = functools.partial(model.init_params, policy_config, config.seed)
-            params = jax.jit(init, out_shardings=placement(abstract.params))()
-        opt_state = jax.jit(tx.init, out_shardings=placement(abstract.opt_state))(params)
-    step = jax.device_put(jnp.int32(meta.step), sharding.replicated(mesh))
-    return TrainState(step, params, opt_state), meta
+        init = functools.partial(model.init_params, policy_config, config.seed)
+        params = jax.jit(init, out_shardings=placement(abstract.params))()
+    opt_state = jax.jit(tx.init, out_shardings=placement(abstract.opt_state))(params)
+    moving_params = None
+    if moves:
+        moving_params = reference.start.load(mesh, "float32") if reference.start else jax.tree.map(jnp.copy, params)
+    step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+    return TrainState(step, params, opt_state, moving_params), meta
 
 
-def abstract_state(policy_config: ModelConfig, tx, mesh: Mesh, host_offload: bool) -> TrainState:
-    """Shapes, dtypes and shardings of the state."""
+def abstract_state(policy_config: ModelConfig, tx, mesh: Mesh, host_offload: bool, moves: bool = False) -> TrainState:
+    """Shapes, dtypes and shardings of the state; `moves` says whether it has a reference."""
     params = model.abstract_params(policy_config)
     opt_state = jax.eval_shape(tx.init, params)
     opt_shardings = sharding.param_shardings(opt_state, mesh)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    return TrainState(
-        step,
-        placed(params, sharding.param_shardings(params, mesh)),
-        placed(opt_state, sharding.on_host(opt_shardings) if host_offload else opt_shardings),
-    )
+    params = placed(params, sharding.param_shardings(params, mesh))
+    opt_state = placed(opt_state, sharding.on_host(opt_shardings) if host_offload else opt_shardings)
+    return TrainState(step, params, opt_state, params if moves else None)
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -281,20 +254,22 @@ def check_resume(saved: Meta, meta: Meta) -> None:
 def jitted_step(
     config: ml_collections.ConfigDict,
     policy: nnx.GraphDef,
-    reference: Reference | None,
+    reference: Reference,
     tx,
     state: TrainState,
     mesh: Mesh,
 ) -> Any:
-    """The train step, compiled for the mesh; the state is donated, the reference is not."""
+    """The train step, compiled for the mesh; the state is donated, a frozen reference is not."""
     step = make_train_step(
         policy,
-        model.build(reference.model) if reference else None,
+        model.build(reference.model) if reference.model else None,
         tx,
-        **config.selection,
+        rule=selection_rule(config),
+        steps=config.steps,
         microbatches=config.microbatches,
         document_mask=config.data.document_mask,
         seed=config.seed,
+        moving=reference.moving,
     )
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))

@@ -16,15 +16,11 @@ from flax import nnx
 from rho1_jax import selection
 from rho1_jax.data.packing import Batch
 from rho1_jax.model import Params
+from rho1_jax.optimizer import MovingReference
+from rho1_jax.scores import REFERENCE_SIGNALS, Signals
+from rho1_jax.selection import Selection
 from rho1_jax.token_loss import token_losses
-
-
-class TrainState(NamedTuple):
-    """What a step takes and gives: everything that training changes."""
-
-    step: jax.Array  # updates done so far
-    params: Params  # float32 master weights
-    opt_state: optax.OptState
+from rho1_jax.train_state import TrainState
 
 
 class _Tokens(NamedTuple):
@@ -34,9 +30,8 @@ class _Tokens(NamedTuple):
     targets: jax.Array
     segment_ids: jax.Array
     eligible: jax.Array
-    random: jax.Array | None = None
-    reference_loss: jax.Array | None = None
-    selected: jax.Array | None = None
+    signals: Signals
+    weight: jax.Array | None = None
 
 
 def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
@@ -46,14 +41,19 @@ def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
         targets=batch.tokens[:, 1:],
         segment_ids=segment_ids_BL if document_mask else jnp.minimum(segment_ids_BL, 1),
         eligible=selection.eligible_targets(batch.segment_ids, batch.responses),
-        reference_loss=batch.reference_losses,
+        signals=Signals(
+            reference_loss_BL=batch.reference_losses,
+            reference_entropy_BL=batch.reference_entropies,
+            external_BL=batch.external,
+        ),
     )
 
 
-def _losses(graphdef: nnx.GraphDef, params: Params, tokens: _Tokens) -> jax.Array:
+def _losses(graphdef: nnx.GraphDef, params: Params, tokens: _Tokens, entropies: bool = False):
+    """Losses [B, L], and entropies [B, L] or None."""
     model = nnx.merge(graphdef, params)
     hidden_BLD, _ = model(tokens.inputs, tokens.segment_ids)
-    return token_losses(hidden_BLD, model.output_VD(), tokens.targets, model.config.loss_chunk)
+    return token_losses(hidden_BLD, model.output_VD(), tokens.targets, model.config.loss_chunk, entropies)
 
 
 def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:
@@ -61,9 +61,16 @@ def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[
 
     def batch_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         tokens = _tokens(batch, document_mask)
-        return _losses(graphdef, params, tokens), tokens.eligible
+        return _losses(graphdef, params, tokens)[0], tokens.eligible
 
     return batch_losses
+
+
+def make_reference_signals(
+    graphdef: nnx.GraphDef, document_mask: bool, entropies: bool
+) -> Callable[[Params, Batch], tuple]:
+    """A function of (params, batch): losses [B, L] in nats, and entropies [B, L] in nats or None."""
+    return lambda params, batch: _losses(graphdef, params, _tokens(batch, document_mask), entropies)
 
 
 def make_train_step(
@@ -71,30 +78,31 @@ def make_train_step(
     reference: nnx.GraphDef | None,
     optimizer: optax.GradientTransformation,
     *,
-    score: str,
-    ratio: float,
-    scope: str,
+    rule: Selection,
+    steps: int,
     microbatches: int,
     document_mask: bool,
     seed: int,
+    moving: MovingReference | None = None,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict, jax.Array]]:
-    """The train step: (state, reference params, batch) -> (next state, metrics, selected [B, L]).
+    """The train step: (state, params of a frozen reference, batch) -> (next state, metrics, weights [B, L]).
 
     Args:
       policy: structure of the model in training.
-      reference: structure of the frozen model; None where the score needs none, or where the batches bring its losses.
+      reference: structure of the reference model; None where the rule needs none, or where the batches bring its
+        losses.
       optimizer: applied to the gradient of the selected tokens' mean loss.
-      score: a name in `selection.SCORES`.
-      ratio: share of the eligible tokens to select.
-      scope: tokens that compete with one another: those of the whole step ("global"), of a "microbatch" or of a
-        "sequence".
+      rule: what is trained on.
+      steps: of the whole run, over which the rule's schedule goes.
       microbatches: M parts that the rows are taken in, one after the other. The update does not depend on M, except
         by the scope "microbatch". With M > 1 the scope "global" costs a second forward pass.
       document_mask: attention stays within documents, positions restart at each.
       seed: of the random score.
+      moving: how the reference follows the policy; None where it is frozen.
     """
-    rule = selection.SCORES[score]
-    select_ahead = rule.function is not None and scope == "global" and microbatches > 1
+    needs = rule.needs
+    needs_reference = bool(needs & REFERENCE_SIGNALS)
+    select_ahead = rule.ranks and rule.scope == "global" and microbatches > 1
 
     def split(x_BL: jax.Array) -> jax.Array:
         # Row r goes to microbatch r mod M: every device, which holds consecutive rows, has its share of each.
@@ -103,64 +111,77 @@ def make_train_step(
     def join(x_MbL: jax.Array) -> jax.Array:
         return x_MbL.swapaxes(0, 1).reshape(-1, *x_MbL.shape[2:])
 
-    def select(policy_loss_BL: jax.Array, tokens: _Tokens) -> jax.Array:
-        if rule.function is None:
-            return tokens.eligible
-        score_BL = rule.function(selection.Signals(policy_loss_BL, tokens.reference_loss, tokens.random))
-        with jax.named_scope("selection"):
-            return selection.select(score_BL, tokens.eligible, ratio, scope)
+    def policy_losses(params: Params, tokens: _Tokens):
+        return _losses(policy, params, tokens, entropies="policy_entropy_BL" in needs)
 
-    def selected_loss(params: Params, tokens: _Tokens):
-        policy_loss_bL = _losses(policy, params, tokens)
-        selected_bL = select(policy_loss_bL, tokens) if tokens.selected is None else tokens.selected
-        return jnp.where(selected_bL, policy_loss_bL, 0).sum(), (policy_loss_bL, selected_bL)
+    def weigh(step: jax.Array, policy_loss_BL: jax.Array, policy_entropy_BL: jax.Array | None, tokens: _Tokens):
+        signals = tokens.signals._replace(policy_loss_BL=policy_loss_BL, policy_entropy_BL=policy_entropy_BL)
+        with jax.named_scope("selection"):
+            return rule.weights(signals, tokens.eligible, step, steps)
+
+    def selected_loss(params: Params, step: jax.Array, tokens: _Tokens):
+        policy_loss_bL, policy_entropy_bL = policy_losses(params, tokens)
+        weight_bL = tokens.weight
+        if weight_bL is None:
+            weight_bL = weigh(step, policy_loss_bL, policy_entropy_bL, tokens)
+        return jnp.where(weight_bL > 0, weight_bL * policy_loss_bL, 0).sum(), (policy_loss_bL, weight_bL)
+
+    def add_reference(params: Params | None, tokens: _Tokens) -> _Tokens:
+        assert reference is not None and params is not None
+        entropies = "reference_entropy_BL" in needs
+        loss_MbL, entropy_MbL = jax.lax.map(lambda part: _losses(reference, params, part, entropies), tokens)
+        signals = tokens.signals._replace(reference_loss_BL=loss_MbL, reference_entropy_BL=entropy_MbL)
+        return tokens._replace(signals=signals)
 
     def train_step(state: TrainState, reference_params: Params | None, batch: Batch):
         tokens = _tokens(batch, document_mask)
-        if rule.needs_random:
+        if "random_BL" in needs:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            tokens = tokens._replace(random=jax.random.uniform(key, tokens.targets.shape))
+            noise_BL = jax.random.uniform(key, tokens.targets.shape)
+            tokens = tokens._replace(signals=tokens.signals._replace(random_BL=noise_BL))
         tokens = jax.tree.map(split, tokens)
-        if rule.needs_reference and tokens.reference_loss is None:
-            assert reference is not None and reference_params is not None
-            reference_loss_MbL = jax.lax.map(lambda part: _losses(reference, reference_params, part), tokens)
-            tokens = tokens._replace(reference_loss=reference_loss_MbL)
+        if needs_reference and batch.reference_losses is None:
+            tokens = add_reference(reference_params if moving is None else state.reference, tokens)
         if select_ahead:
-            policy_loss_MbL = jax.lax.map(lambda part: _losses(policy, state.params, part), tokens)
-            selected_BL = select(join(policy_loss_MbL), jax.tree.map(join, tokens))
-            tokens = tokens._replace(selected=split(selected_BL))
+            ahead = jax.lax.map(lambda part: policy_losses(state.params, part), tokens)
+            loss_BL, entropy_BL = jax.tree.map(join, ahead)
+            weight_BL = weigh(state.step, loss_BL, entropy_BL, jax.tree.map(join, tokens))
+            tokens = tokens._replace(weight=split(weight_BL))
 
         def accumulate(gradient: Params, part: _Tokens):
-            (_, outcome), part_gradient = jax.value_and_grad(selected_loss, has_aux=True)(state.params, part)
+            grad = jax.value_and_grad(selected_loss, has_aux=True)
+            (_, outcome), part_gradient = grad(state.params, state.step, part)
             return jax.tree.map(jnp.add, gradient, part_gradient), outcome
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, (policy_loss_MbL, selected_MbL) = jax.lax.scan(accumulate, zeros, tokens)
-        count = jnp.maximum(selection.count(selected_MbL), 1)
-        gradient = jax.tree.map(lambda g: g / count, gradient)
+        gradient, (policy_loss_MbL, weight_MbL) = jax.lax.scan(accumulate, zeros, tokens)
+        weight_sum = selection.total(weight_MbL)
+        gradient = jax.tree.map(lambda g: g / jnp.where(weight_sum > 0, weight_sum, 1), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = _metrics(policy_loss_MbL, selected_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
-        next_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return next_state, metrics, join(selected_MbL)
+        params = optax.apply_updates(state.params, updates)
+        metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
+        next_reference = moving.move(state.reference, params, state.step + 1) if moving else None
+        return TrainState(state.step + 1, params, opt_state, next_reference), metrics, join(weight_MbL)
 
     return train_step
 
 
-def _metrics(policy_loss: jax.Array, selected: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:
+def _metrics(policy_loss: jax.Array, weight: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:
     """Means over the step's tokens, in nats; `loss` and the reference's are over all eligible ones."""
-    eligible_count = selection.count(tokens.eligible)
-    selected_count = selection.count(selected)
+    eligible_count = selection.total(tokens.eligible)
+    weight_sum = selection.total(weight)
 
-    def mean(values: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
-        return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1)
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.where(tokens.eligible, values, 0).sum() / jnp.maximum(eligible_count, 1)
 
     metrics = {
-        "loss": mean(policy_loss, tokens.eligible, eligible_count),
-        "selected_loss": mean(policy_loss, selected, selected_count),
-        "selected_fraction": selected_count / jnp.maximum(eligible_count, 1),
-        "selected_count": selected_count,
+        "loss": mean(policy_loss),
+        "selected_loss": jnp.where(weight > 0, weight * policy_loss, 0).sum()
+        / jnp.where(weight_sum > 0, weight_sum, 1),
+        "selected_fraction": weight_sum / jnp.maximum(eligible_count, 1),
+        "selected_count": selection.total(weight > 0),
     }
-    if tokens.reference_loss is not None:
-        metrics["reference_loss"] = mean(tokens.reference_loss, tokens.eligible, eligible_count)
+    if tokens.signals.reference_loss_BL is not None:
+        metrics["reference_loss"] = mean(tokens.signals.reference_loss_BL)
         metrics["mean_excess"] = metrics["loss"] - metrics["reference_loss"]
     return metrics

@@ -23,6 +23,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.model import ModelConfig
+from rho1_jax.selection import Selection
 from rho1_jax.sharding import path_name
 from rho1_jax.train import train
 from rho1_jax.weights import named_tensors
@@ -61,6 +62,11 @@ TINY = ModelConfig(
 def tiny(**changes) -> ModelConfig:
     """The tests' small model, with changes."""
     return dataclasses.replace(TINY, **changes)
+
+
+def selection_of(**changes) -> Selection:
+    """The default selection rule, with changes."""
+    return Selection(**default.get_config("slm").selection.to_dict() | changes)
 
 
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:

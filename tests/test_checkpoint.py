@@ -10,6 +10,7 @@ from rho1_jax import checkpoint, model, sharding
 from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.errors import UserError
 from rho1_jax.optimizer import OptimizerConfig, make_optimizer
+from rho1_jax.train_state import TrainState
 
 ADAMW = make_optimizer(OptimizerConfig(1e-2, 0.2, "cosine", 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0, "float32", False), 10)
 
@@ -24,7 +25,7 @@ def saved(params, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         scaled = jax.tree.map(lambda x, step=step: x * step, params[0])
-        checkpoints.save(scaled, ADAMW.init(scaled), meta(step))
+        checkpoints.save(TrainState(jnp.int32(step), scaled, ADAMW.init(scaled)), meta(step))
     checkpoints.close()
     return tmp_path
 
@@ -32,6 +33,7 @@ def saved(params, tmp_path):
 def test_what_was_saved_comes_back_on_any_mesh(saved, params):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = model.abstract_params(TINY), jax.eval_shape(ADAMW.init, params[0])
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), *shapes)
     abstract = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         shapes,
@@ -39,11 +41,12 @@ def test_what_was_saved_comes_back_on_any_mesh(saved, params):
     )
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.latest_meta() == meta(3)
-    restored, opt_state = checkpoints.restore(3, *abstract)
+    step, restored, opt_state, reference = checkpoints.restore(3, abstract)
     checkpoints.close()
+    assert int(step) == 3 and reference is None
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 3 * np.asarray(b)), restored, params[0])
-    assert restored["layers"]["attention"]["q"].sharding == abstract[0]["layers"]["attention"]["q"].sharding
-    assert jax.tree.structure(opt_state) == jax.tree.structure(shapes[1])
+    assert restored["layers"]["attention"]["q"].sharding == abstract.params["layers"]["attention"]["q"].sharding
+    assert jax.tree.structure(opt_state) == jax.tree.structure(shapes.opt_state)
 
 
 def test_only_parameters_optimizer_state_and_description_are_stored(saved):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from configs import default, finetune_tora, models
+from configs import default, finetune_tora, llama3_8b_math, llama3_70b_math, models
 from rho1_jax.config import model_config
 from rho1_jax.errors import UserError
 from rho1_jax.model import param_count
@@ -35,6 +35,23 @@ def test_fine_tuning_has_stages_of_its_own(stage, score):
     assert set(keys(config)) == set(keys(default.get_config()))
     with pytest.raises(UserError, match="unknown stage 'clm': this config has the stages sft, slm, sft_7b, slm_7b"):
         finetune_tora.get_config("clm")
+
+
+@pytest.mark.parametrize("recipe", ["tinyllama_math", "llama3_8b_math", "llama3_70b_math"])
+def test_each_stage_refers_to_the_right_reference(recipe):
+    get_config = importlib.import_module(f"configs.{recipe}").get_config
+    assert get_config("slm").reference.checkpoint == f"runs/{recipe}/reference"
+    for stage in ("self_loss", "self_entropy", "self_both"):
+        assert get_config(stage).reference.checkpoint == f"runs/{recipe}/self_reference"
+    assert get_config("self_reference").data.train == get_config("clm").data.train
+
+
+def test_weak_to_strong_refers_to_a_smaller_model_of_the_same_tokenizer():
+    config = llama3_70b_math.get_config("weak_to_strong")
+    weak = llama3_8b_math.get_config("reference")
+    assert config.reference.checkpoint == llama3_8b_math.get_config("slm").reference.checkpoint
+    assert config.selection.score == "excess" and config.model.vocab_size == weak.model.vocab_size
+    assert config.model.layers > weak.model.layers
 
 
 # The sizes that the models' publishers give.
@@ -80,7 +97,7 @@ def test_recipes_have_the_papers_figures(
 
 def test_every_key_has_a_comment_or_a_group_that_has():
     for line in pathlib.Path(default.__file__).read_text().splitlines():
-        if re.match(r'\s+"\w+": [^{]*,', line) and not re.search(r'"(b1|b2|eps|max_new_tokens)"', line):
+        if re.match(r'\s{8,}"\w+": [^{]*,', line) and not re.search(r'"(b1|b2|eps|max_new_tokens)"', line):
             assert "#" in line, line
 
 

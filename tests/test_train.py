@@ -19,6 +19,7 @@ from rho1_jax import checkpoint, model, sharding
 from rho1_jax.data.prepare import prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
+from rho1_jax.loop import Loop
 from rho1_jax.metrics import read_metrics
 from rho1_jax.train import train
 from tools.train_tokenizer import train_tokenizer
@@ -165,7 +166,7 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undi
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"selection": {"score": "exces"}}, "config.selection.score='exces' is none of none, random, excess"),
+        ({"selection": {"score": "exces"}}, "config.selection.score='exces': 'exces' is none of none, excess"),
         ({"selection": {"scope": "device"}}, "config.selection.scope='device'"),
         ({"selection": {"ratio": 1.5}}, "config.selection.ratio: a selection ratio"),
         ({"batch_size": 12}, "config.batch_size=12 must be a multiple of 8"),
@@ -248,6 +249,50 @@ def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_p
     train(config, tmp_path / "run")
     ours, theirs = read_metrics(tmp_path / "run")[-1], read_metrics(undisturbed[0])[-1]
     assert ours["loss"] != theirs["loss"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("moves", ["average", "snapshot"])
+def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, moves):
+    """A run that is stopped and goes on equals one that is not, and its reference is no longer where it started."""
+    config = config_of("slm", data, reference)
+    config.reference.update(moves=moves, decay=0.9, every=3)
+    config.steps = 8
+    whole = jax.device_get(train(config, tmp_path / "whole"))
+    stopped = config.copy_and_resolve_references()
+    stopped.log_every = 1
+
+    class Stop(Exception):
+        pass
+
+    def record(self, number, *rest, original=Loop.record):
+        original(self, number, *rest)
+        if number == 6:
+            self.checkpoints.close()
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "record", record)
+        with pytest.raises(Stop):
+            train(stopped, tmp_path / "run")
+    found = checkpoint.find(tmp_path / "run", "workdir")
+    assert found.name == "4" and (found / "reference").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(train(stopped, tmp_path / "run")), whole)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"moves": "often"}, "config.reference.moves='often' is none of average, snapshot"),
+        ({"moves": "average", "decay": 1.0}, "config.reference.decay=1.0"),
+        ({"moves": "snapshot", "every": 0}, "every=0 above 0"),
+    ],
+)
+def test_a_move_that_cannot_be_is_refused(data, tmp_path, change, message):
+    config = config_of("slm", data)
+    config.reference.update(change)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):

@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, random_batch, tiny
+from conftest import TINY, random_batch, selection_of, tiny
 
 from rho1_jax import model, selection, sharding
 from rho1_jax.data.packing import Batch
-from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+from rho1_jax.optimizer import MovingReference
+from rho1_jax.train_state import TrainState
+from rho1_jax.train_step import make_reference_signals, make_token_losses, make_train_step
 
 GRAPHDEF = model.build(TINY)
 # Plain gradient descent: the change of a parameter is its gradient.
 SGD = optax.sgd(1.0)
-DEFAULTS = {"score": "excess", "ratio": 0.6, "scope": "global", "microbatches": 1, "document_mask": True, "seed": 0}
+DEFAULTS = {"rule": selection_of(), "steps": 10, "microbatches": 1, "document_mask": True, "seed": 0}
 
 
-def make_step(optimizer=SGD, **changes):
-    return jax.jit(make_train_step(GRAPHDEF, GRAPHDEF, optimizer, **DEFAULTS | changes))
+def make_step(optimizer=SGD, microbatches=1, document_mask=True, seed=0, moving=None, **changes):
+    settings = {"microbatches": microbatches, "document_mask": document_mask, "seed": seed, "moving": moving}
+    return jax.jit(make_train_step(GRAPHDEF, GRAPHDEF, optimizer, rule=selection_of(**changes), steps=10, **settings))
 
 
 def start(params, optimizer=SGD):
@@ -55,7 +58,7 @@ def test_trains_on_the_mean_loss_of_the_tokens_with_the_highest_excess(params, b
     losses = make_token_losses(GRAPHDEF, True)
     policy_loss, eligible = losses(policy, batch)
     reference_loss, _ = losses(reference, batch)
-    selected = selection.select(policy_loss - reference_loss, eligible, 0.6, "global")
+    selected = selection.select(policy_loss - reference_loss, eligible, 6000, "global")
     np.testing.assert_array_equal(slm[2], selected)
 
     def mean_loss(p):
@@ -132,7 +135,7 @@ def test_among_response_tokens_the_highest_excess_is_selected(params):
     excess = np.asarray(losses(params[0], rows)[0] - losses(params[1], rows)[0])
     _, _, selected = make_step(ratio=0.25)(start(params[0]), params[1], rows)
     among = np.where(rows.responses[:, 1:], excess, -np.inf)
-    assert selected.sum() == 16 and excess[selected].min() > np.sort(among.ravel())[-17]
+    assert selected.sum() == 16 and excess[np.asarray(selected) > 0].min() > np.sort(among.ravel())[-17]
 
 
 def test_no_gradient_through_scores_or_reference(params, batch, slm):
@@ -151,7 +154,7 @@ def test_the_reference_may_have_another_size_and_a_lower_precision(params, batch
     _, metrics, selected = step(start(params[0]), reference, batch)
     policy_loss, eligible = make_token_losses(GRAPHDEF, True)(params[0], batch)
     reference_loss, _ = jax.jit(make_token_losses(model.build(config), True))(reference, batch)
-    expected = selection.select(policy_loss - reference_loss, eligible, 0.6, "global")
+    expected = selection.select(policy_loss - reference_loss, eligible, 6000, "global")
     assert np.mean(np.asarray(selected) != expected) < 0.02
     np.testing.assert_allclose(metrics["reference_loss"], reference_loss[eligible].mean(), rtol=1e-3)
 
@@ -197,6 +200,76 @@ def test_document_mask_off_lets_attention_cross_documents(params, batch):
     seen, _, _ = make_step(score="none", document_mask=False)(start(params[0]), None, batch)
     masked, _, _ = make_step(score="none")(start(params[0]), None, batch)
     assert not np.allclose(seen.params["embedding"], masked.params["embedding"])
+
+
+COMPOSED = "excess:0.8 & policy_entropy:0.7"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score": COMPOSED},
+        {"score": "reference_loss:0.5 | reference_entropy:0.3"},
+        {"rule": "threshold", "threshold": 0.1},
+        {"rule": "soft", "threshold": 0.1, "temperature": 0.3},
+        {"score": "policy_loss", "schedule": "linear", "first_ratio": 0.3},
+        {"score": "external", "rule": "weight"},
+    ],
+    ids=str,
+)
+def test_accumulation_and_meshes_give_the_same_update_for_every_rule(params, batch, changes):
+    """One device, four microbatches, and eight devices; and the update is that of the weighted mean loss."""
+    noise = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    batch = batch._replace(external=noise)
+    whole, metrics, weight = make_step(**changes)(start(params[0]), params[1], batch)
+    parts, _, weight_parts = make_step(**changes, microbatches=4)(start(params[0]), params[1], batch)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+        split, _, weight_split = make_step(**changes)(start(params[0]), params[1], rows)
+    for other, other_weight in ((parts, weight_parts), (split, weight_split)):
+        np.testing.assert_allclose(other_weight, weight, rtol=1e-4, atol=1e-6)
+        assert_trees_close(jax.device_get(other.params), jax.device_get(whole.params))
+
+    def mean_loss(p):
+        return (weight * make_token_losses(GRAPHDEF, True)(p, batch)[0]).sum() / weight.sum()
+
+    assert_trees_close(gradient(params[0], whole), jax.grad(mean_loss)(params[0]), atol=1e-5)
+    eligible = np.asarray(selection.eligible_targets(batch.segment_ids))
+    np.testing.assert_allclose(metrics["selected_loss"], mean_loss(params[0]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["selected_fraction"], weight.sum() / eligible.sum(), rtol=1e-5)
+    assert int(metrics["selected_count"]) == int((np.asarray(weight) > 0).sum())
+
+
+def test_entropies_are_those_of_the_two_models(params, batch):
+    signals = jax.jit(make_reference_signals(GRAPHDEF, True, True))
+    eligible = selection.eligible_targets(batch.segment_ids)
+    for name, entropy in (
+        ("policy_entropy", signals(params[0], batch)[1]),
+        ("reference_entropy", -signals(params[1], batch)[1]),
+    ):
+        _, _, weight = make_step(score=name, ratio=0.3)(start(params[0]), params[1], batch)
+        np.testing.assert_array_equal(weight, selection.select(entropy, eligible, 3000, "global"))
+
+
+@pytest.mark.parametrize("kind", ["average", "snapshot"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_reference_that_moves(params, batch, kind, microbatches):
+    """Against the same steps with a reference that is moved by hand between them."""
+    moving = MovingReference(kind, decay=0.9, every=2)
+    step = make_step(moving=moving, microbatches=microbatches)
+    by_hand = make_step(microbatches=microbatches)
+    state, other, reference = start(params[0])._replace(reference=params[1]), start(params[0]), params[1]
+    for number in range(1, 5):
+        state, _, weight = step(state, None, batch)
+        other, _, expected = by_hand(other, reference, batch)
+        np.testing.assert_array_equal(weight, expected)
+        if kind == "average":
+            reference = jax.tree.map(lambda r, p: 0.9 * r + 0.1 * p, reference, other.params)
+        elif number % 2 == 0:
+            reference = other.params
+        assert_trees_close(state.reference, reference, rtol=1e-5, atol=1e-7)
+        assert_trees_close(state.params, other.params)
 
 
 def test_an_empty_batch_changes_nothing(params):

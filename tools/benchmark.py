@@ -9,6 +9,7 @@ python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--te
 is, the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
 """
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -25,6 +26,7 @@ import numpy as np
 import optax
 from absl import flags
 
+from configs import default
 from rho1_jax import model, selection
 from rho1_jax.accounting import ForwardFlops, training_flops
 from rho1_jax.config import run
@@ -36,11 +38,13 @@ from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
 from rho1_jax.generate import generate
 from rho1_jax.model import ModelConfig
+from rho1_jax.selection import Selection
 from rho1_jax.token_loss import token_losses
-from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+from rho1_jax.train_state import TrainState
+from rho1_jax.train_step import make_token_losses, make_train_step
 from tools.benchmark_text import tokenizing_ways
 
-RATIO = 0.6
+RULE = Selection(**default.get_config("slm").selection)
 NEW_TOKENS = 64
 PAUSE = 0.5  # seconds between two ways: PyTorch's threads go on spinning for a while, at the next way's cost
 PRODUCT = 2048  # rows, columns and depth of the matrix product that tells what the machine can do
@@ -119,9 +123,8 @@ def step_ways(size: Size) -> Ways:
                 graphdef,
                 graphdef if frozen is not None else None,
                 tx,
-                score=score,
-                ratio=RATIO,
-                scope="global",
+                rule=dataclasses.replace(RULE, score=score),
+                steps=1,
                 microbatches=1,
                 document_mask=True,
                 seed=0,
@@ -185,7 +188,8 @@ def selection_ways(tokens: int) -> Ways:
     eligible_BL = jnp.array(rng.random(score_BL.shape) < 0.95)
 
     def way(select: Callable) -> Callable[[], object]:
-        jitted = jax.jit(lambda score, eligible: select(score, eligible, RATIO))
+        units = selection.ratio_units(RULE.ratio)
+        jitted = jax.jit(lambda score, eligible: select(score, eligible, units))
         return lambda: jax.block_until_ready(jitted(score_BL, eligible_BL))
 
     return {"top_k": way(selection.select_by_sort), "bisection": way(selection.select_by_bisection)}
@@ -201,7 +205,7 @@ def head_memory(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
         logits = jnp.einsum("BLD,VD->BLV", hidden, output)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-    ways: dict[str, Callable] = {"in chunks": lambda h, o, t: token_losses(h, o, t, 512), "all logits": plain}
+    ways: dict[str, Callable] = {"in chunks": lambda h, o, t: token_losses(h, o, t, 512, False)[0], "all logits": plain}
     found = {}
     for name, losses in ways.items():
         gradient = jax.grad(lambda h, o, t, losses=losses: losses(h, o, t).mean(), argnums=(0, 1))
@@ -257,7 +261,7 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[
             if peers and generating:
                 ways |= peer_module().generation_ways(size, NEW_TOKENS)
             elif peers:
-                ways |= peer_module().step_ways(size, RATIO)
+                ways |= peer_module().step_ways(size, RULE.ratio)
             amount = size.rows * (NEW_TOKENS if generating else size.seq_len)
             found[name] = timed(ways, amount, repeats)
             table(f"{name} {what}", found[name], "tokens a second")
@@ -276,7 +280,7 @@ def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, r
         if name == "JAX":
             product_flops = speed["median"]
     forward = ForwardFlops.of(size.config(), size.seq_len)
-    for name, reference, ratio in (("CLM", None, 1.0), ("SLM online", forward, RATIO)):
+    for name, reference, ratio in (("CLM", None, 1.0), ("SLM online", forward, RULE.ratio)):
         needed = sum(training_flops(forward, reference, 1, ratio).values())
         print(f"{name}: {needed * found[name]['median'] / product_flops:.0%} of that in model FLOPs")
 

@@ -36,7 +36,8 @@ from rho1_jax.config import define_config_flag, model_config, run
 from rho1_jax.data.packing import Batch
 from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
-from rho1_jax.train import Reference, abstract_state, check, check_batch_size, jitted_step, placed, placement
+from rho1_jax.reference import Reference
+from rho1_jax.train import abstract_state, check, check_batch_size, jitted_step, placed, placement
 from tools import hlo_cost
 
 GIB = 2**30
@@ -70,10 +71,11 @@ def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh
     state = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy_config.compute_dtype), state.params)
     frozen = placed(frozen, placement(state.params))
-    reference = Reference(policy_config, frozen, {}) if arm == "online" else None
+    reference = Reference(policy_config, frozen) if arm == "online" else Reference()
     row = jax.ShapeDtypeStruct((config.batch_size, seq_len + 1), jnp.int32)
     losses = jax.ShapeDtypeStruct((config.batch_size, seq_len), jnp.float32) if arm == "cached" else None
-    batch = jax.tree.map(lambda x: x.update(sharding=sharding.batch_sharding(mesh)), Batch(row, row, None, losses))
+    batch = Batch(row, row, reference_losses=losses)
+    batch = jax.tree.map(lambda x: x.update(sharding=sharding.batch_sharding(mesh)), batch)
     step = jitted_step(config, graphdef, reference, tx, state, mesh)
     return step.lower(state, reference_params=frozen if arm == "online" else None, batch=batch)
 

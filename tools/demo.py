@@ -74,10 +74,10 @@ def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.Conf
 def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> TokenScores:
     """Token losses on held-out noisy rows, of the SLM run half way and of its reference."""
     mesh = make_mesh(**config.mesh)
-    steps = sorted((output / "slm" / checkpoint.CHECKPOINTS).iterdir(), key=lambda path: int(path.name))
+    half_way = min(checkpoint.steps(output / "slm"), key=lambda step: abs(step - config.steps / 2))
     models = []
     with jax.set_mesh(mesh):
-        for directory in (steps[0], checkpoint.find(output / "reference", "reference")):
+        for directory in (checkpoint.at(output / "slm", half_way), checkpoint.find(output / "reference", "reference")):
             model_config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
             params = checkpoint.load_params(directory, model_config, mesh, "float32")
             models.append((model.build(model_config), params))

@@ -12,6 +12,7 @@ import shutil
 import time
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
@@ -21,6 +22,7 @@ from rho1_jax.checkpoint import Checkpoints, Meta
 from rho1_jax.config import as_saved, model_config, run, run_settings
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.errors import UserError
+from rho1_jax.train_state import TrainState
 from rho1_jax.weights import HuggingFaceFolder
 from tools.verify_hf import verify
 
@@ -74,7 +76,7 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
         tokenizer=tokenizer.fingerprint,
         reference=None,
     )
-    checkpoints.save(params, None, meta)
+    checkpoints.save(TrainState(jnp.int32(0), params, None), meta)
     checkpoints.close()
     partial.rename(output)
     return sum(leaf.size for leaf in jax.tree.leaves(params))

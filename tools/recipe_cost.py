@@ -8,10 +8,10 @@ Chip-hours stand on the utilization that is assumed; nothing is measured.
 import ml_collections
 from absl import flags
 
-from rho1_jax import selection
 from rho1_jax.accounting import ForwardFlops, training_flops
-from rho1_jax.config import define_config_flag, model_config, run
+from rho1_jax.config import define_config_flag, model_config, run, selection_rule
 from rho1_jax.model import param_count
+from rho1_jax.scores import NO_SCORE, REFERENCE_SIGNALS
 
 MASTER_BYTES = 4  # float32 parameters, and each of the optimizer's two moments
 REFERENCE_BYTES = 2  # bfloat16
@@ -21,8 +21,9 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     """The figures, for a reference of the policy's size."""
     model = model_config(config)
     tokens = config.steps * config.batch_size * seq_len
-    forward, online = ForwardFlops.of(model, seq_len), selection.SCORES[config.selection.score].needs_reference
-    ratio = 1.0 if selection.SCORES[config.selection.score].function is None else config.selection.ratio
+    forward, rule = ForwardFlops.of(model, seq_len), selection_rule(config)
+    online = bool(rule.needs & REFERENCE_SIGNALS)
+    ratio = 1.0 if rule.score == NO_SCORE else rule.ratio
     flops = sum(training_flops(forward, forward if online else None, tokens, ratio * tokens).values())
     hours = flops / (peak_tflops * 1e12 * utilization) / 3600
     parameters = param_count(model)

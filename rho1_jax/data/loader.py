@@ -4,7 +4,7 @@ Each data set is shuffled anew every epoch and repeated without end; several are
 n * B to (n + 1) * B of that sequence, so nothing of the iteration has to be saved.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -76,6 +76,7 @@ def batches(
     first_step: int,
     rows: np.ndarray,
     prefetch: int,
+    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Batch]:
     """The given rows of the training batches from `first_step` on, without end. No other row is read.
 
@@ -87,18 +88,32 @@ def batches(
       first_step: the step of the first batch.
       rows: [R] which of the rows 0 to B of each global batch, as `sharding.local_rows` tells.
       prefetch: batches to read ahead.
+      columns: for each data set, further fields of `Batch`: by row number, float32 [seq_len].
 
     Yields:
       numpy arrays [R, seq_len + 1].
     """
+    tables = [_Table(store.rows("train"), more) for store, more in zip(stores, columns or [{}] * len(stores))]
     sources = [
-        grain.MapDataset.source(store.rows("train")).seed(seed + number).shuffle().repeat()
-        for number, store in enumerate(stores)
+        grain.MapDataset.source(table).seed(seed + number).shuffle().repeat() for number, table in enumerate(tables)
     ]
     mixed = grain.MapDataset.mix(sources, weights)
     mine = grain.MapDataset.source(_LocalRows(mixed, batch_size, rows)).batch(len(rows))[first_step:]
     for read in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
         yield Batch(**read)
+
+
+class _Table:
+    """Rows with further columns."""
+
+    def __init__(self, rows: Sequence[dict[str, np.ndarray]], columns: Mapping[str, Any]):
+        self._rows, self._columns = rows, columns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return {**self._rows[row], **{name: column[row] for name, column in self._columns.items()}}
 
 
 class _LocalRows:
@@ -115,11 +130,15 @@ class _LocalRows:
         return self._sequence[step * self._batch_size + int(self._rows[position])]
 
 
-def eval_batches(rows: Sequence[dict[str, np.ndarray]], batch_size: int, local: np.ndarray) -> Iterator[Batch]:
-    """All rows of a split, in order, in batches filled up with padding; of each batch the rows `local`."""
+def eval_batches(
+    rows: Sequence[dict[str, np.ndarray]], batch_size: int, local: np.ndarray, which: range | None = None
+) -> Iterator[Batch]:
+    """Rows of a split, all or `which`, in order, in batches filled up with padding; of each batch the rows `local`."""
+    which = range(len(rows)) if which is None else which
     blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
-    for start in range(0, len(rows), batch_size):
-        taken = [rows[start + i] if start + i < len(rows) else blank for i in local.tolist()]
+    for start in range(0, len(which), batch_size):
+        numbers = which[start : start + batch_size]
+        taken = [rows[numbers[i]] if i < len(numbers) else blank for i in local.tolist()]
         yield Batch(**{name: np.stack([row[name] for row in taken]) for name in blank})
 
 

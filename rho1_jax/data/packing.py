@@ -25,14 +25,16 @@ class Documents(NamedTuple):
 class Batch(NamedTuple):
     """Packed rows, [R, M] each: token ids, and document numbers within each row from 1 (0 is padding), both int32.
 
-    In fine-tuning also which tokens are part of a response. With a reference that was run before, its loss of each
-    target, float32 [R, M - 1].
+    In fine-tuning also which tokens are part of a response. Of each target, float32 [R, M - 1]: with a reference that
+    was run before, its loss and entropy; with numbers that the user brings, those.
     """
 
     tokens: Any  # numpy on the host, jax on devices
     segment_ids: Any
     responses: Any = None
     reference_losses: Any = None
+    reference_entropies: Any = None
+    external: Any = None
 
 
 def pack(documents: Iterable[Documents], seq_len: int, eos_id: int) -> Iterator[Batch]:

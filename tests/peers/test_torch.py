@@ -7,11 +7,12 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import random_batch, tensors, tiny
+from conftest import random_batch, selection_of, tensors, tiny
 
 from rho1_jax import model
 from rho1_jax.data.packing import Batch
-from rho1_jax.train_step import TrainState, make_token_losses, make_train_step
+from rho1_jax.train_state import TrainState
+from rho1_jax.train_step import make_token_losses, make_train_step
 
 CONFIGS = {
     "grouped, tied": tiny(),
@@ -95,16 +96,15 @@ def test_documents_in_a_row_are_as_documents_alone():
 
 
 def test_slm_loss_and_gradient_against_ten_lines_of_torch():
-    config, ratio = CONFIGS["grouped, tied"], 0.6
+    config = CONFIGS["grouped, tied"]
     policy, reference, rows = model.init_params(config, 0), model.init_params(config, 1), whole_rows(2)
     graphdef = model.build(config)
     step = make_train_step(
         graphdef,
         graphdef,
         optax.sgd(1.0),
-        score="excess",
-        ratio=ratio,
-        scope="global",
+        rule=selection_of(ratio=0.6),
+        steps=1,
         microbatches=1,
         document_mask=True,
         seed=0,

@@ -15,7 +15,7 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import config_of, tensors
+from conftest import config_of, selection_of, tensors
 from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
 from safetensors import safe_open
 
@@ -26,7 +26,8 @@ from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
 from rho1_jax.train import train
-from rho1_jax.train_step import TrainState, make_train_step
+from rho1_jax.train_state import TrainState
+from rho1_jax.train_step import make_train_step
 from rho1_jax.weights import HuggingFaceFolder
 from tools.export_hf import export_hf, sentencepiece_settings
 from tools.import_hf import config_of as config_of_folder
@@ -165,9 +166,8 @@ def test_fine_tuning_against_torch_with_ignored_labels(small_tokenizer, tmp_path
         graphdef,
         None,
         sgd,
-        score="none",
-        ratio=1.0,
-        scope="global",
+        rule=selection_of(score="none"),
+        steps=1,
         microbatches=1,
         document_mask=True,
         seed=0,

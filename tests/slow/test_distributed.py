@@ -1,4 +1,4 @@
-"""Two processes with four devices each against one with eight."""
+"""Two processes with four devices each against one with eight, in training and in scoring."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def flags_of(data, reference, questions, workdir, mesh):
     return ["rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={workdir}", *named]
 
 
-def two_processes(flags):
+def two_processes(flags, told="parameters on 8 devices"):
     """Runs the command twice at once, as two hosts would, and returns what the first printed."""
     where = f"localhost:{free_port()}"
     variables = {**environment(), "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": ""}
@@ -51,7 +51,7 @@ def two_processes(flags):
     ]  # fmt: skip
     printed = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
-    assert "parameters on 8 devices" in printed[0][0] and "parameters" not in printed[1][0]  # the first one tells
+    assert told in printed[0][0] and told not in printed[1][0]  # the first one tells
     return printed[0][0]
 
 
@@ -83,6 +83,19 @@ def test_two_processes_train_as_one_does(data, reference, questions, mesh, tmp_p
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
     for ours, theirs in zip(*(jax.tree.leaves(params_of(tmp_path / name)) for name in ("one", "two"))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_score_as_one_does(data, reference, questions, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(data, tmp_path / name)
+    flags = flags_of(data, reference, questions, tmp_path, {"data": 4, "tensor": 2})[1:]
+    flags = ["rho1_jax.score", *(flag for flag in flags if "workdir" not in flag), "--config.reference.scores=r"]
+    done = run_command(*flags, f"--config.data.train={tmp_path / 'one'}", "--entropies")
+    assert done.returncode == 0, done.stderr
+    two_processes([*flags, f"--config.data.train={tmp_path / 'two'}", "--entropies"], told="tokens scored")
+    for signal in ("losses", "entropies"):
+        ours, theirs = (np.load(tmp_path / name / "scores" / "r" / f"{signal}-00000.npy") for name in ("one", "two"))
+        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2e-3, atol=1e-3)
 
 
 def test_a_bad_flag_is_refused(data, reference, questions, tmp_path):

@@ -1,0 +1,25 @@
+"""A score of one's own, in a config file: keep what the model has learned most about since some steps ago.
+
+Qin et al. (ssToken, arXiv 2510.18250) call this retrospective excess loss. The reference is a snapshot of the policy.
+
+python -m rho1_jax.train --config=docs/examples/own_score.py --workdir=runs/retrospective --config.data.train=DATA
+"""
+
+import ml_collections
+
+from configs import default
+from rho1_jax.scores import register
+
+
+@register
+def retrospective(policy_loss_BL, reference_loss_BL):
+    """Higher is kept first. The parameters' names say which signals are needed."""
+    return reference_loss_BL - policy_loss_BL
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """SLM with that score, after a tenth of the run on all tokens."""
+    config = default.get_config("slm")
+    config.selection.update(score="retrospective", dense_fraction=0.1)
+    config.reference.update(moves="snapshot", every=100)
+    return config
