@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from rho1_jax.analysis.plots import Curve, plot_curves
-from rho1_jax.analysis.token_report import CSS, TokenScores, rows_html
+from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.files import write_text
 from rho1_jax.metrics import read_metrics
@@ -108,7 +108,13 @@ def write_report(
         png=base64.b64encode((output / "curves.png").read_bytes()).decode(),
         arms=arms,
         speedup=reached,
-        rows=rows_html(scores, tokenizer, range(min(SHOWN_ROWS, len(scores.batch.tokens)))),
+        rows=rows_html(
+            scores.batch.tokens,
+            scores.eligible_BL,
+            tokenizer,
+            range(min(SHOWN_ROWS, len(scores.batch.tokens))),
+            excess_marks(scores),
+        ),
     )
     write_text(output / "report.html", page)
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -40,4 +41,27 @@ def plot_curves(curves: Sequence[Curve], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_dynamics(found: dict[str, Any], colours: dict[str, str], path: pathlib.Path) -> None:
+    """Writes a PNG: mean losses over training, of each class and, where told, of selected and unselected tokens."""
+    both = "selected_loss" in found
+    figure, panels = plt.subplots(1, 1 + both, figsize=(11 if both else 6, 4.2), constrained_layout=True, squeeze=False)
+    for name, losses in found["class_loss"].items():
+        if losses is not None:
+            label = f"{name}, {found['shares'][name]:.0%}"
+            panels[0, 0].plot(found["steps"], losses, label=label, color=colours[name], marker="o", markersize=4)
+    panels[0, 0].set_title("classes of tokens")
+    if both:
+        for name, style in (("selected", "-"), ("unselected", "--")):
+            panels[0, 1].plot(found["steps"], found[f"{name}_loss"], style, label=name, color="#444444", marker="o")
+        panels[0, 1].set_title("by excess loss at the first checkpoint")
+    for axes in panels[0]:
+        axes.set(xlabel="step", ylabel="mean loss, nats")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

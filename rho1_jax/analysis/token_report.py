@@ -5,7 +5,8 @@ Shapes: B rows, L sequence.
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +41,14 @@ class TokenScores:
     selected_BL: np.ndarray
 
 
+class Mark(NamedTuple):
+    """How a token is shown: its background in CSS, what hovering tells, and whether it is underlined."""
+
+    colour: str
+    title: str
+    underlined: bool
+
+
 def score_tokens(
     policy: tuple[nnx.GraphDef, Params],
     reference: tuple[nnx.GraphDef, Params],
@@ -52,7 +61,7 @@ def score_tokens(
     for graphdef, params in (policy, reference):
         loss_BL, eligible_BL = jax.jit(make_token_losses(graphdef, document_mask))(params, batch)
         losses.append(loss_BL)
-    selected_BL = selection.select(losses[0] - losses[1], eligible_BL, ratio, "global")
+    selected_BL = selection.select(losses[0] - losses[1], eligible_BL, selection.ratio_units(ratio), "global")
     return TokenScores(batch, *(np.asarray(x) for x in (*losses, eligible_BL, selected_BL)))
 
 
@@ -63,22 +72,37 @@ def _colour(excess: float) -> str:
     return f"rgba({red},{green},{blue},{0.85 * strength:.2f})"
 
 
-def rows_html(scores: TokenScores, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
-    """The rows as HTML: colour is excess loss, an underline marks selected tokens, the losses show on hovering."""
+def excess_marks(scores: TokenScores) -> Callable[[int, int], Mark]:
+    """Colour is excess loss, an underline marks selected tokens, the losses show on hovering."""
+
+    def mark(row: int, at: int) -> Mark:
+        policy, reference = scores.policy_loss_BL[row, at], scores.reference_loss_BL[row, at]
+        title = f"policy {policy:.2f}, reference {reference:.2f}, excess {policy - reference:+.2f}"
+        return Mark(_colour(policy - reference), title, bool(scores.selected_BL[row, at]))
+
+    return mark
+
+
+def rows_html(
+    tokens_BM: np.ndarray,
+    eligible_BL: np.ndarray,
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+    mark: Callable[[int, int], Mark],
+) -> str:
+    """Rows as HTML, each eligible target with what `mark` says of it, by row and position; the others are grey."""
     lines = []
     for row in rows:
-        pieces = tokenizer.pieces(scores.batch.tokens[row])
+        pieces = tokenizer.pieces(tokens_BM[row])
         spans = [f'<span class="context">{html.escape(pieces[0])}</span>']
         for at, piece in enumerate(pieces[1:]):
-            if not scores.eligible_BL[row, at]:
+            if not eligible_BL[row, at]:
                 spans.append(f'<span class="context">{html.escape(piece)}</span>')
                 continue
-            policy, reference = scores.policy_loss_BL[row, at], scores.reference_loss_BL[row, at]
-            chosen = ' class="selected"' if scores.selected_BL[row, at] else ""
-            title = f"policy {policy:.2f}, reference {reference:.2f}, excess {policy - reference:+.2f}"
+            colour, title, chosen = mark(row, at)
+            selected = ' class="selected"' if chosen else ""
             spans.append(
-                f'<span{chosen} style="background:{_colour(policy - reference)}" title="{title}">'
-                f"{html.escape(piece)}</span>"
+                f'<span{selected} style="background:{colour}" title="{html.escape(title)}">{html.escape(piece)}</span>'
             )
         lines.append(f'<div class="row">{"".join(spans)}</div>')
     return "\n".join(lines)

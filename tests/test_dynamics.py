@@ -1,0 +1,100 @@
+"""The four classes of tokens, on trajectories made by hand, and the tool on a run."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import config_of, run_command
+
+from rho1_jax.analysis.dynamics import CLASSES, class_means, classify, shares
+from rho1_jax.train import train
+
+N = 10
+STEPS_OF_N = np.arange(N)
+
+
+def of(*trajectories):
+    return classify(np.stack(trajectories, axis=1))
+
+
+def names(dynamics):
+    return [CLASSES[number] for number in dynamics.class_T]
+
+
+HIGH, LOW = np.full(N, 6.0), np.full(N, 0.5)
+FALLING, RISING = np.linspace(6, 1, N), np.linspace(1, 6, N)
+
+
+def test_each_class_is_found():
+    assert names(of(HIGH, RISING, FALLING, LOW)) == ["H->H", "L->H", "H->L", "L->L"]
+
+
+def test_noise_around_a_level_is_no_change():
+    noise = 0.2 * (-1.0) ** STEPS_OF_N
+    assert names(of(HIGH + noise, LOW + noise, FALLING, RISING)) == ["H->H", "L->L", "H->L", "L->H"]
+
+
+def test_the_change_is_slope_times_checkpoints_and_counts_beyond_a_fifth():
+    for change, expected in ((-0.21, "H->L"), (-0.19, "L->L"), (0.19, "L->L"), (0.21, "L->H")):
+        line = 1.0 + change / N * STEPS_OF_N
+        dynamics = of(line, HIGH)
+        assert dynamics.change_T[0] == pytest.approx(change)
+        assert names(dynamics)[0] == expected
+
+
+def test_the_line_is_that_of_least_squares():
+    """A bump in the middle moves no slope; one at the end moves it by 6 / n (n + 1) of its height."""
+    bump = LOW.copy()
+    bump[[4, 5]] += 3.0
+    assert of(bump, HIGH).change_T[0] == pytest.approx(0, abs=1e-9)
+    end = LOW.copy()
+    end[-1] += 1.0
+    assert of(end, HIGH).change_T[0] == pytest.approx(6 / (N * (N + 1)) * N)
+
+
+def test_a_loss_equal_to_the_mean_of_the_last_is_low():
+    assert names(of(np.full(N, 2.0), np.full(N, 2.0))) == ["L->L", "L->L"]
+
+
+def test_means_and_shares():
+    losses = np.stack([HIGH, HIGH + 1, LOW, FALLING], axis=1)
+    dynamics = classify(losses)
+    assert shares(dynamics.class_T) == {"H->H": 0.5, "L->H": 0.0, "H->L": 0.25, "L->L": 0.25}
+    means = class_means(losses, dynamics.class_T)
+    assert means["H->H"] == [6.5] * N and means["L->H"] is None
+    np.testing.assert_allclose(means["H->L"], FALLING)
+
+
+def test_one_checkpoint_is_not_enough():
+    with pytest.raises(ValueError, match="at least two checkpoints, not 1"):
+        classify(np.ones((1, 3)))
+
+
+def test_the_tool_on_a_run(data, reference, tmp_path):
+    config = config_of("slm", data, reference)
+    config.checkpoint.update(every=2, keep=0)
+    train(config, tmp_path / "run")
+    flags = [
+        f"--run={tmp_path / 'run'}",
+        f"--data={data}",
+        f"--output={tmp_path / 'out'}",
+        "--rows=16",
+        f"--reference={reference}",
+    ]
+    done = run_command("tools.token_dynamics", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "dynamics.json").read_text())
+    assert found["steps"] == [2, 4, 6, 8, 10, 12]
+    assert sum(found["shares"].values()) == pytest.approx(1) and found["tokens"] > 100
+    assert len(found["selected_loss"]) == len(found["unselected_loss"]) == 6
+    assert (tmp_path / "out" / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "dynamics.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
+    assert page.count('class="row"') == 8
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    for step in (4, 6, 8, 10):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    done = run_command("tools.token_dynamics", *flags)
+    assert done.returncode == 2 and "1 checkpoints, two or more are needed" in done.stderr
