@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN = $(VENV)/bin
 SEED ?= 0
+FLAGS ?=
 OUTPUT ?= runs/demo
 
 .PHONY: demo test test-slow test-peers lint clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m tools.demo --output=$(OUTPUT) --seed=$(SEED)
+	$(BIN)/python -m tools.demo --output=$(OUTPUT) --seed=$(SEED) $(FLAGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

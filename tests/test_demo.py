@@ -89,17 +89,19 @@ def short(monkeypatch):
 
 def test_the_whole_runs_and_writes_its_report(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    summary = demo.demo(pathlib.Path("demo"), seed=0)
+    summary = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
-    assert list(summary["arms"]) == ["reference", "clm", "random", "slm"]
+    assert list(summary["arms"]) == ["reference", "clm", "random", "slm", "slm_cached"]
     for arm in summary["arms"].values():
         assert arm["tokens_seen"] == 4 * 16 * 64
         assert [point["tokens"] for point in arm["curve"]] == [2 * 1024, 4 * 1024]
         assert arm["final"] == {name: arm["curve"][-1][name] for name in ("loss", "accuracy")}
     assert summary["arms"]["random"]["tokens_selected"] == summary["arms"]["slm"]["tokens_selected"]
+    for ours, theirs in zip(summary["arms"]["slm_cached"]["curve"], summary["arms"]["slm"]["curve"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
     assert page.count('class="row"') == 10 and 'class="selected"' in page
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    again = demo.demo(pathlib.Path("demo"), seed=0)
+    again = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
     assert again["arms"]["slm"]["curve"] == summary["arms"]["slm"]["curve"]

@@ -1,8 +1,9 @@
 """The method end to end on a corpus made on the spot: text, tokenizer, rows, reference, three arms, report.
 
-python -m tools.demo [--output=runs/demo] [--seed=0]
+python -m tools.demo [--output=runs/demo] [--seed=0] [--cached]
 
-Interrupted and started again, it goes on. Everything it writes is under --output.
+Interrupted and started again, it goes on. Everything it writes is under --output. --cached adds SLM once more, from
+stored losses of the reference.
 """
 
 import importlib.metadata
@@ -27,6 +28,7 @@ from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.files import write_text
 from rho1_jax.model import ModelConfig
+from rho1_jax.score import score
 from rho1_jax.sharding import make_mesh
 from rho1_jax.train import train
 from tools.demo_corpus import write_corpora
@@ -34,6 +36,8 @@ from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_repo
 from tools.train_tokenizer import train_tokenizer
 
 ARMS = ("reference", "clm", "random", "slm")
+CACHED = "slm_cached"
+SCORES = "reference"  # name of the stored losses
 CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 12_000, 288
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
 
@@ -60,11 +64,12 @@ def make_data(output: pathlib.Path, seed: int) -> None:
 
 def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.ConfigDict:
     """The stage's config with this run's directories."""
-    config = demo_config.get_config(arm)
+    config = demo_config.get_config("slm" if arm == CACHED else arm)
     data = output / "data"
     config.seed = seed
     config.data.train = str(data / ("clean" if arm == "reference" else "noisy"))
     config.reference.checkpoint = str(output / "reference")
+    config.reference.scores = SCORES if arm == CACHED else ""
     config.eval.data = f"clean={data / 'clean'}"
     config.eval.questions = f"problems={data / 'questions.jsonl'}"
     config.lock()
@@ -87,22 +92,25 @@ def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> 
         return score_tokens(policy, reference, batch, config.selection.ratio, config.data.document_mask)
 
 
-def demo(output: pathlib.Path, seed: int) -> dict[str, Any]:
+def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any]:
     """Runs everything, writes summary.json, curves.png and report.html, and returns the summary."""
     start = time.monotonic()
     make_data(output, seed)
     seconds_file = output / "seconds.json"  # of all starts together, where this one goes on
-    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else dict.fromkeys(("total", *ARMS), 0.0)
-    for arm in ARMS:
+    names = (*ARMS, CACHED) if cached else ARMS
+    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+    for arm in names:
         config = arm_config(arm, output, seed)
-        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
         arm_start = time.monotonic()
+        if arm == CACHED:
+            score(config, "float32", entropies=False)
+        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
         train(config, output / arm)
-        seconds[arm] += time.monotonic() - arm_start
-        seconds["total"] += time.monotonic() - start
+        seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
+        seconds["total"] = seconds.get("total", 0.0) + time.monotonic() - start
         start = time.monotonic()
         write_text(seconds_file, json.dumps(seconds))
-    arms = {arm: {**arm_summary(output / arm), "seconds": seconds[arm]} for arm in ARMS}
+    arms = {arm: {**arm_summary(output / arm), "seconds": seconds[arm]} for arm in names}
     summary = {
         "arms": arms,
         "token_speedup": token_speedup(arms["clm"]["curve"], arms["slm"]["curve"]),
@@ -122,15 +130,24 @@ def main() -> None:
     """The command: its flags, then `demo`."""
     output = flags.DEFINE_string("output", "runs/demo", "Directory for everything the demonstration writes.")
     seed = flags.DEFINE_integer("seed", 0, "Of corpus, weights and order.")
+    cached = flags.DEFINE_bool("cached", False, "SLM once more, from stored losses of the reference.")
 
     def command() -> None:
-        summary = demo(pathlib.Path(output.value), seed.value)
-        print(f"{'arm':<12}{'tokens seen':>13}{'trained on':>13}{'clean loss':>12}{'answers right':>15}{'seconds':>9}")
+        summary = demo(pathlib.Path(output.value), seed.value, cached.value)
+        widths = {
+            "tokens seen": 13,
+            "trained on": 13,
+            "clean loss": 12,
+            "answers right": 15,
+            "tokens/s": 10,
+            "seconds": 9,
+        }
+        print(f"{'arm':<12}" + "".join(f"{title:>{width}}" for title, width in widths.items()))
         for arm, values in summary["arms"].items():
             final = values["final"]
             print(
                 f"{arm:<12}{values['tokens_seen']:>13,}{values['tokens_selected']:>13,}{final['loss']:>12.3f}"
-                f"{final['accuracy']:>15.1%}{values['seconds']:>9.0f}"
+                f"{final['accuracy']:>15.1%}{values['tokens_per_second']:>10,.0f}{values['seconds']:>9.0f}"
             )
         print(f"token_speedup {summary['token_speedup']}, seconds {summary['seconds']:.0f}")
         print(f"see {output.value}/report.html")

@@ -6,13 +6,20 @@ import json
 import pathlib
 from typing import Any
 
+from rho1_jax.accounting import LEDGER_FILE
 from rho1_jax.analysis.plots import Curve, plot_curves
 from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.files import write_text
+from rho1_jax.files import read_json, write_text
 from rho1_jax.metrics import read_metrics
 
-LABELS = {"reference": "reference (clean text)", "clm": "CLM", "random": "random", "slm": "SLM"}
+LABELS = {
+    "reference": "reference (clean text)",
+    "clm": "CLM",
+    "random": "random",
+    "slm": "SLM",
+    "slm_cached": "SLM, stored reference losses",
+}
 SHOWN_ROWS = 10
 
 PAGE = """<!doctype html>
@@ -32,7 +39,7 @@ read the same noisy pages in the same order and differ in which tokens they upda
 loss minus the reference's.</p>
 <img alt="accuracy and loss over tokens" src="data:image/png;base64,{png}">
 <table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>answers right</th>
-<th>seconds</th></tr>
+<th>tokens a second</th><th>seconds</th></tr>
 {arms}
 </table>
 <p>{speedup}</p>
@@ -54,10 +61,11 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
         for line in metrics
         if "eval/clean/loss" in line
     ]
-    last = metrics[-1]
+    last, ledger = metrics[-1], read_json(workdir / LEDGER_FILE)
     return {
         "tokens_seen": last["tokens_seen"],
         "tokens_selected": last["tokens_selected"],
+        "tokens_per_second": ledger["tokens_per_second_per_chip"] * ledger["chips"],
         "curve": curve,
         "final": {"loss": curve[-1]["loss"], "accuracy": curve[-1]["accuracy"]},
     }
@@ -93,7 +101,8 @@ def write_report(
     arms = "\n".join(
         f"<tr><td>{html.escape(LABELS[arm])}</td><td>{values['tokens_seen']:,}</td>"
         f"<td>{values['tokens_selected']:,}</td><td>{values['final']['loss']:.3f}</td>"
-        f"<td>{values['final']['accuracy']:.1%}</td><td>{values['seconds']:.0f}</td></tr>"
+        f"<td>{values['final']['accuracy']:.1%}</td><td>{values['tokens_per_second']:,.0f}</td>"
+        f"<td>{values['seconds']:.0f}</td></tr>"
         for arm, values in summary["arms"].items()
     )
     speedup = summary["token_speedup"]
