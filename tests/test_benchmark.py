@@ -4,8 +4,10 @@ import sys
 
 import pytest
 
+from rho1_jax.data.store import Store
 from rho1_jax.errors import UserError
 from tools import benchmark
+from tools.benchmark_data import loading_ways, scoring_ways
 
 
 def test_each_arm_has_a_speed(capsys):
@@ -24,8 +26,17 @@ def test_every_way_has_its_turn_in_each_round(monkeypatch):
 
 
 def test_loading_counts_targets(data):
-    ways, amount = benchmark.loading_ways(str(data), 4)
+    ways, amount = loading_ways(str(data), 4)
     assert amount == 10 * 4 * 16 and len(ways["batches"]()) == 10
+
+
+def test_scoring_leaves_nothing_beside_the_data(data, monkeypatch):
+    monkeypatch.setattr(benchmark, "PAUSE", 0)
+    size = benchmark.SIZES["tiny"]._replace(model=benchmark.SIZES["tiny"].model | {"vocab_size": 300})
+    ways, amount = scoring_ways(str(data), size.config())
+    assert amount == 16 * len(Store(data).rows("train"))
+    assert set(benchmark.timed(ways, amount, 1)) == {"forward pass", "score"}
+    assert not (data / "scores").exists()
 
 
 def test_peers_that_are_not_installed_are_named(monkeypatch):

@@ -3,6 +3,7 @@
 python -m tools.benchmark --what=steps [--size=6m --size=34m] [--peers] [--repeats=5] [--output=FILE.json]
 python -m tools.benchmark --what=generation [--peers]      python -m tools.benchmark --what=selection
 python -m tools.benchmark --what=loading --data=DIR        python -m tools.benchmark --what=head_memory
+python -m tools.benchmark --what=scoring --data=DIR --size=6m
 python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--text_template=...]
 
 "steps" are CLM, SLM with the reference in the step (online), SLM whose reference ran before (cached), and scoring, that
@@ -11,7 +12,6 @@ is, the reference alone. --peers adds Transformers on PyTorch, eager and compile
 
 import dataclasses
 import importlib
-import itertools
 import json
 import pathlib
 import statistics
@@ -31,7 +31,6 @@ from rho1_jax import model, selection
 from rho1_jax.accounting import ForwardFlops, training_flops
 from rho1_jax.config import run
 from rho1_jax.data import records
-from rho1_jax.data.loader import batches, open_mixture
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
@@ -42,7 +41,7 @@ from rho1_jax.selection import Selection
 from rho1_jax.token_loss import token_losses
 from rho1_jax.train_state import TrainState
 from rho1_jax.train_step import make_token_losses, make_train_step
-from tools.benchmark_text import tokenizing_ways
+from tools.benchmark_data import loading_ways, scoring_ways, tokenizing_ways
 
 RULE = Selection(**default.get_config("slm").selection)
 NEW_TOKENS = 64
@@ -214,14 +213,6 @@ def head_memory(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
     return found
 
 
-def loading_ways(data: str, rows: int) -> tuple[Ways, int]:
-    """Ten batches of a prepared data set, and how many tokens they are."""
-    stores, weights = open_mixture(data)
-    stream = batches(stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4)
-    ways: Ways = {"batches": lambda: list(itertools.islice(stream, 10))}
-    return ways, 10 * rows * stores[0].seq_len
-
-
 def table(title: str, found: dict[str, dict[str, float]], unit: str) -> None:
     """Prints the figures, each against the first."""
     print(f"\n| {title} | {unit} | lowest to highest | of the first |\n| --- | --- | --- | --- |")
@@ -240,7 +231,7 @@ def peer_module() -> types.ModuleType:
 
 
 def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[Ways, int] | None) -> dict[str, Any]:
-    """Measures and prints; returns the figures by title. `text` are ways to load or to tokenize, and of how much."""
+    """Measures and prints; returns the figures by title. `text` are ways to handle text, and how much of it."""
     found: dict[str, Any] = {}
     if what == "selection":
         for tokens in (2**12, 2**14, 2**16, 2**18, 2**20):
@@ -287,12 +278,12 @@ def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, r
 
 def main() -> None:
     """The command: its flags, then `measure`."""
-    kinds = ["steps", "generation", "selection", "head_memory", "loading", "tokenizing"]
+    kinds = ["steps", "generation", "selection", "head_memory", "loading", "scoring", "tokenizing"]
     what = flags.DEFINE_enum("what", "steps", kinds, "What to measure.")
     sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Of the model; more than one may be given.")
     peers = flags.DEFINE_bool("peers", False, "Transformers on PyTorch, too.")
     repeats = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
-    data = flags.DEFINE_string("data", None, "A prepared data set, for loading.")
+    data = flags.DEFINE_string("data", None, "A prepared data set, for loading and scoring.")
     tokenizer = flags.DEFINE_string("tokenizer", None, "A tokenizer's file or folder, for tokenizing.")
     inputs = flags.DEFINE_list("input", [], "Files or globs, divided by commas, for tokenizing.")
     text_templates = flags.DEFINE_multi_string("text_template", [], "As in prepare_data.")
@@ -300,10 +291,11 @@ def main() -> None:
 
     def command() -> None:
         text = None
-        if what.value == "loading":
+        if what.value in ("loading", "scoring"):
             if not data.value:
-                raise UserError("--what=loading needs --data=DIR, a prepared data set")
-            text = loading_ways(data.value, 64)
+                raise UserError(f"--what={what.value} needs --data=DIR, a prepared data set")
+            size = SIZES[sizes.value[0]]
+            text = loading_ways(data.value, 64) if what.value == "loading" else scoring_ways(data.value, size.config())
         elif what.value == "tokenizing":
             if not tokenizer.value or not inputs.value:
                 raise UserError("--what=tokenizing needs --tokenizer=FILE and --input=FILES")

@@ -1,0 +1,91 @@
+"""Tokenizing, loading and scoring, for tools/benchmark.py: each against what it cannot be faster than."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from rho1_jax.data import records
+from rho1_jax.data.loader import batches, eval_batches, open_mixture, to_devices
+from rho1_jax.data.prepare import Options, prepare
+from rho1_jax.data.score_store import SPLIT, ScoreWriter, describe
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.model import ModelConfig, build, init_params
+from rho1_jax.score import score_rows
+from rho1_jax.sharding import make_mesh, replicated
+from rho1_jax.train_step import make_reference_signals
+
+SCORED_ROWS = 16  # in a batch, on each device
+
+
+def bare(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
+    """The library's own encoding, without anything of ours around it."""
+    if tokenizer.path.suffix == ".json":
+        library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+        return lambda text: library.encode(text, add_special_tokens=False).ids
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode
+
+
+def tokenizing_ways(
+    tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...]
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """The bare library, and `prepare_data`, which also reads, packs and writes; and how many tokens they make."""
+    texts = [
+        records.document(records.parse(file, record), templates)
+        for file in files
+        for _, record, _ in records.read(file)
+    ]
+    encode = bare(tokenizer)
+    tokens = sum(len(encode(text)) for text in texts)
+    cores = sorted(os.sched_getaffinity(0))
+    options = Options(templates, None, seq_len=2048, eval_fraction=0.0, max_bad_fraction=0.0)
+
+    def prepared(count: int) -> None:
+        os.sched_setaffinity(0, cores[:count])
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare(files, tokenizer, pathlib.Path(scratch) / "rows", options, workers=count)
+        os.sched_setaffinity(0, cores)
+
+    ways: dict[str, Callable[[], object]] = {
+        "bare library, 1 core": lambda: [encode(text) for text in texts],
+        "prepare_data, 1 core": lambda: prepared(1),
+        f"prepare_data, {len(cores)} cores": lambda: prepared(len(cores)),
+    }
+    return ways, tokens
+
+
+def loading_ways(data: str, rows: int) -> tuple[dict[str, Callable[[], object]], int]:
+    """Ten batches of a prepared data set, and how many tokens they are."""
+    stores, weights = open_mixture(data)
+    stream = batches(stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4)
+    return {"batches": lambda: list(itertools.islice(stream, 10))}, 10 * rows * stores[0].seq_len
+
+
+def scoring_ways(data: str, config: ModelConfig) -> tuple[dict[str, Callable[[], object]], int]:
+    """The forward pass over a data set whose rows are in memory, and all that `rho1_jax.score` does with it."""
+    store, mesh = Store(data), make_mesh(-1, 1, 1)
+    rows, size = store.rows(SPLIT), SCORED_ROWS * mesh.size
+    params = init_params(dataclasses.replace(config, context_length=store.seq_len), 0)
+    signals = make_reference_signals(build(config), document_mask=True, entropies=False)
+    jitted = functools.partial(jax.jit(signals, out_shardings=replicated(mesh)), params)
+    ready = [to_devices(batch, mesh, size) for batch in eval_batches(rows, size, np.arange(size))]
+
+    def scored() -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            for child in store.path.iterdir():
+                (pathlib.Path(scratch) / child.name).symlink_to(child.absolute())
+            description = describe(Store(scratch), {"path": "", "fingerprint": ""}, document_mask=True)
+            writer = ScoreWriter(Store(scratch), "benchmark", description, "float16", entropies=False)
+            score_rows(Store(scratch), writer, jitted, size, mesh, 0.0)
+
+    ways = {"forward pass": lambda: jax.block_until_ready([jitted(batch) for batch in ready]), "score": scored}
+    return ways, len(rows) * store.seq_len
