@@ -54,6 +54,12 @@ def test_the_line_is_that_of_least_squares():
     assert of(end, HIGH).change_T[0] == pytest.approx(6 / (N * (N + 1)) * N)
 
 
+def test_high_or_low_is_decided_by_the_last_loss():
+    dips = np.full(N, 2.1)
+    dips[-1] = 1.8
+    assert names(of(dips, np.full(N, 2.0))) == ["L->L", "H->H"]
+
+
 def test_a_loss_equal_to_the_mean_of_the_last_is_low():
     assert names(of(np.full(N, 2.0), np.full(N, 2.0))) == ["L->L", "L->L"]
 

@@ -1,0 +1,175 @@
+r"""Whether an answer equals the right one: as text, as a number, element by element, or as a formula.
+
+Formulas are compared by math-verify and sympy, in a process of its own that is stopped after a time limit. Nothing of
+a generation is evaluated as code here.
+"""
+
+import math
+import multiprocessing
+import re
+from types import TracebackType
+from typing import Any
+
+SECONDS = 5.0  # for one pair of formulas
+TOLERANCE = 1e-4  # relative, of numbers
+
+_UNITS = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm|textbf)\{[^{}]*\})(?:\^\{?\d\}?)?\s*$")
+_WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
+_GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|~")
+_MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}", re.DOTALL)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_SENTENCE = re.compile(r"[A-Za-z]{5,}")
+_PRODUCT = re.compile(r"(?<=[\d)])\(")  # 10(26) is no call of a function
+_NUMBER_AND_WORDS = re.compile(r"(-?[\d.,/]*\d)\s*[A-Za-z][A-Za-z\s]*")
+
+
+def normalize(answer: str) -> str:
+    """An answer in one way of writing: no spaces, dollars, percent or degree signs, units, or size of delimiters."""
+    text = answer.strip().replace("\n", "")
+    if "\\begin" not in text:
+        text = text.replace("\\\\", "\\")  # in a matrix it ends a row; elsewhere it was written twice by mistake
+    text = _SPACES.sub("", text)
+    text = text.replace("\\left", "").replace("\\right", "").replace("tfrac", "frac").replace("dfrac", "frac")
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
+    text = text.replace("\\$", "").replace("$", "").replace("\\%", "").replace("%", "")
+    text = _UNITS.sub("", text)
+    text = _WRAPPED.sub(r"\1", text).strip().rstrip(".")
+    words = _NUMBER_AND_WORDS.fullmatch(text)
+    if words:
+        text = words[1]
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0].strip()) <= 2:
+        text = sides[1]
+    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
+    return re.sub(r"(\d)\.0+(?!\d)", r"\1", text)
+
+
+def number(text: str) -> float | None:
+    """The value of a normalized number, simple fraction or LaTeX fraction of numbers; None of anything else."""
+    fraction = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", text) or re.fullmatch(
+        r"(-?)(-?[\d.]+)/(-?[\d.]+)", text
+    )
+    try:
+        if fraction:
+            return float(fraction[1] + "1") * float(fraction[2]) / float(fraction[3])
+        return float(text) if re.fullmatch(r"-?[\d.]+(?:[eE][-+]?\d+)?", text) else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _numbers_equal(answer: float, right: float) -> bool:
+    """Equal within TOLERANCE; a percentage may stand for its share, and the other way round."""
+    return any(math.isclose(answer, value, rel_tol=TOLERANCE) for value in (right, right / 100, right * 100))
+
+
+def _parts(text: str) -> list[str] | None:
+    """The elements of a tuple, interval, list or matrix, None of anything else. Commas in brackets do not divide."""
+    matrix = _MATRIX.fullmatch(text)
+    if matrix:
+        return re.split(r"&|\\\\", matrix[1])
+    inner = text[1:-1] if text[:1] in "([" and text[-1:] in ")]" else text
+    parts, depth = [""], 0
+    for letter in inner:
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0:
+            return None
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts if len(parts) > 1 else None
+
+
+class Grader:
+    """Compares answers. Holds a process for formulas, which is started anew where it had to be stopped."""
+
+    def __init__(self, seconds: float = SECONDS):
+        self._seconds = seconds
+        self._process: Any = None
+        self._connection: Any = None
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def equal(self, answer: str | None, right: str, kind: str = "math") -> bool:
+        """Whether an extracted answer is right. None is not; neither is a comparison that takes too long."""
+        if answer is None:
+            return False
+        if kind == "choice":
+            return answer.strip().upper() == right.strip().upper()
+        return self._equal(normalize(answer), normalize(right))
+
+    def _equal(self, answer: str, right: str) -> bool:
+        if answer.lower() == right.lower():
+            return True
+        if not answer or not right:
+            return False
+        value, right_value = number(answer), number(right)
+        if value is not None and right_value is not None:
+            return _numbers_equal(value, right_value)
+        answers, rights = _parts(answer), _parts(right)
+        if answers and rights:
+            brackets = answer[:1] in "([" and right[:1] in "(["
+            same_kind = not brackets or (answer[0], answer[-1]) == (right[0], right[-1])
+            return same_kind and len(answers) == len(rights) and all(map(self._equal, answers, rights))
+        if any(_SENTENCE.search(_COMMAND.sub("", text)) for text in (answer, right)):
+            return False
+        return self._formulas_equal(answer, right)
+
+    def _formulas_equal(self, answer: str, right: str) -> bool:
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_compare_forever, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+            self._connection.recv()  # it is ready: importing sympy does not count
+        self._connection.send((answer, right))
+        try:
+            if self._connection.poll(self._seconds):
+                return self._connection.recv()
+        except EOFError:  # it died, of memory for one
+            pass
+        self._stop()
+        return False
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+
+def _compare_forever(connection: Any) -> None:
+    """In the process: answers each pair of formulas with whether they are equal."""
+    import resource
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    kinds = (LatexExtractionConfig(), ExprExtractionConfig())
+    connection.send(True)
+    while True:
+        try:
+            pair = connection.recv()
+        except EOFError:
+            return
+        try:
+            # Its own time limits are signals, which this process, stopped from outside, does not need.
+            products = (_PRODUCT.sub(r" \\cdot (", text) for text in pair)
+            answer, right = (parse(f"${text}$", kinds, parsing_timeout=None) for text in products)
+            connection.send(bool(verify(right, answer, timeout_seconds=None)))
+        except Exception:  # whatever sympy raises on text that is no formula
+            connection.send(False)
