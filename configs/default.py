@@ -107,6 +107,11 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
                 "every": 100,  # steps between two evaluations; there is one at the end in any case
                 "data": "",  # losses on the split "eval" of data sets: NAME=DIR,NAME=DIR
                 "rows": 256,  # rows of each, at most
+                "tasks": "",  # accuracy on math tasks, with commas: gsm8k,math_oai,... of rho1_jax/evals/tasks.py
+                "data_dir": "",  # where their files lie: DATA_DIR/gsm8k/test.jsonl
+                "task_items": 0,  # of each, the first so many; 0: all
+                "exemplars": "",  # NAME=FILE,NAME=FILE of {"question", "solution"} lines, in place of a task's own
+                "tool_use": False,  # tasks without exemplars, in the form of transcripts; programs are run
                 "questions": "",  # accuracy on JSON lines files: NAME=FILE,NAME=FILE
                 "prompt_template": "{question}\n",  # a question's record as a prompt
                 "answer_key": "answer",  # the record's key with the right answer

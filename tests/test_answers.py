@@ -12,6 +12,7 @@ CONFIG = AnswerConfig(
     stops=("\nQ:",),
     max_new_tokens=8,
     generate_batch=2,
+    tool_use=False,
 )
 
 
@@ -24,7 +25,7 @@ def test_the_last_match_is_the_answer():
 def test_questions_become_prompts_and_right_answers(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "2+2?", "answer": "S: easy\\nA: 4"}\n')
-    (question,) = read_questions(path, CONFIG)
+    (question,) = read_questions(path, CONFIG).items
     assert (question.prompt, question.answer) == ("Q: 2+2?\n", "4")
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_command
+from conftest import root, run_command
 
 from rho1_jax.errors import UserError
 from rho1_jax.evaluate import evaluate
@@ -40,3 +40,136 @@ def test_the_command(reference, questions):
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["eval/held_out/loss", "eval/sums/accuracy"]
     missing = run_command("rho1_jax.evaluate", "--checkpoint=nowhere")
     assert missing.returncode == 2 and missing.stderr.startswith("error: --checkpoint=nowhere: no checkpoint")
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Two tasks of seven items."""
+    for name, record in (
+        ("svamp", lambda n: {"Body": f"{n} apples.", "Question": "How many?", "Answer": float(n)}),
+        ("mathqa", lambda n: {"problem": f"{n}?", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "a"}),
+    ):
+        path = tmp_path / "tasks" / name / "test.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(record(n)) + "\n" for n in range(7)))
+    return tmp_path / "tasks"
+
+
+def answering(monkeypatch, stop_after=None):
+    """Stands for the model: it counts the batches, and knows that there are as many apples as the prompt says."""
+    batches = []
+
+    def fake_generate(graphdef, params, tokenizer, prompts, **options):
+        batches.append(list(prompts))
+        if stop_after is not None and len(batches) > stop_after:
+            raise KeyboardInterrupt
+        last = [prompt.rsplit("Question: ", 1)[1] for prompt in prompts]
+        return [f" The answer is {text.split()[0]}." if "apples" in text else " The answer is (B)." for text in last]
+
+    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
+    return batches
+
+
+TASKS = {"data": "", "tasks": "svamp,mathqa", "generate_batch": 2}
+
+
+def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkeypatch):
+    answering(monkeypatch)
+    metrics = evaluate(str(reference), TASKS | {"data_dir": str(data_dir)}, tmp_path / "out", temperature=0.0, seed=0)
+    assert metrics == {"eval/svamp/accuracy": 1.0, "eval/mathqa/accuracy": 0.0, "eval/average/accuracy": 0.5}
+    items = [json.loads(line) for line in (tmp_path / "out" / "svamp.jsonl").open()]
+    assert items[3]["prompt"].count("Question: ") == 9 and items[3]["prompt"].endswith("3 apples. How many?\nAnswer:")
+    assert (items[3]["extracted"], items[3]["answer"], items[3]["correct"]) == ("3", "3", True)
+    few = evaluate(
+        str(reference), TASKS | {"data_dir": str(data_dir), "task_items": 3}, tmp_path / "few", temperature=0.0, seed=0
+    )
+    assert few["eval/svamp/accuracy"] == 1.0 and len((tmp_path / "few" / "svamp.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkeypatch):
+    overrides = TASKS | {"data_dir": str(data_dir)}
+    answering(monkeypatch, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    path = tmp_path / "out" / "svamp.jsonl"
+    whole = path.read_text()
+    assert len(whole.splitlines()) == 4
+    path.write_text(whole[:-30])  # a line that was cut short, and with it its batch
+    batches = answering(monkeypatch)
+    metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    assert metrics["eval/svamp/accuracy"] == 1.0 and len(batches) == 3 + 4
+    assert path.read_text().startswith(whole) and len(path.read_text().splitlines()) == 7
+    assert evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
+    assert len(batches) == 7
+    with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
+        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": "gsm9k"}, "config.eval.tasks: 'gsm9k' is none of gsm8k"),
+        ({"tasks": "gsm8k"}, "gsm8k/test.jsonl: no such file"),
+        ({"exemplars": "svamp=nowhere"}, "--exemplars=svamp=nowhere"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(reference, data_dir, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(str(reference), TASKS | {"data_dir": str(data_dir)} | changes, tmp_path / "out", 0.0, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path, monkeypatch):
+    """The model writes a program, reads the output, and answers with it; names last from program to program."""
+    seen = []
+
+    def fake_generate(graphdef, params, tokenizer, prompts, *, stops, **options):
+        seen.append(prompts)
+        assert "```output" in stops
+        texts = []
+        for prompt in prompts:
+            outputs = prompt.split("```output\n")[1:]
+            if not outputs:
+                texts.append(f"```python\nx = {prompt.split()[1]} * 2\nprint(x)\n```\n")
+            elif len(outputs) == 1:
+                texts.append("Half of it:\n```python\nprint(x // 2)\n```\n")
+            else:
+                texts.append(f"So it is $\\boxed{{{outputs[-1].splitlines()[0]}}}$.")
+        return texts
+
+    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
+    overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True}
+    metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    assert metrics["eval/svamp/accuracy"] == 1.0
+    item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[3])
+    assert item["prompt"] == "<|user|>\n3 apples. How many?\n<|assistant|>\n"
+    assert item["generation"] == (
+        "```python\nx = 3 * 2\nprint(x)\n```\n```output\n6\n```\n"
+        "Half of it:\n```python\nprint(x // 2)\n```\n```output\n3\n```\nSo it is $\\boxed{3}$."
+    )
+    assert len(seen) == 3 * 4
+
+
+def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rho1_jax.evals.answers.generate", lambda *arguments, **options: ["```python\n1\n```\n"] * len(arguments[3])
+    )
+    overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True, "task_items": 2}
+    evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])
+    assert item["generation"].count("```output\n1\n```") == 4 and item["generation"].count("```python") == 5
+
+
+def test_all_ten_tasks_in_one_command(reference, tmp_path):
+    """With the run's own small model, two items each."""
+    published = root().parent / "shared" / "data" / "eval"
+    if not published.is_dir():
+        pytest.skip(f"{published} is absent: the ten tasks were not evaluated")
+    names = "gsm8k,math,svamp,asdiv,mawps,tabmwp,mathqa,mmlu_stem,sat_math,gsm_hard"
+    arguments = [f"--checkpoint={reference}", "--data=", f"--tasks={names}", f"--data_dir={published}"]
+    arguments += ["--task_items=2", "--max_new_tokens=16", "--generate_batch=2", f"--output={tmp_path / 'out'}"]
+    result = run_command("rho1_jax.evaluate", *arguments)
+    assert result.returncode == 0, result.stderr
+    told = [line.split()[0] for line in result.stdout.splitlines()]
+    assert told == [f"eval/{name}/accuracy" for name in [*names.split(","), "average"]]
+    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 10

@@ -1,18 +1,24 @@
-"""Exact-match accuracy on files of questions and answers."""
+"""Questions with right answers: how they are put, answered, read and graded."""
 
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
 
 from rho1_jax.data import records
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.transcripts import ROLE_TEMPLATES
 from rho1_jax.errors import UserError
-from rho1_jax.files import write_text
+from rho1_jax.evals import extraction
+from rho1_jax.evals.grading import Grader
+from rho1_jax.evals.tasks import STOPS, TASKS, read_exemplars, read_items
+from rho1_jax.evals.tool_use import generate_with_tools
 from rho1_jax.generate import generate
 from rho1_jax.model import Params
 
@@ -27,8 +33,9 @@ class AnswerConfig:
         record. Where it does not match there is no answer, and the item counts as wrong.
       answer_key: the record's key that holds the right answer, or a text with it.
       stops: strings that end a generation.
-      max_new_tokens: longest generation.
+      max_new_tokens: longest generation; with tools, between two programs.
       generate_batch: prompts decoded together.
+      tool_use: tasks are put without exemplars, as in fine-tuning on transcripts, and programs are run.
     """
 
     prompt_template: str
@@ -37,24 +44,44 @@ class AnswerConfig:
     stops: tuple[str, ...]
     max_new_tokens: int
     generate_batch: int
+    tool_use: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt, and the right answer as `extract` gives it."""
+    """A prompt, and the right answer."""
 
     prompt: str
     answer: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Some questions of one kind.
+
+    Attributes:
+      items: the questions.
+      stops: strings that end a generation.
+      extract: the answer in a generation, None where there is none.
+      equal: whether an extracted answer is the right one.
+      tools: whether programs in the generation are run.
+    """
+
+    items: list[Question]
+    stops: tuple[str, ...]
+    extract: Callable[[str], str | None]
+    equal: Callable[[str | None, str], bool]
+    tools: bool = False
+
+
 def extract(text: str, pattern: str) -> str | None:
-    """The answer in a text, None where there is none."""
+    """The group of the pattern's last match in a text, None where there is none."""
     matches = re.findall(pattern, text)
     return matches[-1].strip() if matches else None
 
 
-def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> list[Question]:
-    """Reads a JSON lines file.
+def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
+    """Reads a JSON lines file, to be graded by exact match.
 
     Raises:
       UserError: with file and line, where a record is bad or holds no answer.
@@ -74,46 +101,90 @@ def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> list[Quest
             if answer is None:
                 raise UserError(f"{file}:{line}: {config.answer_pattern!r} finds no answer in {answer_text[-80:]!r}")
             questions.append(Question(prompt, answer))
-    return questions
+    return Questions(questions, config.stops, functools.partial(extract, pattern=config.answer_pattern), operator.eq)
+
+
+def task_questions(
+    name: str, data_dir: str, most: int, exemplars: str | None, tool_use: bool, grader: Grader
+) -> Questions:
+    """A task of `tasks.TASKS`: few-shot, or with tools and no exemplars.
+
+    Args:
+      name: of the task.
+      data_dir: where the tasks' files lie.
+      most: items to take, the first ones; 0: all.
+      exemplars: file of exemplars in place of the task's own.
+      tool_use: see AnswerConfig.
+      grader: that compares answers.
+
+    Raises:
+      UserError: a file is missing or bad.
+    """
+    if name not in TASKS:
+        raise UserError(f"config.eval.tasks: {name!r} is none of {', '.join(TASKS)}")
+    task = TASKS[name]
+    items = read_items(name, data_dir)[: most or None]
+    if tool_use:
+        prompts = [ROLE_TEMPLATES["user"].format(content=item.question) for item in items]
+    else:
+        shots = read_exemplars(name, exemplars)
+        prompts = [task.prompt(item.question, shots) for item in items]
+    return Questions(
+        [Question(prompt, item.answer) for prompt, item in zip(prompts, items)],
+        STOPS,
+        functools.partial(extraction.extract, kind=task.kind),
+        functools.partial(grader.equal, kind=task.kind),
+        tool_use,
+    )
 
 
 def answer_all(
     graphdef: nnx.GraphDef,
     params: Params,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    questions: Questions,
     config: AnswerConfig,
+    *,
+    first: int = 0,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Answers questions a batch at a time.
+    """Answers questions a batch at a time, from the `first` one on.
 
     Yields:
       For each question its prompt, the generation, the extracted and the right answer, and whether they are equal.
     """
-    for start in range(0, len(questions), config.generate_batch):
-        batch = questions[start : start + config.generate_batch]
-        # The last batch is filled up, so that one shape is compiled.
+    for start in range(first, len(questions.items), config.generate_batch):
+        batch = questions.items[start : start + config.generate_batch]
+
+        def continued(prompts: list[str], stops: Sequence[str], start: int = start) -> list[str]:
+            # A batch is filled up, so that one shape is compiled.
+            filled = prompts + prompts[-1:] * (config.generate_batch - len(prompts))
+            texts = generate(
+                graphdef,
+                params,
+                tokenizer,
+                filled,
+                max_new_tokens=config.max_new_tokens,
+                stops=stops,
+                temperature=temperature,
+                seed=seed + start,
+            )
+            return texts[: len(prompts)]
+
         prompts = [question.prompt for question in batch]
-        prompts += prompts[-1:] * (config.generate_batch - len(prompts))
-        generations = generate(
-            graphdef,
-            params,
-            tokenizer,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            stops=config.stops,
-            temperature=temperature,
-            seed=seed + start,
-        )
+        if questions.tools:
+            generations = generate_with_tools(continued, prompts, questions.stops)
+        else:
+            generations = continued(prompts, questions.stops)
         for question, generation in zip(batch, generations):
-            extracted = extract(generation, config.answer_pattern)
+            extracted = questions.extract(generation)
             yield {
                 "prompt": question.prompt,
                 "generation": generation,
                 "extracted": extracted,
                 "answer": question.answer,
-                "correct": extracted == question.answer,
+                "correct": questions.equal(extracted, question.answer),
             }
 
 
@@ -122,6 +193,18 @@ def accuracy(results: Sequence[dict[str, Any]]) -> float:
     return sum(result["correct"] for result in results) / len(results)
 
 
-def write_results(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
-    """Writes one JSON object a line."""
-    write_text(path, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+def read_items_done(path: pathlib.Path, questions: Questions, batch: int) -> list[dict[str, Any]]:
+    """The items that an interrupted evaluation wrote, in whole batches. A line that was cut short is left out.
+
+    Raises:
+      UserError: the file is of other questions.
+    """
+    items = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            items.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if [item["prompt"] for item in items] != [question.prompt for question in questions.items[: len(items)]]:
+        raise UserError(f"{path} is of other questions; choose another --output")
+    return items if len(items) == len(questions.items) else items[: len(items) // batch * batch]

@@ -1,7 +1,10 @@
 """Held-out loss and answer accuracy of a model, during training and after it."""
 
+import contextlib
 import itertools
+import json
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +19,18 @@ from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.distributed import is_first
 from rho1_jax.errors import UserError
-from rho1_jax.evals.answers import AnswerConfig, accuracy, answer_all, read_questions
+from rho1_jax.evals.answers import (
+    AnswerConfig,
+    accuracy,
+    answer_all,
+    read_items_done,
+    read_questions,
+    task_questions,
+)
+from rho1_jax.evals.grading import Grader
+from rho1_jax.files import write_text
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
 from rho1_jax.sharding import local_rows, replicated
@@ -43,6 +56,16 @@ class Evaluator:
             name: read_questions(path, self._answers)
             for name, path in parse_named(config.eval.questions, "config.eval.questions").items()
         }
+        exemplars, grader = parse_named(config.eval.exemplars, "config.eval.exemplars"), Grader()
+        for name in filter(None, config.eval.tasks.split(",")):
+            self.questions[name] = task_questions(
+                name,
+                config.eval.data_dir,
+                config.eval.task_items,
+                exemplars.get(name),
+                self._answers.tool_use,
+                grader,
+            )
         self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
 
     def __call__(self, params: Params) -> dict[str, float]:
@@ -54,14 +77,41 @@ class Evaluator:
         """{"eval/NAME/loss": mean over the eligible tokens of the split "eval", in nats}."""
         return {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
 
-    def answers(self, params: Params, name: str, temperature: float = 0.0, seed: int = 0) -> list[dict[str, Any]]:
-        """The graded items of one question file, as `answer_all` yields them."""
-        questions, items = self.questions[name], []
-        with Progress(name, len(questions), unit="questions", leave=False) as progress:
+    def answers(
+        self,
+        params: Params,
+        name: str,
+        temperature: float = 0.0,
+        seed: int = 0,
+        file: pathlib.Path | None = None,
+    ) -> list[dict[str, Any]]:
+        """The graded items of a question file or task, as `answer_all` yields them.
+
+        With a file, they are written there as they come, and those that it holds are not answered again.
+        """
+        questions = self.questions[name]
+        items = read_items_done(file, questions, self._answers.generate_batch) if file else []
+        total = len(questions.items)
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress(name, total, "questions", initial=len(items), leave=False))
+            lines = None
+            if file is not None and is_first():
+                write_text(file, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+                lines = stack.enter_context(file.open("a", encoding="utf-8"))
             for item in answer_all(
-                self._graphdef, params, self._tokenizer, questions, self._answers, temperature, seed
+                self._graphdef,
+                params,
+                self._tokenizer,
+                questions,
+                self._answers,
+                first=len(items),
+                temperature=temperature,
+                seed=seed,
             ):
                 items.append(item)
+                if lines:
+                    lines.write(json.dumps(item, ensure_ascii=False) + "\n")
+                    lines.flush()
                 progress.advance(1)
         return items
 
