@@ -1,18 +1,22 @@
 """Held-out losses and answer accuracies of a checkpoint.
 
 python -m rho1_jax.evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
-    [--data=NAME=DIR,...] [--output=DIR]
+    [--data=NAME=DIR,...] [--lm_eval=TASK,...] [--output=DIR]
 
 Everything else is as in the run that wrote the checkpoint, unless a flag says otherwise. Interrupted and started again
 with the same --output, it goes on.
 """
 
+import importlib
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import ml_collections
 from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, model, sharding
 from rho1_jax.config import differences, model_config, run
@@ -22,6 +26,15 @@ from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import accuracy
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.files import read_json, write_text
+from rho1_jax.model import Params
+
+
+class LmEval(NamedTuple):
+    """What lm-eval is asked to do: names of its tasks, a folder with further ones, and items of each (0: all)."""
+
+    tasks: list[str]
+    include_path: str
+    limit: int
 
 
 def evaluate(
@@ -30,6 +43,7 @@ def evaluate(
     output: pathlib.Path | None,
     temperature: float,
     seed: int,
+    lm_eval: LmEval | None = None,
 ) -> dict[str, float]:
     """Evaluates a checkpoint on what its config names, with the `eval` keys of `overrides` in their place.
 
@@ -43,9 +57,10 @@ def evaluate(
     directory = checkpoint.find(checkpoint_path, "--checkpoint")
     config = ml_collections.ConfigDict(checkpoint.load_meta(directory).config)
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
-    if not (config.eval.data or config.eval.questions or config.eval.tasks):
+    if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     settings = {"checkpoint": str(directory), "eval": config.eval.to_dict(), "temperature": temperature, "seed": seed}
+    settings["lm_eval"] = lm_eval._asdict() if lm_eval else None
     tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
     mesh = sharding.make_mesh(**config.mesh)
     policy_config = model_config(config)
@@ -60,12 +75,41 @@ def evaluate(
             file = output / f"{name}.jsonl" if output else None
             items = evaluator.answers(params, name, temperature, seed, file)
             metrics[f"eval/{name}/accuracy"] = accuracy(items)
+        if lm_eval:
+            metrics |= run_lm_eval(lm_eval, graphdef, params, tokenizer, mesh, config.eval.generate_batch)
     tasks = [metrics[f"eval/{name}/accuracy"] for name in config.eval.tasks.split(",") if name]
     if len(tasks) > 1:
         metrics["eval/average/accuracy"] = sum(tasks) / len(tasks)
     if output is not None and is_first():
         write_text(output / "results.json", json.dumps({"checkpoint": str(directory), **metrics}, indent=2) + "\n")
     return metrics
+
+
+def run_lm_eval(
+    wanted: LmEval, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
+) -> dict[str, float]:
+    """lm-eval's tasks on the model: {"lm_eval/TASK/METRIC": value}. Raises UserError where it is not installed."""
+    try:
+        adapter = importlib.import_module("rho1_jax.evals.lm_eval_adapter")
+        evaluator, tasks = importlib.import_module("lm_eval.evaluator"), importlib.import_module("lm_eval.tasks")
+    except ModuleNotFoundError as error:
+        raise UserError(f"--lm_eval: {error}; install the extra `eval`: pip install -e '.[eval]'") from None
+    manager = tasks.TaskManager(include_path=wanted.include_path or None)
+    unknown = [name for name in wanted.tasks if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"--lm_eval: lm-eval knows no task {', '.join(unknown)}; --lm_eval_path=DIR adds those of a folder"
+        )
+    model = adapter.LanguageModel(graphdef, params, tokenizer, mesh, batch_size)
+    found = evaluator.simple_evaluate(
+        model, tasks=wanted.tasks, task_manager=manager, limit=wanted.limit or None, bootstrap_iters=0
+    )
+    return {
+        f"lm_eval/{task}/{metric.split(',')[0]}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
 
 
 def check_settings(output: pathlib.Path, settings: dict) -> None:
@@ -99,6 +143,10 @@ def main() -> None:
     }
     temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
     seed = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature.")
+    lm_eval = flags.DEFINE_list(
+        "lm_eval", [], "lm-eval's tasks, with commas (extra `eval`). It may download data sets."
+    )
+    lm_eval_path = flags.DEFINE_string("lm_eval_path", "", "A folder with task files of your own for lm-eval.")
     distributed_flag = define_distributed_flag()
     output = flags.DEFINE_string("output", None, "Directory for results.json and the items.")
 
@@ -106,7 +154,8 @@ def main() -> None:
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
         directory = pathlib.Path(output.value) if output.value else None
-        metrics = evaluate(checkpoint_flag.value, values, directory, temperature.value, seed.value)
+        wanted = LmEval(lm_eval.value, lm_eval_path.value, int(values["task_items"] or 0)) if lm_eval.value else None
+        metrics = evaluate(checkpoint_flag.value, values, directory, temperature.value, seed.value, wanted)
         width = max(map(len, metrics)) + 2
         for name, value in metrics.items():
             say(f"{name:<{width}}" + (f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"))

@@ -75,6 +75,7 @@ def generate(
     stops: Sequence[str],
     temperature: float = 0.0,
     seed: int = 0,
+    max_prompt_tokens: int | None = None,
 ) -> list[str]:
     """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
 
@@ -87,11 +88,12 @@ def generate(
       stops: strings that end a continuation; they are not part of it.
       temperature: 0 takes the likeliest token; otherwise tokens are drawn at this temperature.
       seed: of the draws.
+      max_prompt_tokens: of longer prompts, only so many tokens at their end are used.
 
     Returns:
       The continuations, without their prompts.
     """
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt)[-(max_prompt_tokens or 0) :] for prompt in prompts]
     if not all(ids):
         raise ValueError(f"prompt {ids.index([])} is empty: there is nothing to continue")
     length = -(-max(map(len, ids)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

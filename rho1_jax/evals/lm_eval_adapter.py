@@ -1,0 +1,150 @@
+"""A model for lm-eval, which has the paper's general benchmarks (extra `eval`; no PyTorch).
+
+Shapes: B requests, L tokens, D model width, V vocabulary, c positions of one chunk.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.generate import generate
+from rho1_jax.metrics import Progress
+from rho1_jax.model import Params
+from rho1_jax.sharding import batch_sharding, replicate
+
+LENGTH_MULTIPLE = 64  # lengths are rounded up to this, so that few shapes are compiled
+CHUNK = 64  # positions whose logits exist at once
+MAX_NEW_TOKENS = 256  # where a task says none
+
+
+class LanguageModel(TemplateLM):
+    """What lm-eval asks of a model, on a mesh, in batches of requests of about the same length."""
+
+    def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
+        super().__init__()
+        self._graphdef, self._params, self._tokenizer, self._mesh = graphdef, params, tokenizer, mesh
+        self._batch_size = batch_size
+        self._max_length = nnx.merge(graphdef, params).config.context_length
+        self._score = jax.jit(_make_score(graphdef))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-sequence token."""
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: BOS, or EOS where the tokenizer has none."""
+        return (self._tokenizer.prefix() or [self._tokenizer.eos_id])[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text, behind BOS unless `add_special_tokens` is False."""
+        if add_special_tokens is False:
+            return self._tokenizer.encode(string)
+        return self._tokenizer.encode_prompt(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives."""
+        rows = [(context + continuation)[-self._max_length - 1 :] for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        with Progress("loglikelihood", len(rows), unit="requests", leave=False) as progress:
+            for start in range(0, len(order), self._batch_size):
+                indices = order[start : start + self._batch_size]
+                scores, greedy = self._scores([rows[index] for index in indices])
+                for row, index in enumerate(indices):
+                    # The scores of a row of n tokens are those of its last n - 1; the continuation is at their end.
+                    end = len(rows[index]) - 1
+                    part = slice(max(0, end - len(requests[index][2])), end)
+                    found[index] = (float(scores[row, part].sum()), bool(greedy[row, part].all()))
+                progress.advance(len(indices))
+        return found
+
+    def _scores(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each token after the first, and whether it is the likeliest one: [rows, L] each."""
+        length = -(-(max(map(len, rows)) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE or LENGTH_MULTIPLE
+        tokens_BM = np.zeros((self._batch_size, length + 1), np.int32)
+        segment_ids_BM = np.zeros_like(tokens_BM)
+        for number, row in enumerate(rows):
+            tokens_BM[number, : len(row)], segment_ids_BM[number, : len(row)] = row, 1
+        everywhere = batch_sharding(self._mesh)
+        placed = [jax.make_array_from_callback(x.shape, everywhere, x.__getitem__) for x in (tokens_BM, segment_ids_BM)]
+        return jax.device_get(self._score(self._params, *placed))
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context length; each token is counted once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self._max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to one of the request's stop strings, greedy unless its options say otherwise."""
+        alike = defaultdict(list)
+        for number, request in enumerate(requests):
+            _, options = request.args
+            until = options.get("until") or []
+            stops = (until,) if isinstance(until, str) else tuple(until)
+            sampled = options.get("do_sample", options.get("temperature", 0) > 0)
+            temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
+            alike[stops, int(options.get("max_gen_toks", MAX_NEW_TOKENS)), temperature].append(number)
+        texts = [""] * len(requests)
+        with Progress("generate", len(requests), unit="requests", leave=False) as progress:
+            for (stops, most, temperature), numbers in alike.items():
+                numbers.sort(key=lambda number: -len(requests[number].args[0]))
+                for start in range(0, len(numbers), self._batch_size):
+                    batch = numbers[start : start + self._batch_size]
+                    prompts = [requests[number].args[0] for number in batch]
+                    prompts += prompts[-1:] * (self._batch_size - len(prompts))
+                    generations = generate(
+                        self._graphdef,
+                        self._params,
+                        self._tokenizer,
+                        prompts,
+                        max_new_tokens=most,
+                        stops=[stop for stop in stops if stop],
+                        temperature=temperature,
+                        seed=start,
+                        max_prompt_tokens=self._max_length - most,
+                    )
+                    for number, text in zip(batch, generations):
+                        texts[number] = text
+                    progress.advance(len(batch))
+        return texts
+
+
+def _make_score(graphdef: nnx.GraphDef):
+    def score(params: Params, tokens_BM: jax.Array, segment_ids_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        hidden_BLD, _ = model(tokens_BM[:, :-1], segment_ids_BM[:, :-1])
+        output_VD = model.output_VD().astype(hidden_BLD.dtype)
+        B, L, D = hidden_BLD.shape
+        hidden_nBcD = hidden_BLD.reshape(B, L // CHUNK, CHUNK, D).swapaxes(0, 1)
+        targets_nBc = tokens_BM[:, 1:].reshape(B, L // CHUNK, CHUNK).swapaxes(0, 1)
+
+        def one(part):
+            hidden_BcD, targets_Bc = part
+            logits_BcV = jnp.einsum("BcD,VD->BcV", hidden_BcD, output_VD, preferred_element_type=jnp.float32)
+            target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+            return target_Bc - jax.nn.logsumexp(logits_BcV, axis=-1), logits_BcV.argmax(axis=-1) == targets_Bc
+
+        found = jax.lax.map(one, (hidden_nBcD, targets_nBc))
+        return jax.tree.map(lambda x_nBc: replicate(x_nBc.swapaxes(0, 1).reshape(B, L)), found)
+
+    return score
