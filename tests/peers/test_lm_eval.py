@@ -1,0 +1,62 @@
+"""Our model in lm-eval against lm-eval's own backend for Transformers, on the same tiny weights."""
+
+import types
+
+import families
+import jax
+import numpy as np
+import pytest
+from families import CASES, build, load, save
+from lm_eval.models.huggingface import HFLM
+
+from rho1_jax import sharding
+from rho1_jax.evals.lm_eval_adapter import LanguageModel
+
+MAX_LENGTH = 96
+TEXTS = ["The sum of two and three is", " five", "", "and so on " * 30, "x", " = 12.", "Question: what?\nAnswer:"]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The two, of a Llama with grouped heads."""
+    tokenizer = families.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    folder = tmp_path_factory.mktemp("hf")
+    peer = build(CASES["Llama 2 (TinyLlama), K < H"])
+    peer.config.max_position_embeddings = MAX_LENGTH
+    save(peer, tokenizer, folder)
+    graphdef, params = load(folder)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+        ours = LanguageModel(graphdef, placed, tokenizer, mesh, batch_size=4)
+        options = {"device": "cpu", "dtype": "float32", "batch_size": 4, "max_length": MAX_LENGTH}
+        # Ours begins a text without context as training does: with EOS, where the tokenizer puts no BOS.
+        theirs = HFLM(pretrained=str(folder), prefix_token_id=ours.prefix_token_id, **options)
+        assert ours._max_length == MAX_LENGTH
+        yield ours, theirs
+
+
+def requests(*arguments):
+    return [types.SimpleNamespace(args=one) for one in arguments]
+
+
+def test_loglikelihoods(both):
+    pairs = [(context, continuation) for context in TEXTS for continuation in TEXTS if continuation.strip()]
+    ours, theirs = (model.loglikelihood(requests(*pairs), disable_tqdm=True) for model in both)
+    np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], rtol=1e-4, atol=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_rolling_loglikelihoods(both):
+    texts = [(text,) for text in TEXTS if text]
+    ours, theirs = (model.loglikelihood_rolling(requests(*texts), disable_tqdm=True) for model in both)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_generations(both, monkeypatch):
+    # Bytes that are no UTF-8, which a random model gives, are written differently: both are written as theirs.
+    monkeypatch.setattr(both[0]._tokenizer, "decode", lambda ids: both[1].tok_decode(ids, skip_special_tokens=True))
+    options = [{"until": ["zz"], "max_gen_toks": 12, "do_sample": False}, {"until": [" "], "max_gen_toks": 5}]
+    asked = [(text, option) for text in TEXTS if text for option in options]
+    ours, theirs = (model.generate_until(requests(*asked), disable_tqdm=True) for model in both)
+    assert ours == theirs and any(ours)
