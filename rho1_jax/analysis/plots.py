@@ -62,6 +62,6 @@ def plot_dynamics(found: dict[str, Any], colours: dict[str, str], path: pathlib.
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, columnspacing=1.0)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
