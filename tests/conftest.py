@@ -151,11 +151,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(root())}
 
 
-def run_command(module, *arguments, **options):
+def run_command(module, *arguments, seconds=300):
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(
-        command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=300, **options
-    )
+    return subprocess.run(command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=seconds)
 
 
 @pytest.fixture(scope="session")

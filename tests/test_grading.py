@@ -7,6 +7,7 @@ import time
 import pytest
 from conftest import root, run_command
 
+from rho1_jax.errors import UserError
 from rho1_jax.evals.extraction import extract, last_boxed, last_number
 from rho1_jax.evals.grading import Grader, normalize
 
@@ -110,6 +111,15 @@ def test_no_comparison_escapes_its_time_limit():
         assert not grader.equal("(x+y+z+1)^{2000}", "(x+y+z+2)^{2000}+x")
         assert time.monotonic() - start < 20
         assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('math_verify')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Grader() as grader:
+        assert grader.equal("1/2", "0.5")  # numbers need no library
+        with pytest.raises(UserError, match="install the extra `eval`"):
+            grader.equal("\\sqrt{4}", "\\sqrt{2^2}")
 
 
 def test_normalized():

@@ -10,6 +10,8 @@ import re
 from types import TracebackType
 from typing import Any
 
+from rho1_jax.errors import UserError
+
 SECONDS = 5.0  # for one pair of formulas
 TOLERANCE = 1e-4  # relative, of numbers
 
@@ -103,7 +105,11 @@ class Grader:
         self._stop()
 
     def equal(self, answer: str | None, right: str, kind: str = "math") -> bool:
-        """Whether an extracted answer is right. None is not; neither is a comparison that takes too long."""
+        """Whether an extracted answer is right. None is not; neither is a comparison that takes too long.
+
+        Raises:
+          UserError: math-verify is needed and not installed.
+        """
         if answer is None:
             return False
         if kind == "choice":
@@ -129,12 +135,7 @@ class Grader:
 
     def _formulas_equal(self, answer: str, right: str) -> bool:
         if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_compare_forever, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
-            self._connection.recv()  # it is ready: importing sympy does not count
+            self._start()
         self._connection.send((answer, right))
         try:
             if self._connection.poll(self._seconds):
@@ -143,6 +144,20 @@ class Grader:
             pass
         self._stop()
         return False
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_compare_forever, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._connection.recv()  # it is ready: importing sympy does not count
+        except EOFError:
+            self._stop()
+            raise UserError(
+                "math-verify, which compares formulas, cannot be imported: install the extra `eval`"
+            ) from None
 
     def _stop(self) -> None:
         if self._process is not None:
