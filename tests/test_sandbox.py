@@ -16,7 +16,14 @@ from rho1_jax.evals.sandbox import ENDED, TIMED_OUT, Sandbox, shown
 
 @pytest.fixture(scope="module")
 def box():
-    with Sandbox(seconds=3) as box:
+    with Sandbox(seconds=30) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def hurried():
+    """A sandbox whose programs have little time."""
+    with Sandbox(seconds=1.5) as box:
         yield box
 
 
@@ -61,7 +68,6 @@ HOME = pathlib.Path.home()
         ("import os\nos.execv('/bin/true', ['true'])", REFUSED),
         ("import threading\nthreading.Thread(target=print).start()", "RuntimeError: can't start new thread"),
         ("x = bytearray(10**11)", "MemoryError"),
-        ("x = [bytearray(10**9), bytearray(10**9), bytearray(10**9)]", "MemoryError"),
         ("while True: pass", TIMED_OUT),
         ("import time\ntime.sleep(100)", TIMED_OUT),
         ("try:\n    while True: pass\nexcept BaseException:\n    pass", TIMED_OUT),
@@ -89,14 +95,19 @@ HOME = pathlib.Path.home()
         ("import os\nos.sched_setaffinity(os.getppid(), [0])", REFUSED),
     ],
 )  # fmt: skip
-def test_attacks_fail_and_the_next_program_runs(box, program, output):
+def test_attacks_fail_and_the_next_program_runs(hurried, program, output):
     with socket.create_server(("127.0.0.1", 0)) as server:
         start = time.monotonic()
-        found = box.run(program.replace("PORT", str(server.getsockname()[1])))
-        assert time.monotonic() - start < 6
+        found = hurried.run(program.replace("PORT", str(server.getsockname()[1])))
+        assert time.monotonic() - start < 10
     assert found.startswith(output), found
-    assert box.run("print('alive')") == "alive\n"
+    assert hurried.run("print('alive')") == "alive\n"
     assert not pathlib.Path("/tmp/outside").exists()
+
+
+def test_memory_that_grows_comes_to_an_end():
+    with Sandbox(seconds=30) as fresh:
+        assert fresh.run("x = []\nwhile True: x.append(bytearray(10**8))") == "MemoryError\n"
 
 
 def test_the_environment_is_not_that_of_the_parent(box, monkeypatch):
