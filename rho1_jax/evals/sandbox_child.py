@@ -166,7 +166,7 @@ def execute(code: str, names: dict, most: int) -> str:
                 print(value)
         return printed.getvalue()
     except BaseException as error:
-        return traceback.format_exception_only(error)[-1][:most]
+        return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1][:most] + "\n"
 
 
 def main() -> None:
