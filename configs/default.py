@@ -84,7 +84,7 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
             },
             "selection": {
                 "score": STAGES[stage],  # "none" (CLM), a name in rho1_jax/scores.py, or as "a:0.7 & b:0.7", "a | b"
-                "rule": "ratio",  # the top `ratio`; "threshold", "soft" and "weight" are told in docs/method.md
+                "rule": "ratio",  # the top `ratio`; "threshold", "soft" and "weight" are told in docs/selection.md
                 "ratio": 0.6,  # share of the eligible tokens that is trained on, a multiple of 0.0001
                 "schedule": "constant",  # of the ratio; "linear", "cosine" or "stepwise": from first_ratio to ratio
                 "first_ratio": 1.0,  # where the schedule begins

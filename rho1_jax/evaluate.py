@@ -77,7 +77,7 @@ def evaluate(
             metrics[f"eval/{name}/accuracy"] = accuracy(items)
         if lm_eval:
             metrics |= run_lm_eval(lm_eval, graphdef, params, tokenizer, mesh, config.eval.generate_batch)
-    tasks = [metrics[f"eval/{name}/accuracy"] for name in config.eval.tasks.split(",") if name]
+    tasks = [metrics[f"eval/{name}/accuracy"] for name in evaluator.tasks]
     if len(tasks) > 1:
         metrics["eval/average/accuracy"] = sum(tasks) / len(tasks)
     if output is not None and is_first():

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and read with errors a user can act on."""
 
 import contextlib
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
@@ -31,3 +32,9 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The checksum of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

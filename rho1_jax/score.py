@@ -26,7 +26,7 @@ from rho1_jax.data.store import Store
 from rho1_jax.distributed import define_distributed_flag, is_first, say, start
 from rho1_jax.metrics import Progress
 from rho1_jax.reference import load_frozen
-from rho1_jax.train import check_batch_size, resolve
+from rho1_jax.train import check, check_batch_size, resolve
 from rho1_jax.train_step import make_reference_signals
 
 
@@ -36,6 +36,7 @@ def score(config: ml_collections.ConfigDict, dtype: str, entropies: bool) -> Non
     Raises:
       UserError: config, data or reference do not fit, or something else is stored under the name.
     """
+    check(config)
     mesh = sharding.make_mesh(**config.mesh)
     check_batch_size(config, mesh)
     stores, _ = open_mixture(config.data.train)

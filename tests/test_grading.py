@@ -160,3 +160,18 @@ def test_grading_a_file_of_ones_own(tmp_path):
         assert bad.returncode == 2 and f"{path}{message}" in bad.stderr
     missing = run_command("tools.grade", f"--input={pathlib.Path('nowhere.jsonl')}", "--task=svamp")
     assert missing.returncode == 2 and "nowhere.jsonl: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no json\n", ":1: not JSON"),
+        ('{"generation": "2"}\n{"answer": "3"}\n', ":2: none of the keys generation, code"),
+        ('{"generation": "2"}\n', ": no programs with their output"),
+    ],
+)
+def test_replaying_what_is_no_transcript_is_refused(text, message, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    done = run_command("tools.replay_programs", f"--input={path}")
+    assert done.returncode == 2 and f"{path}{message}" in done.stderr

@@ -179,6 +179,12 @@ def test_scored_already(scored, reference, capsys):
         score.score(scoring_config(scored, reference, "half"), "float32", entropies=False)
 
 
+def test_a_config_that_cannot_be_is_refused_as_in_training(scored, reference):
+    with pytest.raises(UserError, match="config.microbatches=0 must be at least 1"):
+        score.score(scoring_config(scored, reference, "new", microbatches=0), "float16", entropies=False)
+    assert not (scored / "scores" / "new.partial").exists()
+
+
 @pytest.fixture
 def copy(scored, tmp_path):
     shutil.copytree(scored, tmp_path / "rows")

@@ -9,6 +9,7 @@ under "gt" or "answer". Where a record has a "score" of its own, the verdicts th
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -23,13 +24,34 @@ from rho1_jax.files import write_text
 from rho1_jax.metrics import Progress
 
 
-def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
+def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Line, record and generation of each record of a JSON lines file, with progress under a title.
+
+    Raises:
+      UserError: with file and line, where the file is missing or a record is bad.
+    """
+    if not path.is_file():
+        raise UserError(f"--input={path}: no such file")
+    with Progress(title, path.stat().st_size, unit="B") as progress:
+        for line, raw, position in records.read(path):
+            try:
+                record = records.parse(path, raw)
+            except records.BadRecord as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}:{line}: not a JSON object")
+            yield line, record, field(record, ("generation", "code"), f"{path}:{line}")
+            progress.advance_to(position)
+
+
+def field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+    """The first of some keys that a record has, or of the list there. Raises UserError where it has none."""
     found = next((record[name] for name in names if name in record), None)
     if isinstance(found, list):
         found = found[0] if found else None
     if found is None:
         raise UserError(f"{where}: none of the keys {', '.join(names)}")
-    return found
+    return str(found)
 
 
 def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
@@ -39,18 +61,10 @@ def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
       UserError: with file and line, where a record is bad.
     """
     kind, graded = TASKS[task].kind, []
-    with Grader() as grader, Progress("grade", path.stat().st_size, unit="B") as progress:
-        for line, raw, position in records.read(path):
-            where = f"{path}:{line}"
-            try:
-                record = records.parse(path, raw)
-            except records.BadRecord as error:
-                raise UserError(f"{where}: {error}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object")
-            text, right = (str(_field(record, names, where)) for names in (("generation", "code"), ("gt", "answer")))
-            answer = extract(text, kind)
-            verdict = record.get("score")
+    with Grader() as grader:
+        for line, record, text in generations("grade", path):
+            right = field(record, ("gt", "answer"), f"{path}:{line}")
+            answer, verdict = extract(text, kind), record.get("score")
             graded.append(
                 {
                     "line": line,
@@ -60,7 +74,6 @@ def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
                     "published": verdict[0] if isinstance(verdict, list) else verdict,
                 }
             )
-            progress.advance_to(position)
     if not graded:
         raise UserError(f"{path}: no records")
     return graded
@@ -74,10 +87,7 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "JSON lines file for the graded items.")
 
     def command() -> None:
-        file = pathlib.Path(path.value)
-        if not file.is_file():
-            raise UserError(f"--input={path.value}: no such file")
-        graded = grade(file, task.value)
+        graded = grade(pathlib.Path(path.value), task.value)
         found: dict[str, Any] = {
             "items": len(graded),
             "accuracy": sum(item["correct"] for item in graded) / len(graded),

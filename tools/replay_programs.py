@@ -15,10 +15,9 @@ from typing import Any
 from absl import flags
 
 from rho1_jax.config import run
-from rho1_jax.data import records
 from rho1_jax.errors import UserError
 from rho1_jax.evals.sandbox import Sandbox, shown
-from rho1_jax.metrics import Progress
+from tools.grade import generations
 
 BLOCKS = re.compile(r"```python\n(.*?)```\n```output\n(.*?)```", re.DOTALL)
 
@@ -26,17 +25,10 @@ BLOCKS = re.compile(r"```python\n(.*?)```\n```output\n(.*?)```", re.DOTALL)
 def replay(path: pathlib.Path) -> list[dict[str, Any]]:
     """Each program's line, recorded and new output. Raises UserError where the file is not one of transcripts."""
     found = []
-    with Progress("replay", path.stat().st_size, unit="B") as progress:
-        for line, raw, position in records.read(path):
-            record = records.parse(path, raw)
-            text = record.get("generation", record.get("code")) if isinstance(record, dict) else None
-            text = text[0] if isinstance(text, list) and text else text
-            if not isinstance(text, str):
-                raise UserError(f"{path}:{line}: none of the keys generation, code")
-            with Sandbox() as box:
-                for program, output in BLOCKS.findall(text):
-                    found.append({"line": line, "recorded": output.strip(), "now": shown(box.run(program))})
-            progress.advance_to(position)
+    for line, _, text in generations("replay", path):
+        with Sandbox() as box:
+            for program, output in BLOCKS.findall(text):
+                found.append({"line": line, "recorded": output.strip(), "now": shown(box.run(program))})
     if not found:
         raise UserError(f"{path}: no programs with their output")
     return found
@@ -48,10 +40,7 @@ def main() -> None:
     as_json = flags.DEFINE_bool("json", False, "Print the figures as JSON.")
 
     def command() -> None:
-        file = pathlib.Path(path.value)
-        if not file.is_file():
-            raise UserError(f"--input={path.value}: no such file")
-        found = replay(file)
+        found = replay(pathlib.Path(path.value))
         differ = [program for program in found if program["recorded"] != program["now"]]
         share = 1 - len(differ) / len(found)
         if as_json.value:

@@ -16,21 +16,21 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from rho1_jax import checkpoint
 from rho1_jax.accounting import LEDGER_FILE
 from rho1_jax.config import run, selection_rule
 from rho1_jax.data.score_store import SPLIT
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.files import read_json, write_text
+from rho1_jax.files import read_json, replacing, write_text
 from rho1_jax.metrics import read_metrics
 from rho1_jax.score import score
 from rho1_jax.scores import REFERENCE_SIGNALS
 from rho1_jax.train import train
-from tools.demo import arm_config, make_data, say
+from tools.demo import SCORES, arm_config, make_data, say
 
 RATES = (7e-4, 1.5e-3)
 PROBLEM = re.compile(r"Q: [^\n]*\nS: [^\n]*\nA: [^\n]*\n")
-SCORES = "reference"
 
 # What each arm changes in the demonstration's SLM.
 ARMS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,8 @@ def prepare(output: pathlib.Path, seed: int) -> None:
     if not (output / "problems.npy").exists():
         say("finding the problems")
         tokenizer = Tokenizer(output / "data" / "tokenizer.model")
-        np.save(output / "problems.npy", problem_mask(Store(output / "data" / "noisy"), tokenizer))
+        with replacing(output / "problems.npy") as beside, beside.open("wb") as file:
+            np.save(file, problem_mask(Store(output / "data" / "noisy"), tokenizer))
 
 
 def study_config(arm: str, output: pathlib.Path, seed: int, rate: float) -> ml_collections.ConfigDict:
@@ -104,10 +105,9 @@ def one(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
     """A run, or what it told if it is finished."""
     workdir = output / re.sub(r"\W+", "_", arm).strip("_") / f"{rate:g}"
     config = study_config(arm, output, seed, rate)
-    if not (workdir / "done").exists():
+    if checkpoint.steps(workdir) != [config.steps]:
         say(f"seed {seed}, {arm}, learning rate {rate:g}")
         train(config, workdir)
-        write_text(workdir / "done", "")
     last = read_metrics(workdir)[-1]
     flops = sum(read_json(workdir / LEDGER_FILE)["flops"].values())
     if selection_rule(config).needs & REFERENCE_SIGNALS and not config.reference.moves:

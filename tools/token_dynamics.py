@@ -15,7 +15,6 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from rho1_jax import checkpoint, model, selection, sharding
 from rho1_jax.analysis.dynamics import CHANGE, CLASSES, Dynamics, class_means, classify, shares
@@ -28,7 +27,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.files import replacing, write_text
 from rho1_jax.metrics import Progress
-from rho1_jax.model import ModelConfig
+from rho1_jax.model import ModelConfig, Params
 from rho1_jax.pretrained import open_pretrained
 from rho1_jax.train_step import make_token_losses
 
@@ -60,12 +59,9 @@ last loss is at most the mean of all, and H&rarr;H where it is not.</p>
 """
 
 
-def losses_at(
-    directory: pathlib.Path, model_config: ModelConfig, losses: Any, batches: list[Any], mesh: Mesh
-) -> np.ndarray:
-    """Losses [rows, L] of a checkpoint's model."""
-    params = checkpoint.load_params(directory, model_config, mesh, "float32")
-    return np.concatenate([np.asarray(losses(params, batch)[0]) for batch in batches])
+def all_losses(losses: Any, params: Params, batches: list[Any], rows: int) -> np.ndarray:
+    """Losses [rows, L] of a model."""
+    return np.concatenate([np.asarray(losses(params, batch)[0]) for batch in batches])[:rows]
 
 
 def measure(workdir: pathlib.Path, data: str, rows: int, reference: str) -> dict[str, Any]:
@@ -88,25 +84,26 @@ def measure(workdir: pathlib.Path, data: str, rows: int, reference: str) -> dict
     mesh = sharding.make_mesh(**config.mesh)
     held_out = store.rows("eval")
     which, size = range(min(rows, len(held_out))), BATCH_ROWS * mesh.size
-    token_losses = make_token_losses(model.build(model_config), config.data.document_mask)
+
+    def jitted(of: ModelConfig) -> Any:
+        token_losses = make_token_losses(model.build(of), config.data.document_mask)
+        return jax.jit(token_losses, out_shardings=sharding.replicated(mesh))
+
     with jax.set_mesh(mesh):
         read = list(eval_batches(held_out, size, sharding.local_rows(mesh, size), which))
         batches = [to_devices(batch, mesh, size) for batch in read]
-        losses = jax.jit(token_losses, out_shardings=sharding.replicated(mesh))
-        found = []
+        losses, found = jitted(model_config), []
         with Progress("checkpoints", len(steps), unit="checkpoints") as progress:
             for step in steps:
-                found.append(losses_at(checkpoint.at(workdir, step), model_config, losses, batches, mesh)[: len(which)])
+                params = checkpoint.load_params(checkpoint.at(workdir, step), model_config, mesh, "float32")
+                found.append(all_losses(losses, params, batches, len(which)))
                 progress.advance(1)
         reference_loss = None
         if reference:
             opened = open_pretrained(reference, "--reference", config, store)
-            function = make_token_losses(model.build(opened.model), config.data.document_mask)
-            function = jax.jit(function, out_shardings=sharding.replicated(mesh))
             params = opened.load(mesh, config.model.compute_dtype)
-            parts = [np.asarray(function(params, batch)[0]) for batch in batches]
-            reference_loss = np.concatenate(parts)[: len(which)]
-    tokens, segment_ids = (np.concatenate(part)[: len(which)] for part in list(zip(*(batch[:2] for batch in read))))
+            reference_loss = all_losses(jitted(opened.model), params, batches, len(which))
+    tokens, segment_ids = (np.concatenate(part)[: len(which)] for part in zip(*(batch[:2] for batch in read)))
     return {
         "steps": steps,
         "loss_nBL": np.stack(found),

@@ -25,7 +25,7 @@ from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.errors import UserError
-from rho1_jax.files import replacing, write_text
+from rho1_jax.files import replacing, sha256, write_text
 from rho1_jax.metrics import Progress
 
 CHUNK_BYTES = 4 << 20
@@ -157,18 +157,13 @@ def _work(chunk: RawChunk, path: pathlib.Path) -> Chunk:
     return tokenized
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """The part of the manifest that is known before the work, with the fingerprint over it."""
     inputs = []
     with Progress("fingerprint", sum(path.stat().st_size for path in files), unit="B") as progress:
         for path in files:
             size = path.stat().st_size
-            inputs.append({"file": str(path), "bytes": size, "sha256": _sha256(path)})
+            inputs.append({"file": str(path), "bytes": size, "sha256": sha256(path)})
             progress.advance(size)
     description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -5,7 +5,6 @@ DATA/scores/NAME/manifest.json  losses-00000.npy  [entropies-00000.npy]  ...
 Each .npy file is an array [rows of the shard, seq_len] in nats, which numpy reads by itself.
 """
 
-import hashlib
 import json
 import math
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 
 from rho1_jax.data.store import MANIFEST, Store
 from rho1_jax.errors import UserError
-from rho1_jax.files import read_json, replacing, write_text
+from rho1_jax.files import read_json, replacing, sha256, write_text
 from rho1_jax.metrics import Progress
 
 KEY = "config.reference.scores"
@@ -106,7 +105,7 @@ class ScoreWriter:
     def finish(self, totals: dict[str, Any]) -> None:
         """Writes the manifest, with the checksum of each file and the totals, and gives the directory its name."""
         files = [_file(name, shard) for name in self.names for shard in range(len(self.shards()))]
-        checksums = {file: _sha256(self._partial / file) for file in files}
+        checksums = {file: sha256(self._partial / file) for file in files}
         write_text(
             self._partial / MANIFEST,
             json.dumps(self._description | totals | {"files": checksums}, indent=2) + "\n",
@@ -122,11 +121,6 @@ class ScoreWriter:
 
 def _file(name: str, shard: int) -> str:
     return f"{name}-{shard:05d}.npy"
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ScoreStore:
@@ -166,7 +160,7 @@ class ScoreStore:
                 raise UserError(f"{path} is missing; remove {self.path} and score again")
         with Progress(f"verify {self.path.name}", sum(path.stat().st_size for path, _ in files), unit="B") as progress:
             for path, checksum in files:
-                if _sha256(path) != checksum:
+                if sha256(path) != checksum:
                     raise UserError(f"{path} was changed since it was written; remove {self.path} and score again")
                 progress.advance(path.stat().st_size)
 

@@ -57,7 +57,8 @@ class Evaluator:
             for name, path in parse_named(config.eval.questions, "config.eval.questions").items()
         }
         exemplars, grader = parse_named(config.eval.exemplars, "config.eval.exemplars"), Grader()
-        for name in filter(None, config.eval.tasks.split(",")):
+        self.tasks = [name for name in config.eval.tasks.split(",") if name]
+        for name in self.tasks:
             self.questions[name] = task_questions(
                 name,
                 config.eval.data_dir,

@@ -6,8 +6,6 @@ evaluation that Rho-1 published. Reading such answers kindly would add more than
 
 import re
 
-KINDS = ("math", "choice")
-
 _NUMBER = r"-?\d*\.?\d+"
 # How Minerva's prompt has an answer end (Lewkowycz et al. 2022, appendix D).
 _FINAL = re.compile(r"final answer is \$(.*?)\$\. I hope", re.DOTALL)

@@ -15,51 +15,19 @@ import resource
 import signal
 import traceback
 
+# fmt: off
 # System calls of x86-64 that fail, by number.
 DENIED = (
-    *(29, 30, 31, 64, 65, 66, 67, 68, 69, 70, 71, *range(240, 246)),  # System V and POSIX message queues, memory
+    29, 30, 31, 64, 65, 66, 67, 68, 69, 70, 71, *range(240, 246),  # System V and POSIX message queues, memory
     *range(41, 60),  # sockets; clone, fork, vfork, execve
-    *(62, 129, 200, 234, 297, 424, 434, 438),  # signals, and descriptors of processes
-    *(
-        76,
-        90,
-        91,
-        92,
-        93,
-        94,
-        132,
-        235,
-        260,
-        261,
-        268,
-        280,
-        452,
-        *range(188, 200),
-    ),  # what Landlock leaves: modes, times
-    *(101, 310, 311, 312),  # other processes' memory
-    *(141, 142, 144, 203, 251, 256, 279, 302, 314),  # other processes' limits and scheduling
-    *(
-        135,
-        155,
-        *range(161, 180),
-        246,
-        248,
-        249,
-        250,
-        272,
-        288,
-        298,
-        299,
-        307,
-        308,
-        313,
-        320,
-        321,
-        322,
-        323,
-    ),  # the system
-    *(425, 426, 427, *range(428, 434), 442, 463, 464, 465, 466),  # io_uring, mounts, extended attributes
+    62, 129, 200, 234, 297, 424, 434, 438,  # signals, and descriptors of processes
+    76, 90, 91, 92, 93, 94, 132, 235, 260, 261, 268, 280, 452, *range(188, 200),  # what Landlock leaves: modes, times
+    101, 310, 311, 312,  # other processes' memory
+    141, 142, 144, 203, 251, 256, 279, 302, 314,  # other processes' limits and scheduling
+    135, 155, *range(161, 180), 246, 248, 249, 250, 272, 288, 298, 299, 307, 308, 313, 320, 321, 322, 323,  # the system
+    425, 426, 427, *range(428, 434), 442, 463, 464, 465, 466,  # io_uring, mounts, extended attributes
 )
+# fmt: on
 ENOSYS_CALLS = (435,)  # clone3: libraries then try clone
 X86_64 = 0xC000003E
 READ_FILE_AND_DIRECTORY, ALL_RIGHTS = (1 << 2) | (1 << 3), 13  # Landlock: rights of its first version
