@@ -23,12 +23,10 @@ SPLASH_BLOCK = 512  # queries and keys, at most
 
 def attention(
     q_BLHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
-    query_segments_BL: jax.Array,
-    key_segments_BS: jax.Array,
+    k_BLKC: jax.Array,
+    v_BLKC: jax.Array,
+    segments_BL: jax.Array,
     *,
-    first_query: jax.Array | int = 0,
     sliding_window: int | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
@@ -36,13 +34,11 @@ def attention(
 
     Args:
       q_BLHC: [B, L, H, C] queries.
-      k_BSKC: [B, S, K, C] keys; K divides H.
-      v_BSKC: [B, S, K, C] values.
-      query_segments_BL: [B, L] segment ids of the queries.
-      key_segments_BS: [B, S] segment ids of the keys.
-      first_query: index, among the S keys, of the first query. Other than 0 when generating.
+      k_BLKC: [B, L, K, C] keys; K divides H.
+      v_BLKC: [B, L, K, C] values.
+      segments_BL: [B, L] segment ids.
       sliding_window: how many keys, itself included, a query sees at most; None means all.
-      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": by the devices at hand. Generation takes "xla".
+      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": by the devices at hand.
 
     Returns:
       [B, L, H, C] in the dtype of the queries.
@@ -50,15 +46,32 @@ def attention(
     Raises:
       UserError: the kernel cannot take rows of this length.
     """
-    L, S = q_BLHC.shape[1], k_BSKC.shape[1]
-    if L != S or not isinstance(first_query, int):
-        mask_BLS = attention_mask(query_segments_BL, key_segments_BS, first_query, sliding_window)
-        return _attend(q_BLHC, k_BSKC, v_BSKC, mask_BLS)
+    L = q_BLHC.shape[1]
     if kernel == "auto":
         kernel, multiple = KERNELS.get(jax.default_backend(), ("xla", 1))
         kernel = "xla" if L % multiple else kernel
     row_kernels = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
-    return row_kernels[kernel](q_BLHC, k_BSKC, v_BSKC, query_segments_BL, sliding_window)
+    return row_kernels[kernel](q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window)
+
+
+def cached_attention(q_BHC: jax.Array, k_BKCS: jax.Array, v_BKSC: jax.Array, visible_BS: jax.Array) -> jax.Array:
+    """The same, of one query a row, to those of S cached keys that it sees. Keys lie as the product reads them.
+
+    Args:
+      q_BHC: [B, H, C] queries.
+      k_BKCS: [B, K, C, S] keys; K divides H.
+      v_BKSC: [B, K, S, C] values.
+      visible_BS: [B, S] which keys each query sees, one at least.
+
+    Returns:
+      [B, H, C] in the dtype of the queries.
+    """
+    B, H, C = q_BHC.shape
+    q_BKGC = q_BHC.reshape(B, k_BKCS.shape[1], -1, C)
+    logits_BKGS = jnp.einsum("BKGC,BKCS->BKGS", q_BKGC * C**-0.5, k_BKCS, preferred_element_type=jnp.float32)
+    weights_BKGS = jax.nn.softmax(logits_BKGS, where=visible_BS[:, None, None])
+    mixed_BKGC = jnp.einsum("BKGS,BKSC->BKGC", weights_BKGS.astype(v_BKSC.dtype), v_BKSC)
+    return mixed_BKGC.reshape(B, H, C)
 
 
 def attention_mask(

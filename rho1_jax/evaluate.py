@@ -23,7 +23,6 @@ from rho1_jax.config import differences, model_config, run
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.distributed import define_distributed_flag, is_first, say, start
 from rho1_jax.errors import UserError
-from rho1_jax.evals.answers import accuracy
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.files import read_json, write_text
 from rho1_jax.model import Params
@@ -70,11 +69,7 @@ def evaluate(
         params = checkpoint.load_params(directory, policy_config, mesh, "float32")
         if output is not None:
             check_settings(output, settings)
-        metrics = evaluator.losses(params)
-        for name in evaluator.questions:
-            file = output / f"{name}.jsonl" if output else None
-            items = evaluator.answers(params, name, temperature, seed, file)
-            metrics[f"eval/{name}/accuracy"] = accuracy(items)
+        metrics = evaluator(params, temperature, seed, output)
         if lm_eval:
             metrics |= run_lm_eval(lm_eval, graphdef, params, tokenizer, mesh, config.eval.generate_batch)
     tasks = [metrics[f"eval/{name}/accuracy"] for name in evaluator.tasks]

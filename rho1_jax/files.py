@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rho1_jax.errors import UserError
@@ -22,6 +22,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a whole UTF-8 text file, or leaves what was there."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def json_lines(records: Iterable[Any]) -> str:
+    """Records as JSON lines. What is read back is to be split at "\\n" alone: a record may hold other line ends."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rho1_jax.distributed import is_first
 from rho1_jax.errors import UserError
-from rho1_jax.files import write_text
+from rho1_jax.files import json_lines, write_text
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -91,13 +91,13 @@ class MetricsWriter:
         """Drops what an interrupted run wrote after `resume_step`, so that its steps are not there twice."""
         self._path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if self._path.exists() else []
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self._path, json_lines(kept))
         self._file = self._path.open("a")
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line, on the disk when this returns."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json_lines([{"step": step, **metrics}]))
         self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)

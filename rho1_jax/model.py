@@ -1,12 +1,12 @@
 """A decoder as Llama, Mistral and Qwen have it: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Shapes: B batch rows, L sequence, S cached positions, D model width, H query heads, K key/value heads, C head width,
-F feed-forward width, V vocabulary, N layers.
+Shapes: B batch rows, L sequence, D model width, H query heads, K key/value heads, C head width, F feed-forward width,
+V vocabulary, N layers.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from rho1_jax.attention import attention
 from rho1_jax.sharding import shard_activations
 
 Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
+# Attention of a layer: queries [B, L, H, C], keys and values [B, L, K, C] -> mixed values [B, L, H, C].
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Family(NamedTuple):
@@ -67,15 +69,6 @@ class ModelConfig:
     loss_chunk: int
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, for generation."""
-
-    k_NBSKC: jax.Array
-    v_NBSKC: jax.Array
-    segment_ids_BS: jax.Array  # 0 where nothing is stored
-    length: jax.Array  # how many of the S positions are filled
-
-
 class RMSNorm(nnx.Module):
     """Scales each vector along the last axis to a root mean square of one (arXiv 1910.07467), in float32."""
 
@@ -120,8 +113,18 @@ def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """
     inner, outer = kernel.shape[:contracted], kernel.shape[contracted:]
     size = math.prod(inner)
-    flat_TX = x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)
+    x_TD, kernel_DX = x.reshape(-1, size), kernel.astype(x.dtype).reshape(size, -1)
+    if x.shape[1] == 1 and jax.default_backend() == "cpu":
+        # Behind a barrier, so that the loop over tokens turns the kernel once.
+        flat_TX = _times_few(jax.lax.optimization_barrier(kernel_DX.T), x_TD).astype(x.dtype)
+    else:
+        flat_TX = x_TD @ kernel_DX
     return flat_TX.reshape(*x.shape[:2], *outer)
+
+
+def _times_few(kernel_XD: jax.Array, x_TD: jax.Array) -> jax.Array:
+    """x @ kernel.T of a few rows, on CPU. XLA copies the right operand of a product there, so it is the smaller one."""
+    return jax.lax.optimization_barrier(jnp.matmul(kernel_XD, x_TD.T, preferred_element_type=jnp.float32)).T
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
@@ -146,8 +149,8 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(C, config.norm_eps)
             self.k_norm = RMSNorm(C, config.norm_eps)
 
-    def __call__(self, hidden_BLD, positions_BL, segments, cached_kv, start):
-        """Attends to this call's keys or, with a cache, to the cache with this call's keys written at `start`."""
+    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix) -> jax.Array:
+        """What the states [B, L, D] have added to them."""
         q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...]) for kernel in (self.q, self.k, self.v))
         if FAMILIES[self.config.family].qkv_bias:
             q_BLHC += self.q_bias[...].astype(q_BLHC.dtype)
@@ -157,21 +160,7 @@ class Attention(nnx.Module):
             q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
         frequencies = rotary_frequencies(self.config)
         q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
-        kv = k_BLKC, v_BLKC
-        if cached_kv is not None:
-            kv = cached_kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(cached_BSKC, new_BLKC, start, axis=1)
-                for cached_BSKC, new_BLKC in zip(cached_kv, kv)
-            )
-        mixed_BLHC = attention(
-            q_BLHC,
-            *kv,
-            *segments,
-            first_query=start,
-            sliding_window=self.config.sliding_window,
-            kernel=self.config.attention,
-        )
-        return _project(mixed_BLHC, self.o[...], contracted=2), cached_kv
+        return _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], contracted=2)
 
 
 class FeedForward(nnx.Module):
@@ -198,12 +187,12 @@ class Layer(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, hidden_BLD, positions_BL, segments, cached_kv, start):
-        """The states [B, L, D] after the layer, and the layer's cache with this call's keys and values."""
-        mixed_BLD, kv = self.attention(self.attention_norm(hidden_BLD), positions_BL, segments, cached_kv, start)
-        hidden_BLD = shard_activations(hidden_BLD + mixed_BLD)
+    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix) -> jax.Array:
+        """The states [B, L, D] after the layer."""
+        hidden_BLD = hidden_BLD + self.attention(self.attention_norm(hidden_BLD), positions_BL, mix)
+        hidden_BLD = shard_activations(hidden_BLD)
         hidden_BLD = hidden_BLD + self.feed_forward(self.feed_forward_norm(hidden_BLD))
-        return shard_activations(hidden_BLD), kv
+        return shard_activations(hidden_BLD)
 
 
 class Decoder(nnx.Module):
@@ -227,45 +216,60 @@ class Decoder(nnx.Module):
         """The output embedding [V, D]."""
         return (self.embedding if self.config.tied_embeddings else self.head)[...]
 
-    def __call__(
-        self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    def logits(self, hidden_BD: jax.Array) -> jax.Array:
+        """Of the next token, [B, V] in float32, after one hidden state of each row."""
+        output_VD = self.output_VD().astype(hidden_BD.dtype)
+        if jax.default_backend() == "cpu":
+            return _times_few(output_VD, hidden_BD)
+        return jnp.einsum("BD,VD->BV", hidden_BD, output_VD, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         """Runs the decoder.
 
         Args:
           tokens_BL: [B, L] token ids.
           segment_ids_BL: [B, L] document numbers; attention stays within equal ones, positions restart at each.
-          cache: what came before these tokens, when generating. A segment then continues at its own length.
 
         Returns:
-          [B, L, D] hidden states after the last norm, in the compute dtype, and the cache with these tokens added.
+          [B, L, D] hidden states after the last norm, in the compute dtype.
         """
-        if cache is None:
-            start: jax.Array | int = 0
-            cached_kv = None
-            key_segments_BS = segment_ids_BL
-            positions_BL = segment_positions(segment_ids_BL)
-        else:
-            start = cache.length
-            key_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BL, start, axis=1)
-            positions_BL = jax.lax.dynamic_slice_in_dim(
-                segment_positions(key_segments_BS), start, tokens_BL.shape[1], axis=1
-            )
-            cached_kv = (cache.k_NBSKC, cache.v_NBSKC)
-        segments = segment_ids_BL, key_segments_BS
-        hidden_BLD = shard_activations(self.embedding[...].astype(self.config.compute_dtype)[tokens_BL])
+        positions_BL, mix = segment_positions(segment_ids_BL), self.mix_within(segment_ids_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(hidden_BLD, layer_inputs):
-            params, cached_kv = layer_inputs
-            return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, segments, cached_kv, start)
+        def layer(hidden_BLD, params):
+            return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mix), None
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.config.remat])
-        hidden_BLD, kv = jax.lax.scan(layer, hidden_BLD, (stacked, cached_kv), unroll=self.config.unroll)
-        if cache is not None:
-            cache = Cache(kv[0], kv[1], key_segments_BS, cache.length + tokens_BL.shape[1])
-        return self.norm(hidden_BLD), cache
+        hidden_BLD, _ = jax.lax.scan(layer, self._embed(tokens_BL), stacked, unroll=self.config.unroll)
+        return self.norm(hidden_BLD)
+
+    def mix_within(self, segment_ids_BL: jax.Array) -> Mix:
+        """Attention within the documents of whole rows."""
+        window, kernel = self.config.sliding_window, self.config.attention
+        return lambda q, k, v: attention(q, k, v, segment_ids_BL, sliding_window=window, kernel=kernel)
+
+    def layer_by_layer(
+        self, layers: Iterable[Params], tokens_BL: jax.Array, positions_BL: jax.Array, mix: Mix
+    ) -> jax.Array:
+        """Runs the decoder as generation does.
+
+        Args:
+          layers: each layer's own parameters, not stacked.
+          tokens_BL: [B, L] token ids.
+          positions_BL: [B, L] positions within their documents.
+          mix: attention; called for one layer after the other.
+
+        Returns:
+          [B, L, D] hidden states as `__call__` gives them.
+        """
+        graphdef, hidden_BLD = nnx.split(self.layers)[0], self._embed(tokens_BL)
+        for params in layers:
+            hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mix)
+        return self.norm(hidden_BLD)
+
+    def _embed(self, tokens_BL: jax.Array) -> jax.Array:
+        return shard_activations(self.embedding[...].astype(self.config.compute_dtype)[tokens_BL])
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:

@@ -133,8 +133,23 @@ def mesh_is_set() -> bool:
 
 
 def shard_activations(hidden_BLD: jax.Array) -> jax.Array:
-    """Keeps rows on the data axes, wherever a mesh is set; otherwise returns its argument."""
-    return jax.lax.with_sharding_constraint(hidden_BLD, PartitionSpec(BATCH_AXES)) if mesh_is_set() else hidden_BLD
+    """Keeps rows on the data axes, wherever a mesh is set; otherwise returns its argument.
+
+    Rows of one token, as in decoding, lie as the weights do: then the states cross the mesh and not the weights.
+    """
+    spec = PartitionSpec(BATCH_AXES) if hidden_BLD.shape[1] > 1 else PartitionSpec("data", None, "fsdp")
+    return jax.lax.with_sharding_constraint(hidden_BLD, spec) if mesh_is_set() else hidden_BLD
+
+
+def row_shards() -> int:
+    """Over how many devices the rows of a batch are spread; 1 where no mesh is set."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH_AXES) if mesh_is_set() else 1
+
+
+def shard_cache(cache: jax.Array) -> jax.Array:
+    """Keeps rows on the data axes and key/value heads on `tensor`, [B, K, ...], wherever a mesh is set."""
+    return jax.lax.with_sharding_constraint(cache, PartitionSpec(BATCH_AXES, "tensor")) if mesh_is_set() else cache
 
 
 def replicate(x: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
 def _losses(graphdef: nnx.GraphDef, params: Params, tokens: _Tokens, entropies: bool = False):
     """Losses [B, L], and entropies [B, L] or None."""
     model = nnx.merge(graphdef, params)
-    hidden_BLD, _ = model(tokens.inputs, tokens.segment_ids)
+    hidden_BLD = model(tokens.inputs, tokens.segment_ids)
     return token_losses(hidden_BLD, model.output_VD(), tokens.targets, model.config.loss_chunk, entropies)
 
 

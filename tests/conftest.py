@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections import deque
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from rho1_jax import model
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.prepare import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.generate import Generator
 from rho1_jax.model import ModelConfig
 from rho1_jax.selection import Selection
 from rho1_jax.sharding import path_name
@@ -91,6 +93,12 @@ def tensors(tree) -> dict[str, np.ndarray]:
     """Parameters, or their gradients, under Hugging Face's names and shapes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
+
+
+def continuations(graphdef, params, tokenizer, prompts, rows=None, **options) -> list[str]:
+    """Of all prompts, in their order, so many at a time."""
+    found = Generator(graphdef, params, tokenizer, rows or len(prompts)).run(deque(enumerate(prompts)), **options)
+    return [text for _, text in sorted(found)]
 
 
 def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:

@@ -43,17 +43,19 @@ def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
         read_questions(path, CONFIG)
 
 
-def test_items_are_graded_by_exact_match(monkeypatch, tmp_path):
+def test_items_are_graded_by_exact_match(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("".join(f'{{"question": "{n}", "answer": "A: {n}"}}\n' for n in range(3)))
-    seen = []
 
-    def fake_generate(graphdef, params, tokenizer, prompts, **options):
-        seen.append(list(prompts))
-        return [f"S: thinking\nA: {'1' if '1' in prompt else '0'}" for prompt in prompts]
+    class FakeGenerator:
+        def run(self, requests, **options):
+            # The last one ends first.
+            for number, prompt in reversed(requests):
+                yield number, f"S: thinking\nA: {'1' if '1' in prompt else '0'}"
 
-    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
-    results = list(answer_all(None, None, None, read_questions(path, CONFIG), CONFIG))
-    assert [result["correct"] for result in results] == [True, True, False]
+    questions = read_questions(path, CONFIG)
+    results = list(answer_all(FakeGenerator(), questions, CONFIG))
+    assert [result["index"] for result in results] == [2, 1, 0]
+    assert [result["correct"] for result in results] == [False, True, True]
     assert accuracy(results) == 2 / 3
-    assert seen == [["Q: 0\n", "Q: 1\n"], ["Q: 2\n", "Q: 2\n"]]
+    assert [result["index"] for result in answer_all(FakeGenerator(), questions, CONFIG, answered={1})] == [2, 0]

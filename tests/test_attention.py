@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rho1_jax import sharding
-from rho1_jax.attention import attention, attention_mask, splash_kernel
+from rho1_jax.attention import attention, attention_mask, cached_attention, splash_kernel
 from rho1_jax.errors import UserError
 
 
@@ -51,7 +51,7 @@ def check(ours, q, k, v, segments, sliding_window):
 def test_xla_in_blocks_equals_jax_nn(kv_heads, sliding_window, length):
     q, k, v, segments = inputs(length, kv_heads)
     check(
-        lambda q, k, v: attention(q, k, v, segments, segments, sliding_window=sliding_window, kernel="xla"),
+        lambda q, k, v: attention(q, k, v, segments, sliding_window=sliding_window, kernel="xla"),
         *(q, k, v, segments, sliding_window),
     )
 
@@ -67,7 +67,7 @@ def test_splash_equals_jax_nn(monkeypatch, kv_heads, sliding_window, sizes):
         if sizes is not None:
             mesh = jax.make_mesh(sizes, sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4])
             stack.enter_context(jax.set_mesh(mesh))
-        check(lambda q, k, v: ours(q, k, v, segments, segments), q, k, v, segments, sliding_window)
+        check(lambda q, k, v: ours(q, k, v, segments), q, k, v, segments, sliding_window)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
@@ -83,7 +83,7 @@ def test_cudnn_gets_what_jax_nn_does(monkeypatch, sliding_window):
 
     expected = theirs(q, k, v, segments, sliding_window)
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    found = attention(q, k, v, segments, segments, sliding_window=sliding_window, kernel="cudnn")
+    found = attention(q, k, v, segments, sliding_window=sliding_window, kernel="cudnn")
     assert implementations == ["cudnn"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -94,16 +94,26 @@ def test_cudnn_lowers_to_its_fused_kernels(monkeypatch):
     segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
 
     def loss(q, k, v, segments):
-        return attention(q, k, v, segments, segments, sliding_window=64, kernel="cudnn").astype(jnp.float32).sum()
+        return attention(q, k, v, segments, sliding_window=64, kernel="cudnn").astype(jnp.float32).sum()
 
     lowered = jax.jit(jax.grad(loss)).trace(q, k, v, segments).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_to_cached_keys_equals_jax_nn(kv_heads):
+    """The last query of each row sees the keys that its row has visible, which lie anywhere."""
+    q, k, v, _ = inputs(12, kv_heads)
+    visible = np.random.default_rng(1).random((2, 12)) < 0.5
+    found = cached_attention(q[:, -1], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), jnp.array(visible))
+    expected = jax.nn.dot_product_attention(q[:, -1:], k, v, mask=visible[:, None, None])
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_splash_refuses_rows_it_cannot_divide():
     q, k, v, segments = inputs(100, 2)
     with pytest.raises(UserError, match="config.model.attention='splash' needs rows of a multiple of 128 .*not 100"):
-        attention(q, k, v, segments, segments, kernel="splash")
+        attention(q, k, v, segments, kernel="splash")
 
 
 def test_no_buffer_holds_the_logits_of_all_pairs():
@@ -114,7 +124,7 @@ def test_no_buffer_holds_the_logits_of_all_pairs():
         gradient = jax.grad(lambda *qkv: function(*qkv).sum(), argnums=(0, 1, 2))
         return jax.jit(gradient).lower(q, q, q, segments).compile().memory_analysis().temp_size_in_bytes
 
-    ours = temporaries(lambda q, k, v, segments: attention(q, k, v, segments, segments, kernel="xla"))
+    ours = temporaries(lambda q, k, v, segments: attention(q, k, v, segments, kernel="xla"))
     assert ours < temporaries(lambda *qkv: theirs(*qkv, None)) / 2
 
 

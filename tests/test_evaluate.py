@@ -55,26 +55,33 @@ def data_dir(tmp_path):
     return tmp_path / "tasks"
 
 
-def answering(monkeypatch, stop_after=None):
-    """Stands for the model: it counts the batches, and knows that there are as many apples as the prompt says."""
-    batches = []
+def answering(monkeypatch, answer):
+    """`answer` stands for the model: prompt and stop strings -> continuation. Ends come in no order."""
 
-    def fake_generate(graphdef, params, tokenizer, prompts, **options):
-        batches.append(list(prompts))
-        if stop_after is not None and len(batches) > stop_after:
-            raise KeyboardInterrupt
-        last = [prompt.rsplit("Question: ", 1)[1] for prompt in prompts]
-        return [f" The answer is {text.split()[0]}." if "apples" in text else " The answer is (B)." for text in last]
+    class FakeGenerator:
+        def __init__(self, graphdef, params, tokenizer, rows):
+            self.rows = rows
 
-    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
-    return batches
+        def run(self, requests, *, stops, **options):
+            while requests:
+                taken = [requests.popleft() for _ in range(min(self.rows, len(requests)))]
+                for number, prompt in reversed(taken):
+                    yield number, answer(prompt, stops)
+
+    monkeypatch.setattr("rho1_jax.evals.evaluator.Generator", FakeGenerator)
+
+
+def knowing(prompt, stops):
+    """As many apples as the prompt says, and always B."""
+    last = prompt.rsplit("Question: ", 1)[1]
+    return f" The answer is {last.split()[0]}." if "apples" in last else " The answer is (B)."
 
 
 TASKS = {"data": "", "tasks": "svamp,mathqa", "generate_batch": 2}
 
 
 def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkeypatch):
-    answering(monkeypatch)
+    answering(monkeypatch, knowing)
     metrics = evaluate(str(reference), TASKS | {"data_dir": str(data_dir)}, tmp_path / "out", temperature=0.0, seed=0)
     assert metrics == {"eval/svamp/accuracy": 1.0, "eval/mathqa/accuracy": 0.0, "eval/average/accuracy": 0.5}
     items = [json.loads(line) for line in (tmp_path / "out" / "svamp.jsonl").open()]
@@ -88,19 +95,28 @@ def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkey
 
 def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkeypatch):
     overrides = TASKS | {"data_dir": str(data_dir)}
-    answering(monkeypatch, stop_after=2)
+    asked = []
+
+    def interrupted(prompt, stops):
+        asked.append(prompt)
+        if len(asked) > 5:
+            raise KeyboardInterrupt
+        return knowing(prompt, stops) + "\u2028"  # a line end for some, but not in JSON lines
+
+    answering(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     path = tmp_path / "out" / "svamp.jsonl"
     whole = path.read_text()
-    assert len(whole.splitlines()) == 4
-    path.write_text(whole[:-30])  # a line that was cut short, and with it its batch
-    batches = answering(monkeypatch)
+    assert [json.loads(line)["index"] for line in whole.split("\n")[:-1]] == [1, 0, 3, 2, 5]
+    path.write_text(whole[:-30])  # a line that was cut short
+    asked.clear()
+    answering(monkeypatch, lambda prompt, stops: asked.append(prompt) or knowing(prompt, stops))
     metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
-    assert metrics["eval/svamp/accuracy"] == 1.0 and len(batches) == 3 + 4
-    assert path.read_text().startswith(whole) and len(path.read_text().splitlines()) == 7
+    assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 3 + 7
+    assert [json.loads(line)["index"] for line in path.read_text().split("\n")[:-1]] == list(range(7))
     assert evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
-    assert len(batches) == 7
+    assert len(asked) == 3 + 7
     with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
 
@@ -123,21 +139,17 @@ def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path
     """The model writes a program, reads the output, and answers with it; names last from program to program."""
     seen = []
 
-    def fake_generate(graphdef, params, tokenizer, prompts, *, stops, **options):
-        seen.append(prompts)
+    def answer(prompt, stops):
+        seen.append(prompt)
         assert "```output" in stops
-        texts = []
-        for prompt in prompts:
-            outputs = prompt.split("```output\n")[1:]
-            if not outputs:
-                texts.append(f"```python\nx = {prompt.split()[1]} * 2\nprint(x)\n```\n")
-            elif len(outputs) == 1:
-                texts.append("Half of it:\n```python\nprint(x // 2)\n```\n")
-            else:
-                texts.append(f"So it is $\\boxed{{{outputs[-1].splitlines()[0]}}}$.")
-        return texts
+        outputs = prompt.split("```output\n")[1:]
+        if not outputs:
+            return f"```python\nx = {prompt.split()[1]} * 2\nprint(x)\n```\n"
+        if len(outputs) == 1:
+            return "Half of it:\n```python\nprint(x // 2)\n```\n"
+        return f"So it is $\\boxed{{{outputs[-1].splitlines()[0]}}}$."
 
-    monkeypatch.setattr("rho1_jax.evals.answers.generate", fake_generate)
+    answering(monkeypatch, answer)
     overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True}
     metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert metrics["eval/svamp/accuracy"] == 1.0
@@ -147,13 +159,11 @@ def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path
         "```python\nx = 3 * 2\nprint(x)\n```\n```output\n6\n```\n"
         "Half of it:\n```python\nprint(x // 2)\n```\n```output\n3\n```\nSo it is $\\boxed{3}$."
     )
-    assert len(seen) == 3 * 4
+    assert len(seen) == 3 * 7
 
 
 def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "rho1_jax.evals.answers.generate", lambda *arguments, **options: ["```python\n1\n```\n"] * len(arguments[3])
-    )
+    answering(monkeypatch, lambda prompt, stops: "```python\n1\n```\n")
     overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True, "task_items": 2}
     evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])

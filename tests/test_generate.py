@@ -1,38 +1,46 @@
 """Generation against teacher forcing."""
 
+from collections import deque
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import continuations, tiny
 from flax import nnx
 
-from rho1_jax import model
+from rho1_jax import generate, model, sharding
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.generate import generate
+from rho1_jax.errors import UserError
+from rho1_jax.generate import Generator, bucket
+from tools import hlo_cost
 
-LONGEST = 96  # tokens of a prompt and its continuation
+LONGEST = 160  # tokens of a prompt and its continuation
 PROMPTS = ["Document 1: 3+4=", "D", "Document 12: 20+22=42.\nand so on, and so"]
+MANY = [*PROMPTS, "x", "and so on, " * 9, "Document 7", "1+1=2", "so on, and", "Document 123: 45+4=" * 3]
 
 
-@pytest.fixture(scope="module")
-def setup(tokenizer):
-    config = tiny(vocab_size=tokenizer.vocab_size, width=48)
+def model_of(tokenizer, **changes):
+    config = tiny(vocab_size=tokenizer.vocab_size, width=48, **changes)
     # Sharper than at the start of training, so that the next token has a clear winner.
     params = jax.tree.map(lambda x: 3 * x, model.init_params(config, 3))
     return model.build(config), params
 
 
+@pytest.fixture(scope="module")
+def setup(tokenizer):
+    return model_of(tokenizer)
+
+
 def continue_(setup, tokenizer, prompts, **options):
-    return generate(*setup, tokenizer, prompts, **{"max_new_tokens": 20, "stops": (), **options})
+    return continuations(*setup, tokenizer, prompts, **{"max_new_tokens": 20, "stops": (), **options})
 
 
 @partial(jax.jit, static_argnums=0)
 def all_logits(graphdef, params, tokens, segment_ids):
     decoder = nnx.merge(graphdef, params)
-    return decoder(tokens, segment_ids)[0] @ decoder.output_VD().T
+    return decoder(tokens, segment_ids) @ decoder.output_VD().T
 
 
 def teacher_forced_ids(setup, tokenizer, prompt, count):
@@ -66,9 +74,89 @@ def test_greedy_equals_teacher_forced_argmax(setup, tokenizer, bos, tmp_path):
     assert continue_(setup, tokenizer, PROMPTS) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window": 5},
+        {"sliding_window": 40},
+        {"tied_embeddings": False, "kv_heads": 1},
+        {"family": "qwen2", "kv_heads": 4},
+        {"family": "qwen3", "rope_factor": 4.0, "rope_original_length": 32},
+    ],
+    ids=str,
+)
+def test_free_rows_take_the_next_prompts(tokenizer, changes):
+    """Nine prompts in two rows, until the ring has gone round several times."""
+    setup = model_of(tokenizer, **changes)
+    expected = [teacher_forced(setup, tokenizer, prompt, 50) for prompt in MANY]
+    assert continue_(setup, tokenizer, MANY, rows=2, max_new_tokens=50) == expected
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_a_mesh_changes_nothing(setup, tokenizer, sizes):
+    expected = [teacher_forced(setup, tokenizer, prompt, 20) for prompt in MANY]
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(setup[1], sharding.param_shardings(setup[1], mesh))
+        assert continue_((setup[0], params), tokenizer, MANY, rows=3) == expected
+
+
+def test_decoding_brings_no_weights_together(setup, tokenizer):
+    mesh = sharding.make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(setup[1], sharding.param_shardings(setup[1], mesh))
+        generator = Generator(setup[0], params, tokenizer, 8)
+        state = generate._empty(generator._config, 8, 64)
+        arguments = setup[0], generator._params, state, jax.random.key(0)
+        compiled = generate._decode.lower(*arguments, temperature=0.0).compile()
+    cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, None).cost()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert 0 < cost.collective_bytes / generate.STRETCH < weights / 4
+    keys = generate._decode(*arguments, temperature=0.0)[0].caches[0][0]
+    assert {shard.data.nbytes for shard in keys.addressable_shards} == {keys.nbytes // 8}
+
+
 def test_neighbours_in_the_batch_do_not_matter(setup, tokenizer):
     together = continue_(setup, tokenizer, PROMPTS)
     assert [continue_(setup, tokenizer, [prompt])[0] for prompt in PROMPTS] == together
+
+
+def test_requests_may_be_added_meanwhile(setup, tokenizer):
+    """One that is longer than the cache was made for is among them."""
+    requests, found = deque(enumerate(PROMPTS)), {}
+    for number, text in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=20, stops=()):
+        found[number] = text
+        if number < 3:
+            requests.append((number + 10, PROMPTS[number] * 3))
+    expected = {number: prompt for number, prompt in enumerate(PROMPTS)}
+    expected |= {number + 10: prompt * 3 for number, prompt in enumerate(PROMPTS)}
+    assert found == {number: teacher_forced(setup, tokenizer, prompt, 20) for number, prompt in expected.items()}
+
+
+def test_lengths_are_rounded_up_by_little_and_to_few():
+    lengths = np.arange(1, 4097)
+    rounded = np.array([bucket(int(length)) for length in lengths])
+    assert (rounded >= lengths).all() and (rounded % 32 == 0).all() and (np.diff(rounded) >= 0).all()
+    assert (rounded < lengths + np.maximum(32, lengths / 4)).all() and len(set(rounded)) < 40
+    assert bucket(1) == 32 and bucket(512) == 512 and bucket(513) == 640 and bucket(1000) == 1024
+
+
+def test_nothing_is_compiled_twice_for_one_bucket(setup, tokenizer):
+    generator = Generator(*setup, tokenizer, 2)
+
+    def compiled():
+        return [function._cache_size() for function in (generate._prefill, generate._decode, generate._empty)]
+
+    def run(prompts):
+        return list(generator.run(deque(enumerate(prompts)), max_new_tokens=20, stops=()))
+
+    run(PROMPTS)
+    before = compiled()
+    run(["another", *MANY[3:4], *PROMPTS])
+    assert compiled() == before
+    run(["and so on, " * 20])
+    assert compiled() == [size + 1 for size in before]
 
 
 def test_stop_strings_and_length_end_a_continuation(setup, tokenizer):
@@ -92,17 +180,30 @@ def test_end_of_sequence_ends_a_continuation(setup, tokenizer):
     assert continue_(setup, tokenizer, [prompt])[0] == expected
 
 
+def test_only_the_end_of_a_long_prompt_is_used(setup, tokenizer):
+    ids = tokenizer.encode_prompt(MANY[4])
+    expected = teacher_forced(setup, tokenizer, tokenizer.decode(ids[-7:]), 20)
+    assert tokenizer.encode(tokenizer.decode(ids[-7:])) == ids[-7:]
+    assert continue_(setup, tokenizer, [MANY[4]], max_prompt_tokens=7) == [expected]
+
+
 def test_temperature_draws_by_seed(setup, tokenizer):
     drawn = [continue_(setup, tokenizer, PROMPTS, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != continue_(setup, tokenizer, PROMPTS)
 
 
+def test_draws_do_not_depend_on_the_batch(setup, tokenizer):
+    drawn = continue_(setup, tokenizer, MANY, temperature=2.0)
+    assert continue_(setup, tokenizer, MANY, rows=2, temperature=2.0) == drawn
+    assert len(set(continue_(setup, tokenizer, PROMPTS[:1] * 4, temperature=2.0))) == 4
+
+
 def test_temperature_follows_the_models_probabilities(setup, tokenizer):
     """First tokens of many draws against the softmax of the logits."""
     graphdef, params = setup
     decoder, ids = nnx.merge(graphdef, params), tokenizer.encode(PROMPTS[0])
-    hidden, _ = decoder(jnp.array([ids]), jnp.ones((1, len(ids)), int))
+    hidden = decoder(jnp.array([ids]), jnp.ones((1, len(ids)), int))
     probabilities = jax.nn.softmax(hidden[0, -1] @ decoder.output_VD().T / 1.5)
     best = int(probabilities.argmax())
     drawn = continue_(setup, tokenizer, PROMPTS[:1] * 400, temperature=1.5, max_new_tokens=1)
@@ -111,5 +212,5 @@ def test_temperature_follows_the_models_probabilities(setup, tokenizer):
 
 
 def test_an_empty_prompt_is_refused(setup, tokenizer):
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
         continue_(setup, tokenizer, ["a", ""])

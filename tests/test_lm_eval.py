@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import continuations, tiny
 
 from rho1_jax import model, sharding
 from rho1_jax.data.packing import Batch
 from rho1_jax.evals.lm_eval_adapter import LanguageModel
-from rho1_jax.generate import generate
 from rho1_jax.train_step import make_token_losses
 
 CONFIG = tiny(vocab_size=300, context_length=48)
@@ -49,7 +48,7 @@ def log_probabilities(weights, ids):
 
 def generated(weights, tokenizer, prompt, **options):
     with alone():
-        return generate(*weights, tokenizer, [prompt], **options)[0]
+        return continuations(*weights, tokenizer, [prompt], **options)[0]
 
 
 PAIRS = [

@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import time
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.files import write_text
-from rho1_jax.generate import generate
+from rho1_jax.generate import TAIL, Generator
 from rho1_jax.model import ModelConfig
 from rho1_jax.selection import Selection
 from rho1_jax.token_loss import token_losses
@@ -45,6 +46,7 @@ from tools.benchmark_data import loading_ways, scoring_ways, tokenizing_ways
 
 RULE = Selection(**default.get_config("slm").selection)
 NEW_TOKENS = 64
+SPREAD = 0.8  # of the logarithm of continuations' lengths; between the longest and the mean of 16 lies a factor of 3
 PAUSE = 0.5  # seconds between two ways: PyTorch's threads go on spinning for a while, at the next way's cost
 PRODUCT = 2048  # rows, columns and depth of the matrix product that tells what the machine can do
 
@@ -78,8 +80,9 @@ COMMON: dict[str, Any] = {
 }
 _6M = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32, "ff_width": 768}
 _34M = {"vocab_size": 32_000, "width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "head_width": 64, "ff_width": 1024}
+_1M = {"vocab_size": 640, "width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_width": 32, "ff_width": 384}
 _TINY = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ff_width": 48}
-SIZES = {"6m": Size(_6M, 16, 256), "34m": Size(_34M, 8, 512), "tiny": Size(_TINY, 4, 32)}
+SIZES = {"1m": Size(_1M, 16, 256), "6m": Size(_6M, 16, 256), "34m": Size(_34M, 8, 512), "tiny": Size(_TINY, 4, 32)}
 
 Ways = dict[str, Callable[[], object]]
 
@@ -147,30 +150,53 @@ def step_ways(size: Size) -> Ways:
     }
 
 
-class _Ids:
-    """Stands for a tokenizer: a prompt is a row's number, and nothing ends a text."""
+class Work(NamedTuple):
+    """Prompts [n, L] of half a row, and how many tokens the continuation of each has."""
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+
+
+def generation_work(size: Size) -> dict[str, Work]:
+    """As many prompts as rows, continued alike; and four times as many, whose continuations end as answers do."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, size.model["vocab_size"], (4 * size.rows, size.seq_len // 2))
+    prompts[:, -1] = np.arange(len(prompts))  # by this the tokenizer knows them
+    spread = (NEW_TOKENS // 2 * np.exp(SPREAD * rng.normal(size=len(prompts)))).astype(int).clip(8, 4 * NEW_TOKENS)
+    return {
+        f"{NEW_TOKENS} tokens each": Work(prompts[: size.rows], np.full(size.rows, NEW_TOKENS)),
+        f"{spread.min()} to {spread.max()} tokens, {spread.mean():.0f} on average": Work(prompts, spread),
+    }
+
+
+class _Tokenizer:
+    """Stands for one: a prompt is its number, and a continuation ends with a dot when it is as long as it shall be."""
 
     eos_id = -1
 
-    def __init__(self, prompts: np.ndarray):
-        self._prompts = prompts
+    def __init__(self, work: Work):
+        self._work = work
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        return self._prompts[int(prompt)].tolist()
+        return self._work.prompts[int(prompt)].tolist()
 
     def decode(self, ids: list[int]) -> str:
-        return ""
+        length, new = self._work.lengths[ids[TAIL - 1]], len(ids) - TAIL
+        return "x" * min(new, length) + ("." if new >= length else "")
 
 
-def generation_ways(size: Size) -> Ways:
-    """Greedy continuation of prompts of half a row."""
+def generation_ways(size: Size, work: Work) -> Ways:
+    """Greedy continuation of prompts, as many at a time as the size has rows."""
     config = size.config()
     graphdef, params = model.build(config), model.init_params(config, 0)
-    prompts = np.random.default_rng(0).integers(1, config.vocab_size, (size.rows, size.seq_len // 2))
-    texts, tokenizer = [str(row) for row in range(size.rows)], _Ids(prompts)
-    return {
-        "generate": lambda: generate(graphdef, params, tokenizer, texts, max_new_tokens=NEW_TOKENS, stops=[])  # type: ignore[arg-type]
-    }
+    generator = Generator(graphdef, params, _Tokenizer(work), size.rows)  # type: ignore[arg-type]
+
+    def one() -> None:
+        requests = deque((number, str(number)) for number in range(len(work.prompts)))
+        for number, text in generator.run(requests, max_new_tokens=int(work.lengths.max()), stops=["."]):
+            assert len(text) == work.lengths[number]
+
+    return {"generate": one}
 
 
 def product_ways() -> Ways:
@@ -246,18 +272,21 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[
         table(what, found[what], "tokens a second")
     else:
         for name in sizes:
+            if what == "generation":
+                for title, work in generation_work(SIZES[name]).items():
+                    ways = generation_ways(SIZES[name], work)
+                    if peers:
+                        ways |= peer_module().generation_ways(SIZES[name], work)
+                    found[f"{name}, {title}"] = timed(ways, work.lengths.sum(), repeats)
+                    table(f"{name}, {title}", found[f"{name}, {title}"], "tokens a second")
+                continue
             size = SIZES[name]
-            generating = what == "generation"
-            ways = generation_ways(size) if generating else step_ways(size)
-            if peers and generating:
-                ways |= peer_module().generation_ways(size, NEW_TOKENS)
-            elif peers:
+            ways = step_ways(size)
+            if peers:
                 ways |= peer_module().step_ways(size, RULE.ratio)
-            amount = size.rows * (NEW_TOKENS if generating else size.seq_len)
-            found[name] = timed(ways, amount, repeats)
+            found[name] = timed(ways, size.rows * size.seq_len, repeats)
             table(f"{name} {what}", found[name], "tokens a second")
-            if not generating:
-                tell_products(size, found[name], peers, repeats)
+            tell_products(size, found[name], peers, repeats)
     return found
 
 

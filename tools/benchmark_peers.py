@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 if TYPE_CHECKING:
-    from tools.benchmark import Size
+    from tools.benchmark import Size, Work
 
 
 def _model(size: "Size") -> Any:
@@ -76,10 +76,30 @@ def product_ways(size: int) -> dict[str, Callable[[], object]]:
     return {"PyTorch": lambda: a @ a}
 
 
-def generation_ways(size: "Size", new_tokens: int) -> dict[str, Callable[[], object]]:
-    """Greedy continuation of prompts of half a row."""
+class _Lengths(StoppingCriteria):
+    """Ends each row of a batch at a length of its own."""
+
+    def __init__(self, lengths: torch.Tensor):
+        self._lengths = lengths
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] >= self._lengths
+
+
+def generation_ways(size: "Size", work: "Work") -> dict[str, Callable[[], object]]:
+    """Greedy continuation of prompts, batch after batch; a batch ends with its longest continuation."""
     network = _model(size).eval()
-    prompts = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len // 2))
-    options = {"max_new_tokens": new_tokens, "do_sample": False}
-    mask = torch.ones_like(prompts)
-    return {"Transformers' generate": lambda: network.generate(prompts, attention_mask=mask, **options)}
+    prompts, lengths = torch.from_numpy(work.prompts), torch.from_numpy(work.lengths)
+
+    def one() -> None:
+        for batch, most in zip(prompts.split(size.rows), lengths.split(size.rows)):
+            network.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=int(most.max()),
+                do_sample=False,
+                stopping_criteria=[_Lengths(batch.shape[1] + most)],
+                pad_token_id=0,
+            )
+
+    return {"Transformers' generate": one}

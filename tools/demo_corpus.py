@@ -3,7 +3,6 @@
 The problems come from reasoning-gym's generators; the worked solutions are written here from the items' metadata.
 """
 
-import json
 import pathlib
 import random
 import re
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from rho1_jax.files import write_text
+from rho1_jax.files import json_lines, write_text
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
 PROBLEM_SHARE = 0.15  # of the noisy corpus's characters
@@ -143,4 +142,4 @@ def write_corpora(directory: pathlib.Path, seed: int, clean: int, noisy: int, qu
         "questions": ({"question": problem.question, "answer": f"A: {problem.answer}"} for problem in asked),
     }
     for name, lines in records.items():
-        write_text(directory / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(directory / f"{name}.jsonl", json_lines(lines))

@@ -20,7 +20,7 @@ from rho1_jax.errors import UserError
 from rho1_jax.evals.extraction import extract
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import TASKS
-from rho1_jax.files import write_text
+from rho1_jax.files import json_lines, write_text
 from rho1_jax.metrics import Progress
 
 
@@ -98,7 +98,7 @@ def main() -> None:
             found["published_accuracy"] = sum(item["published"] for item in told) / len(told)
             found["same_verdict"] = 1 - len(differ) / len(told)
         if output.value:
-            write_text(pathlib.Path(output.value), "".join(json.dumps(item) + "\n" for item in graded))
+            write_text(pathlib.Path(output.value), json_lines(graded))
         if as_json.value:
             json.dump(found | {"differ": differ}, sys.stdout, indent=2)
             print()

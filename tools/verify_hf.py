@@ -43,7 +43,7 @@ def our_logits(folder: HuggingFaceFolder, config: ModelConfig, ids: list[int]) -
     @jax.jit
     def logits(params, ids_1L):
         decoder = nnx.merge(graphdef, params)
-        hidden_1LD, _ = decoder(ids_1L, jnp.ones_like(ids_1L))
+        hidden_1LD = decoder(ids_1L, jnp.ones_like(ids_1L))
         return jnp.einsum("LD,VD->LV", hidden_1LD[0], decoder.output_VD(), preferred_element_type=jnp.float32)
 
     with jax.set_mesh(mesh):

@@ -6,21 +6,18 @@ import json
 import operator
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from flax import nnx
-
 from rho1_jax.data import records
-from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import ROLE_TEMPLATES
 from rho1_jax.errors import UserError
 from rho1_jax.evals import extraction
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import STOPS, TASKS, read_exemplars, read_items
-from rho1_jax.evals.tool_use import generate_with_tools
-from rho1_jax.generate import generate
-from rho1_jax.model import Params
+from rho1_jax.evals.tool_use import run_with_tools
+from rho1_jax.generate import Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,53 +136,37 @@ def task_questions(
 
 
 def answer_all(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    tokenizer: Tokenizer,
+    generator: Generator,
     questions: Questions,
     config: AnswerConfig,
     *,
-    first: int = 0,
+    answered: Collection[int] = (),
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Answers questions a batch at a time, from the `first` one on.
+    """Answers questions, but for those whose index is in `answered`, in the order in which the answers end.
 
     Yields:
-      For each question its prompt, the generation, the extracted and the right answer, and whether they are equal.
+      For each question its index, its prompt, the generation, the extracted and the right answer, and whether they are
+      equal.
     """
-    for start in range(first, len(questions.items), config.generate_batch):
-        batch = questions.items[start : start + config.generate_batch]
-
-        def continued(prompts: list[str], stops: Sequence[str], start: int = start) -> list[str]:
-            # A batch is filled up, so that one shape is compiled.
-            filled = prompts + prompts[-1:] * (config.generate_batch - len(prompts))
-            texts = generate(
-                graphdef,
-                params,
-                tokenizer,
-                filled,
-                max_new_tokens=config.max_new_tokens,
-                stops=stops,
-                temperature=temperature,
-                seed=seed + start,
-            )
-            return texts[: len(prompts)]
-
-        prompts = [question.prompt for question in batch]
-        if questions.tools:
-            generations = generate_with_tools(continued, prompts, questions.stops)
-        else:
-            generations = continued(prompts, questions.stops)
-        for question, generation in zip(batch, generations):
-            extracted = questions.extract(generation)
-            yield {
-                "prompt": question.prompt,
-                "generation": generation,
-                "extracted": extracted,
-                "answer": question.answer,
-                "correct": questions.equal(extracted, question.answer),
-            }
+    items = questions.items
+    requests = [(index, item.prompt) for index, item in enumerate(items) if index not in answered]
+    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature, "seed": seed}
+    if questions.tools:
+        generations = run_with_tools(generator, requests, questions.stops, **options)
+    else:
+        generations = generator.run(deque(requests), stops=questions.stops, **options)
+    for index, generation in generations:
+        extracted = questions.extract(generation)
+        yield {
+            "index": index,
+            "prompt": items[index].prompt,
+            "generation": generation,
+            "extracted": extracted,
+            "answer": items[index].answer,
+            "correct": questions.equal(extracted, items[index].answer),
+        }
 
 
 def accuracy(results: Sequence[dict[str, Any]]) -> float:
@@ -193,18 +174,19 @@ def accuracy(results: Sequence[dict[str, Any]]) -> float:
     return sum(result["correct"] for result in results) / len(results)
 
 
-def read_items_done(path: pathlib.Path, questions: Questions, batch: int) -> list[dict[str, Any]]:
-    """The items that an interrupted evaluation wrote, in whole batches. A line that was cut short is left out.
+def read_answered(path: pathlib.Path, questions: Questions) -> list[dict[str, Any]]:
+    """The items that an interrupted evaluation wrote. What was cut short is left out.
 
     Raises:
       UserError: the file is of other questions.
     """
     items = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             items.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    if [item["prompt"] for item in items] != [question.prompt for question in questions.items[: len(items)]]:
+    prompts = dict(enumerate(question.prompt for question in questions.items))
+    if any(prompts.get(item.get("index")) != item["prompt"] for item in items):
         raise UserError(f"{path} is of other questions; choose another --output")
-    return items if len(items) == len(questions.items) else items[: len(items) // batch * batch]
+    return items

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -23,14 +22,16 @@ from rho1_jax.distributed import is_first
 from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import (
     AnswerConfig,
+    Questions,
     accuracy,
     answer_all,
-    read_items_done,
+    read_answered,
     read_questions,
     task_questions,
 )
 from rho1_jax.evals.grading import Grader
-from rho1_jax.files import write_text
+from rho1_jax.files import json_lines, write_text
+from rho1_jax.generate import Generator
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
 from rho1_jax.sharding import local_rows, replicated
@@ -46,6 +47,8 @@ class Evaluator:
         self._batch_size, self._max_rows = config.batch_size // config.microbatches, config.eval.rows
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
         self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
+        if self._answers.tool_use and jax.process_count() > 1:
+            raise UserError("config.eval.tool_use: programs run on one host; evaluate there, without --distributed")
         self._rows = {}
         for name, path in parse_named(config.eval.data, "config.eval.data").items():
             store = Store(path)
@@ -69,51 +72,56 @@ class Evaluator:
             )
         self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """{"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}."""
-        accuracies = {f"eval/{name}/accuracy": accuracy(self.answers(params, name)) for name in self.questions}
-        return self.losses(params) | accuracies
+    def __call__(
+        self, params: Params, temperature: float = 0.0, seed: int = 0, output: pathlib.Path | None = None
+    ) -> dict[str, float]:
+        """{"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}.
 
-    def losses(self, params: Params) -> dict[str, float]:
-        """{"eval/NAME/loss": mean over the eligible tokens of the split "eval", in nats}."""
-        return {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
-
-    def answers(
-        self,
-        params: Params,
-        name: str,
-        temperature: float = 0.0,
-        seed: int = 0,
-        file: pathlib.Path | None = None,
-    ) -> list[dict[str, Any]]:
-        """The graded items of a question file or task, as `answer_all` yields them.
-
-        With a file, they are written there as they come, and those that it holds are not answered again.
+        Args:
+          params: of the model.
+          temperature: of the answers; 0: the likeliest token.
+          seed: of the draws.
+          output: folder for the graded items, NAME.jsonl: written as they come, and those there not answered again.
         """
-        questions = self.questions[name]
-        items = read_items_done(file, questions, self._answers.generate_batch) if file else []
-        total = len(questions.items)
+        metrics = {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
+        if self.questions:
+            generator = Generator(self._graphdef, params, self._tokenizer, self._answers.generate_batch)
+            for name, questions in self.questions.items():
+                file = output / f"{name}.jsonl" if output else None
+                items = self._answer(generator, name, questions, temperature, seed, file)
+                metrics[f"eval/{name}/accuracy"] = accuracy(items)
+        return metrics
+
+    def _answer(
+        self,
+        generator: Generator,
+        name: str,
+        questions: Questions,
+        temperature: float,
+        seed: int,
+        file: pathlib.Path | None,
+    ) -> list[dict[str, Any]]:
+        """The graded items, as `answer_all` yields them, in the order of the questions."""
+        items = read_answered(file, questions) if file else []
+        answered = {item["index"] for item in items}
         with contextlib.ExitStack() as stack:
+            total = len(questions.items)
             progress = stack.enter_context(Progress(name, total, "questions", initial=len(items), leave=False))
             lines = None
             if file is not None and is_first():
-                write_text(file, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+                write_text(file, json_lines(items))
                 lines = stack.enter_context(file.open("a", encoding="utf-8"))
             for item in answer_all(
-                self._graphdef,
-                params,
-                self._tokenizer,
-                questions,
-                self._answers,
-                first=len(items),
-                temperature=temperature,
-                seed=seed,
+                generator, questions, self._answers, answered=answered, temperature=temperature, seed=seed
             ):
                 items.append(item)
                 if lines:
-                    lines.write(json.dumps(item, ensure_ascii=False) + "\n")
+                    lines.write(json_lines([item]))
                     lines.flush()
                 progress.advance(1)
+        items.sort(key=lambda item: item["index"])
+        if file is not None and is_first():
+            write_text(file, json_lines(items))
         return items
 
     def _loss(self, params: Params, name: str) -> float:

@@ -3,7 +3,7 @@
 Shapes: B requests, L tokens, D model width, V vocabulary, c positions of one chunk.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.generate import generate
+from rho1_jax.errors import UserError
+from rho1_jax.generate import Generator
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
 from rho1_jax.sharding import batch_sharding, replicate
@@ -103,36 +104,31 @@ class LanguageModel(TemplateLM):
             stops = (until,) if isinstance(until, str) else tuple(until)
             sampled = options.get("do_sample", options.get("temperature", 0) > 0)
             temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-            alike[stops, int(options.get("max_gen_toks", MAX_NEW_TOKENS)), temperature].append(number)
+            most = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+            if most >= self._max_length:
+                raise UserError(f"lm-eval asks for {most} new tokens; the model's context_length is {self._max_length}")
+            alike[stops, most, temperature].append(number)
         texts = [""] * len(requests)
+        generator = Generator(self._graphdef, self._params, self._tokenizer, self._batch_size)
         with Progress("generate", len(requests), unit="requests", leave=False) as progress:
             for (stops, most, temperature), numbers in alike.items():
                 numbers.sort(key=lambda number: -len(requests[number].args[0]))
-                for start in range(0, len(numbers), self._batch_size):
-                    batch = numbers[start : start + self._batch_size]
-                    prompts = [requests[number].args[0] for number in batch]
-                    prompts += prompts[-1:] * (self._batch_size - len(prompts))
-                    generations = generate(
-                        self._graphdef,
-                        self._params,
-                        self._tokenizer,
-                        prompts,
-                        max_new_tokens=most,
-                        stops=[stop for stop in stops if stop],
-                        temperature=temperature,
-                        seed=start,
-                        max_prompt_tokens=self._max_length - most,
-                    )
-                    for number, text in zip(batch, generations):
-                        texts[number] = text
-                    progress.advance(len(batch))
+                for number, text in generator.run(
+                    deque((number, requests[number].args[0]) for number in numbers),
+                    max_new_tokens=most,
+                    stops=[stop for stop in stops if stop],
+                    temperature=temperature,
+                    max_prompt_tokens=self._max_length - most,
+                ):
+                    texts[number] = text
+                    progress.advance(1)
         return texts
 
 
 def _make_score(graphdef: nnx.GraphDef):
     def score(params: Params, tokens_BM: jax.Array, segment_ids_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
-        hidden_BLD, _ = model(tokens_BM[:, :-1], segment_ids_BM[:, :-1])
+        hidden_BLD = model(tokens_BM[:, :-1], segment_ids_BM[:, :-1])
         output_VD = model.output_VD().astype(hidden_BLD.dtype)
         B, L, D = hidden_BLD.shape
         hidden_nBcD = hidden_BLD.reshape(B, L // CHUNK, CHUNK, D).swapaxes(0, 1)

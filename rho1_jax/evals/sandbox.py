@@ -49,7 +49,7 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.close()
 
     def run(self, code: str) -> str:
         """What the program prints, and the value of its last line; the last line of the traceback where it fails.
@@ -62,7 +62,7 @@ class Sandbox:
         try:
             return str(self._ask(code, self._seconds).get("output", ""))[:MOST_OUTPUT]
         except (TimeoutError, EOFError) as error:
-            self._stop()
+            self.close()
             return TIMED_OUT if isinstance(error, TimeoutError) else ENDED
 
     def _start(self) -> None:
@@ -99,7 +99,7 @@ class Sandbox:
         except (TimeoutError, EOFError):
             answer = {}
         if "ready" not in answer:
-            self._stop()
+            self.close()
             reason = answer.get("refused", "the process did not start")
             raise UserError(f"programs cannot be run safely on this machine: {reason}")
 
@@ -132,7 +132,8 @@ class Sandbox:
             raise EOFError
         return answer
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Ends the process, if there is one, and removes its folder. The next program gets others."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

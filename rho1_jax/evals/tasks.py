@@ -149,7 +149,7 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
         records = list(json.loads(text).values()) if path.suffix == ".json" else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: not JSON of {{id: record}}: {error}") from None
-    lines = text.splitlines() if records is None else records
+    lines = text.split("\n") if records is None else records
     for number, line in enumerate(lines, start=1):
         if line:
             try:
@@ -168,7 +168,7 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
     task = TASKS[name]
     try:
         if file:
-            lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+            lines = pathlib.Path(file).read_text(encoding="utf-8").split("\n")
             found = [Exemplar(**json.loads(line)) for line in lines if line]
         elif task.exemplars == "gsm8k":
             found = _gsm8k_exemplars()
@@ -177,7 +177,7 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
             found = [Exemplar(shot["problem"], shot["solution"]) for shot in utils.list_fewshot_samples()]
         else:
             ours = importlib.resources.files("rho1_jax.evals") / "exemplars" / f"{task.exemplars}.jsonl"
-            found = [Exemplar(**json.loads(line)) for line in ours.read_text(encoding="utf-8").splitlines()]
+            found = [Exemplar(**json.loads(line)) for line in ours.read_text(encoding="utf-8").split("\n") if line]
     except ModuleNotFoundError as error:
         raise UserError(f"task {name}: {error}; install the extra `eval`, or give --exemplars={name}=FILE") from None
     except (OSError, ValueError, TypeError) as error:

@@ -1,10 +1,14 @@
 """Generation in which the model writes programs, has them run, and reads their output (ToRA, arXiv 2309.17452)."""
 
-import contextlib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from rho1_jax.evals.sandbox import Sandbox, shown
+from rho1_jax.generate import Generator, Request
 
 ROUNDS = 4  # programs of one answer, at most
 OUTPUT = "```output"
@@ -17,34 +21,62 @@ def program_at_end(text: str) -> str | None:
     return programs[-1] if programs and text.rstrip().endswith("```") else None
 
 
-def generate_with_tools(
-    continued: Callable[[list[str], Sequence[str]], list[str]], prompts: Sequence[str], stops: Sequence[str]
-) -> list[str]:
-    """Continues prompts, running the programs on the way, ROUNDS of each at most.
+class _Transcript:
+    """A prompt, what followed, and the sandbox that its programs share."""
+
+    def __init__(self, prompt: str):
+        self.prompt, self.text, self.programs, self.box = prompt, "", 0, Sandbox()
+
+    def run(self, program: str) -> None:
+        """Runs a program and adds what it showed."""
+        self.programs += 1
+        ending = "" if self.text.endswith("\n") else "\n"
+        self.text += f"{ending}{OUTPUT}\n{shown(self.box.run(program))}\n```\n"
+
+
+def run_with_tools(
+    generator: Generator, requests: Sequence[Request], stops: Sequence[str], **options: Any
+) -> Iterator[Request]:
+    """Continues prompts, running the programs on the way, ROUNDS of each at most, while others are continued.
 
     Args:
-      continued: continues prompts until one of some stop strings, which is not part of what it returns.
-      prompts: texts to continue.
+      generator: continues a prompt until one of some stop strings, which is not part of what it gives.
+      requests: numbers and prompts.
       stops: strings that end an answer.
+      options: for the generator.
 
-    Returns:
-      The transcripts without their prompts: text, programs and their outputs. Programs of one transcript see the names
-      of those before.
+    Yields:
+      Number and transcript without its prompt, as each ends: text, programs and their outputs. Programs of one
+      transcript see the names of those before.
+
+    Raises:
+      UserError: this system cannot confine a process.
     """
-    transcripts = [""] * len(prompts)
-    going_on = list(range(len(prompts)))
-    with contextlib.ExitStack() as stack:
-        boxes = [stack.enter_context(Sandbox()) for _ in prompts]
-        for number in range(ROUNDS + 1):
-            texts = continued([prompts[index] + transcripts[index] for index in going_on], [*stops, OUTPUT])
-            for index, text in zip(list(going_on), texts):
-                transcripts[index] += text
-                program = program_at_end(text)
-                if program is None or number == ROUNDS:
-                    going_on.remove(index)
-                    continue
-                ending = "" if transcripts[index].endswith("\n") else "\n"
-                transcripts[index] += f"{ending}{OUTPUT}\n{shown(boxes[index].run(program))}\n```\n"
-            if not going_on:
-                break
-    return transcripts
+    transcripts = {number: _Transcript(prompt) for number, prompt in requests}
+    waiting: deque[Request] = deque(requests)
+    running: dict[Future, int] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def read_outputs(done: set[Future]) -> None:
+            for future in done:
+                number = running.pop(future)
+                future.result()  # raises what it raised
+                waiting.append((number, transcripts[number].prompt + transcripts[number].text))
+
+        try:
+            while waiting or running:
+                for number, text in generator.run(waiting, stops=[*stops, OUTPUT], **options):
+                    transcript = transcripts[number]
+                    transcript.text += text
+                    program = program_at_end(text)
+                    if program is not None and transcript.programs < ROUNDS:
+                        running[pool.submit(transcript.run, program)] = number
+                    else:
+                        transcripts.pop(number).box.close()
+                        yield number, transcript.text
+                    read_outputs({future for future in running if future.done()})
+                read_outputs(wait(running, return_when=FIRST_COMPLETED).done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for transcript in transcripts.values():
+                transcript.box.close()

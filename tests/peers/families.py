@@ -19,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from conftest import tensors
+from conftest import continuations, tensors
 from flax import nnx
 
 from rho1_jax import hf_config, model, sharding
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.generate import generate
 from rho1_jax.train_step import make_token_losses
 from rho1_jax.weights import HuggingFaceFolder
 from tools.train_tokenizer import train_tokenizer
@@ -122,7 +121,7 @@ def load(directory: pathlib.Path, dtype: str | None = "float32"):
 @jax.jit(static_argnums=0)
 def our_logits(graphdef, params, ids_BL):
     decoder = nnx.merge(graphdef, params)
-    hidden_BLD, _ = decoder(ids_BL, jnp.ones_like(ids_BL))
+    hidden_BLD = decoder(ids_BL, jnp.ones_like(ids_BL))
     return jnp.einsum("BLD,VD->BLV", hidden_BLD, decoder.output_VD())
 
 
@@ -156,7 +155,7 @@ def gradient_difference(graphdef, params, peer) -> float:
 def generations(graphdef, params, peer, tokenizer: Tokenizer, new_tokens: int = 24) -> tuple[list[str], list[str]]:
     """Greedy continuations of the same prompts, ours and Transformers'."""
     prompts = ["Document 3: 4+", "and so", "x"]
-    ours = generate(graphdef, params, tokenizer, prompts, max_new_tokens=new_tokens, stops=())
+    ours = continuations(graphdef, params, tokenizer, prompts, max_new_tokens=new_tokens, stops=())
     theirs = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode_prompt(prompt)])
