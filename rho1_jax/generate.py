@@ -59,8 +59,11 @@ def bucket(length: int) -> int:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _decoding_params(graphdef: nnx.GraphDef, params: Params) -> tuple[Params, list[Params]]:
-    """The parameters with matrices in the compute dtype, and each layer by itself; the first stands for all others."""
+def decoding_params(graphdef: nnx.GraphDef, params: Params) -> tuple[Params, list[Params]]:
+    """The parameters as decoding reads them: matrices in the compute dtype, and a list of each layer by itself.
+
+    In the first of the two, layer 0 stands in the place of all.
+    """
     config = nnx.merge(graphdef, params).config
 
     def cast(x: jax.Array) -> jax.Array:
@@ -71,7 +74,8 @@ def _decoding_params(graphdef: nnx.GraphDef, params: Params) -> tuple[Params, li
 
 
 @partial(jax.jit, static_argnames=("config", "rows", "positions"))
-def _empty(config: ModelConfig, rows: int, positions: int) -> State:
+def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
+    """A state of so many rows, none of which has a request, and so many positions of the cache."""
     shape = rows, config.kv_heads, config.head_width, positions
     keys = [shard_cache(jnp.zeros(shape, config.compute_dtype)) for _ in range(config.layers)]
     none_B = jnp.zeros(rows, jnp.int32)
@@ -125,8 +129,18 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
-def _decode(graphdef, params, state, key, *, temperature):
-    """The next STRETCH tokens of each row, [B, T], beginning with the newest that the state has."""
+def decode(
+    graphdef: nnx.GraphDef, params: tuple[Params, list[Params]], state: State, key: jax.Array, *, temperature: float
+) -> tuple[State, jax.Array]:
+    """The state after STRETCH more tokens of each row, and these tokens, [B, T], beginning with the newest it had.
+
+    Args:
+      graphdef: structure of the model.
+      params: of `decoding_params`.
+      state: given away.
+      key: of the draws.
+      temperature: 0: no draws.
+    """
     outer, layers = params
     model, S = nnx.merge(graphdef, outer), state.positions
     reach = min(S, model.config.sliding_window or S)
@@ -187,7 +201,7 @@ class Generator:
         """
         self._graphdef, self._tokenizer = graphdef, tokenizer
         self._config = nnx.merge(graphdef, params).config
-        self._params = _decoding_params(graphdef, params)
+        self._params = decoding_params(graphdef, params)
         self._rows = _up(rows, row_shards())
 
     def run(
@@ -221,7 +235,7 @@ class Generator:
         length = bucket(len(self._tokenizer.encode_prompt(longest)[-(max_prompt_tokens or 0) :]))
         together = max(1, min(PREFILL_TOKENS // length, self._rows // 8))
         width = _up(together, row_shards())
-        state = _empty(self._config, self._rows, bucket(length + room))
+        state = empty_state(self._config, self._rows, bucket(length + room))
         rows: list[_Row | None] = [None] * self._rows
         while requests or any(rows):
             free = [slot for slot, row in enumerate(rows) if row is None]
@@ -237,7 +251,7 @@ class Generator:
                 state = self._read(state, new, slots, width, room, key, temperature)
                 for slot, added in zip(slots, new):
                     rows[slot] = added
-            state, tokens_BT = _decode(self._graphdef, self._params, state, key, temperature=temperature)
+            state, tokens_BT = decode(self._graphdef, self._params, state, key, temperature=temperature)
             for slot, (row, stretch) in enumerate(zip(rows, np.asarray(tokens_BT).tolist())):
                 if row is not None:
                     text, ended = self._extend(row, stretch, max_new_tokens, stops)

@@ -7,6 +7,7 @@ V vocabulary, N layers.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -114,11 +115,16 @@ def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     inner, outer = kernel.shape[:contracted], kernel.shape[contracted:]
     size = math.prod(inner)
     x_TD, kernel_DX = x.reshape(-1, size), kernel.astype(x.dtype).reshape(size, -1)
-    if x.shape[1] == 1 and jax.default_backend() == "cpu":
-        # Behind a barrier, so that the loop over tokens turns the kernel once.
-        flat_TX = _times_few(jax.lax.optimization_barrier(kernel_DX.T), x_TD).astype(x.dtype)
-    else:
+    if x.shape[1] > 1:
         flat_TX = x_TD @ kernel_DX
+    else:
+        # Behind a barrier, so that the loop over tokens turns the kernel once.
+        flat_TX = jax.lax.platform_dependent(
+            x_TD,
+            kernel_DX,
+            cpu=lambda x, kernel: _times_few(jax.lax.optimization_barrier(kernel.T), x).astype(x.dtype),
+            default=jnp.matmul,
+        )
     return flat_TX.reshape(*x.shape[:2], *outer)
 
 
@@ -218,10 +224,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Of the next token, [B, V] in float32, after one hidden state of each row."""
-        output_VD = self.output_VD().astype(hidden_BD.dtype)
-        if jax.default_backend() == "cpu":
-            return _times_few(output_VD, hidden_BD)
-        return jnp.einsum("BD,VD->BV", hidden_BD, output_VD, preferred_element_type=jnp.float32)
+        return jax.lax.platform_dependent(
+            self.output_VD().astype(hidden_BD.dtype),
+            hidden_BD,
+            cpu=_times_few,
+            default=partial(jnp.einsum, "VD,BD->BV", preferred_element_type=jnp.float32),
+        )
 
     def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         """Runs the decoder.

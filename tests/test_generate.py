@@ -107,13 +107,13 @@ def test_decoding_brings_no_weights_together(setup, tokenizer):
     with jax.set_mesh(mesh):
         params = jax.device_put(setup[1], sharding.param_shardings(setup[1], mesh))
         generator = Generator(setup[0], params, tokenizer, 8)
-        state = generate._empty(generator._config, 8, 64)
+        state = generate.empty_state(generator._config, 8, 64)
         arguments = setup[0], generator._params, state, jax.random.key(0)
-        compiled = generate._decode.lower(*arguments, temperature=0.0).compile()
+        compiled = generate.decode.lower(*arguments, temperature=0.0).compile()
     cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, None).cost()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert 0 < cost.collective_bytes / generate.STRETCH < weights / 4
-    keys = generate._decode(*arguments, temperature=0.0)[0].caches[0][0]
+    keys = generate.decode(*arguments, temperature=0.0)[0].caches[0][0]
     assert {shard.data.nbytes for shard in keys.addressable_shards} == {keys.nbytes // 8}
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_compiled_twice_for_one_bucket(setup, tokenizer):
     generator = Generator(*setup, tokenizer, 2)
 
     def compiled():
-        return [function._cache_size() for function in (generate._prefill, generate._decode, generate._empty)]
+        return [function._cache_size() for function in (generate._prefill, generate.decode, generate.empty_state)]
 
     def run(prompts):
         return list(generator.run(deque(enumerate(prompts)), max_new_tokens=20, stops=()))

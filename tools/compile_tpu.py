@@ -3,7 +3,7 @@
 python -m tools.compile_tpu --config=FILE:stage --topology=v5e:8x8 [--seq_len=2048] [--config.key=value]
 
 Needs the extra `tpu`. One line each for CLM, SLM with the reference in the step (online), and SLM whose reference ran
-before (cached). The exit status is not 0 where one does not fit a chip's memory.
+before (cached); the exit status is not 0 where one does not fit a chip's memory. With --decode_rows, decoding instead.
 """
 
 import os
@@ -30,7 +30,7 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from rho1_jax import accounting, model, optimizer, sharding
+from rho1_jax import accounting, generate, model, optimizer, sharding
 from rho1_jax.attention import KERNELS
 from rho1_jax.config import define_config_flag, model_config, run
 from rho1_jax.data.packing import Batch
@@ -80,6 +80,29 @@ def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh
     return step.lower(state, reference_params=frozen if arm == "online" else None, batch=batch)
 
 
+def memory_gib(compiled: jax.stages.Compiled, chip: accounting.Chip) -> dict[str, float]:
+    """What a program takes of a chip's memory, and what there is."""
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    return {
+        "arguments": arguments / GIB,
+        "temporaries": temporaries / GIB,
+        "total": (arguments + temporaries + others) / GIB,
+        "chip": chip.memory / GIB,
+        "host": memory.host_argument_size_in_bytes / GIB,
+    }
+
+
+def roofline_seconds(cost: hlo_cost.Cost, chip: accounting.Chip) -> dict[str, float]:
+    """How long each of a chip's three parts takes at its peak."""
+    return {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.memory_bytes / chip.memory_bandwidth,
+        "links": cost.collective_bytes / chip.link_bandwidth,
+    }
+
+
 def figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> dict[str, Any]:
     """What the compiler makes of an arm's step, per chip, and what follows for the whole run."""
     chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
@@ -88,34 +111,21 @@ def figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mes
     with jax.set_mesh(mesh):
         compiled = lowered_step(config, arm, seq_len, mesh).compile()
     seconds = time.monotonic() - start
-    memory: Any = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
     tokens = config.batch_size * seq_len
     ratio = 1.0 if arm == "clm" else config.selection.ratio
     chips_of_rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     head_rounds = math.ceil(ratio * tokens / config.microbatches / chips_of_rows / config.model.loss_chunk)
     program = hlo_cost.Program(compiled.as_text() or "", lambda _: head_rounds, policy_config.sliding_window)
     cost = program.cost()
-    times = {
-        "compute": cost.flops / chip.flops,
-        "memory": cost.memory_bytes / chip.memory_bandwidth,
-        "links": cost.collective_bytes / chip.link_bandwidth,
-    }
+    times = roofline_seconds(cost, chip)
     forward = accounting.ForwardFlops.of(policy_config, seq_len)
     needed = accounting.training_flops(forward, forward if arm == "online" else None, tokens, ratio * tokens)
     step_seconds = max(times.values())
-    total = arguments + temporaries + others
+    memory = memory_gib(compiled, chip)
     return {
         "arm": arm,
-        "memory_gib": {
-            "arguments": arguments / GIB,
-            "temporaries": temporaries / GIB,
-            "total": total / GIB,
-            "chip": chip.memory / GIB,
-            "host": memory.host_argument_size_in_bytes / GIB,
-        },
-        "fits": total <= chip.memory,
+        "memory_gib": memory,
+        "fits": memory["total"] <= memory["chip"],
         "compile_seconds": seconds,
         "flops": cost.flops,
         "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in cost.collectives.items()},
@@ -146,6 +156,49 @@ HEADER = (
     "| arm | arguments GiB | temporaries GiB | total GiB a chip | compile s | TFLOP a chip | GB received | "
     "selection's share of FLOPs, bytes | roofline s a step | MFU | chip-hours |\n|" + " --- |" * 11
 )
+
+
+def compile_decoding(
+    config: ml_collections.ConfigDict, topology: str, slices: int, rows: int, positions: int
+) -> dict[str, Any]:
+    """Compiles greedy decoding, prints what a token of each row takes, per chip, and returns it."""
+    mesh = topology_mesh(topology, slices, config.mesh)
+    chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
+    policy_config = model_config(config)
+    graphdef, params = model.build(policy_config), model.abstract_params(policy_config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def outputs(lowered: jax.stages.Lowered) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lowered.out_info,
+            lowered.compile().output_shardings,
+        )
+
+    with jax.set_mesh(mesh):
+        params = outputs(
+            generate.decoding_params.lower(graphdef, placed(params, sharding.param_shardings(params, mesh)))
+        )
+        state = outputs(generate.empty_state.lower(policy_config, rows, positions))
+        start = time.monotonic()
+        compiled = generate.decode.lower(graphdef, params, state, key, temperature=0.0).compile()
+    cost = hlo_cost.Program(compiled.as_text() or "", lambda _: 1, policy_config.sliding_window).cost()
+    memory, compile_seconds = memory_gib(compiled, chip), time.monotonic() - start
+    times = {part: seconds / generate.STRETCH for part, seconds in roofline_seconds(cost, chip).items()}
+    received, bound = cost.collective_bytes / generate.STRETCH, max(times, key=lambda part: times[part])
+    print(
+        f"{topology}, {rows} rows of {positions} positions: {memory['total']:.2f} of {memory['chip']:.0f} GiB a chip, "
+        f"compiled in {compile_seconds:.0f} s; a token of each row: {received / 1e6:.0f} MB received, "
+        f"roofline {1000 * times[bound]:.2f} ms ({bound})"
+    )
+    return {
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "memory_gib": memory,
+        "compile_seconds": compile_seconds,
+        "bytes_received": received,
+        "roofline_seconds": times,
+    }
 
 
 def compile_arms(
@@ -183,10 +236,15 @@ def main() -> None:
     slices = flags.DEFINE_integer("slices", 1, "So many of the topology, between them the data-centre network.")
     seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.", lower_bound=1)
     arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Which to compile; more than one may be given.")
+    decode_rows = flags.DEFINE_integer("decode_rows", 0, "Above 0: decoding of so many rows, in place of the step.")
     output = flags.DEFINE_string("output", None, "JSON file for all figures.")
 
     def command() -> None:
-        found = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
+        if decode_rows.value:
+            where = topology.value, slices.value
+            found = compile_decoding(config.value, *where, decode_rows.value, seq_len.value)
+        else:
+            found = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
         if output.value:
             write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
 
