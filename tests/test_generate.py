@@ -155,7 +155,7 @@ def test_nothing_is_compiled_twice_for_one_bucket(setup, tokenizer):
     before = compiled()
     run(["another", *MANY[3:4], *PROMPTS])
     assert compiled() == before
-    run(["and so on, " * 20])
+    run(["and so on, " * 60])
     assert compiled() == [size + 1 for size in before]
 
 
