@@ -166,7 +166,7 @@ def decode(
     return state, replicate(tokens_TB.T)
 
 
-@partial(jax.jit, static_argnames="positions", donate_argnames="state")
+@partial(jax.jit, static_argnames="positions")
 def _grow(state: State, *, positions: int) -> State:
     """The state with a longer ring: what it holds stands at its beginning, in the order of writing."""
 

@@ -10,7 +10,7 @@ _NUMBER = r"-?\d*\.?\d+"
 # How Minerva's prompt has an answer end (Lewkowycz et al. 2022, appendix D).
 _FINAL = re.compile(r"final answer is \$(.*?)\$\. I hope", re.DOTALL)
 _PHRASE = "answer is"
-_LETTER = re.compile(r"\(?\b([A-Z])\b\)?")
+_LETTER = re.compile(r"\(?\b([A-E])\b\)?")
 
 
 def extract(text: str, kind: str) -> str | None:
