@@ -1,14 +1,12 @@
 """The demonstration's corpora and report, and a short run of the whole."""
 
 import json
-import pathlib
 import random
 import re
 
 import pytest
 
-from configs import demo as demo_config
-from tools import demo, demo_corpus
+from tools import demo_corpus
 from tools.demo_report import token_speedup
 
 
@@ -66,42 +64,3 @@ def test_token_speedup():
     assert token_speedup(clm, clm) == 1.0
     assert token_speedup(slm, clm) is None
     assert token_speedup([{"tokens": 10, "accuracy": 0.0}], slm) is None
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """A demonstration of a few steps."""
-    monkeypatch.setattr(demo, "CLEAN_PROBLEMS", 600)
-    monkeypatch.setattr(demo, "NOISY_PROBLEMS", 1200)
-    monkeypatch.setattr(demo, "QUESTIONS", 16)
-    full = demo_config.get_config
-
-    def get_config(stage):
-        config = full(stage)
-        config.steps = 4
-        config.model.update(width=32, layers=1, heads=2, kv_heads=1, head_width=16, ff_width=32)
-        config.eval.update(every=2, generate_batch=16, rows=16)
-        config.checkpoint.every = 2
-        return config
-
-    monkeypatch.setattr(demo_config, "get_config", get_config)
-
-
-def test_the_whole_runs_and_writes_its_report(short, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    summary = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
-    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
-    assert list(summary["arms"]) == ["reference", "clm", "random", "slm", "slm_cached"]
-    for arm in summary["arms"].values():
-        assert arm["tokens_seen"] == 4 * 16 * 64
-        assert [point["tokens"] for point in arm["curve"]] == [2 * 1024, 4 * 1024]
-        assert arm["final"] == {name: arm["curve"][-1][name] for name in ("loss", "accuracy")}
-    assert summary["arms"]["random"]["tokens_selected"] == summary["arms"]["slm"]["tokens_selected"]
-    for ours, theirs in zip(summary["arms"]["slm_cached"]["curve"], summary["arms"]["slm"]["curve"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
-    assert page.count('class="row"') == 10 and 'class="selected"' in page
-    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    again = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
-    assert again["arms"]["slm"]["curve"] == summary["arms"]["slm"]["curve"]

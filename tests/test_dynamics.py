@@ -1,15 +1,9 @@
 """The four classes of tokens, on trajectories made by hand, and the tool on a run."""
 
-import json
-import re
-import shutil
-
 import numpy as np
 import pytest
-from conftest import config_of, run_command
 
 from rho1_jax.analysis.dynamics import CLASSES, class_means, classify, shares
-from rho1_jax.train import train
 
 N = 10
 STEPS_OF_N = np.arange(N)
@@ -76,31 +70,3 @@ def test_means_and_shares():
 def test_one_checkpoint_is_not_enough():
     with pytest.raises(ValueError, match="at least two checkpoints, not 1"):
         classify(np.ones((1, 3)))
-
-
-def test_the_tool_on_a_run(data, reference, tmp_path):
-    config = config_of("slm", data, reference)
-    config.checkpoint.update(every=2, keep=0)
-    train(config, tmp_path / "run")
-    flags = [
-        f"--run={tmp_path / 'run'}",
-        f"--data={data}",
-        f"--output={tmp_path / 'out'}",
-        "--rows=16",
-        f"--reference={reference}",
-    ]
-    done = run_command("tools.token_dynamics", *flags)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "dynamics.json").read_text())
-    assert found["steps"] == [2, 4, 6, 8, 10, 12]
-    assert sum(found["shares"].values()) == pytest.approx(1) and found["tokens"] > 100
-    assert len(found["selected_loss"]) == len(found["unselected_loss"]) == 6
-    assert (tmp_path / "out" / "dynamics.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "out" / "dynamics.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
-    assert page.count('class="row"') == 8
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
-    for step in (4, 6, 8, 10):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    done = run_command("tools.token_dynamics", *flags)
-    assert done.returncode == 2 and "1 checkpoints, two or more are needed" in done.stderr

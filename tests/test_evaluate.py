@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import root, run_command
+from conftest import run_command
 
 from rho1_jax.errors import UserError
 from rho1_jax.evaluate import evaluate
@@ -168,18 +168,3 @@ def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, 
     evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])
     assert item["generation"].count("```output\n1\n```") == 4 and item["generation"].count("```python") == 5
-
-
-def test_all_ten_tasks_in_one_command(reference, tmp_path):
-    """With the run's own small model, two items each."""
-    published = root().parent / "shared" / "data" / "eval"
-    if not published.is_dir():
-        pytest.skip(f"{published} is absent: the ten tasks were not evaluated")
-    names = "gsm8k,math,svamp,asdiv,mawps,tabmwp,mathqa,mmlu_stem,sat_math,gsm_hard"
-    arguments = [f"--checkpoint={reference}", "--data=", f"--tasks={names}", f"--data_dir={published}"]
-    arguments += ["--task_items=2", "--max_new_tokens=16", "--generate_batch=2", f"--output={tmp_path / 'out'}"]
-    result = run_command("rho1_jax.evaluate", *arguments)
-    assert result.returncode == 0, result.stderr
-    told = [line.split()[0] for line in result.stdout.splitlines()]
-    assert told == [f"eval/{name}/accuracy" for name in [*names.split(","), "average"]]
-    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 10

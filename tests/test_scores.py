@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_command, selection_of
+from conftest import selection_of
 
 from rho1_jax import scores
 from rho1_jax.scores import SCORES, Signals, evaluate, register
@@ -75,18 +75,3 @@ def test_a_score_that_cannot_be_is_refused(added):
         register(excess)
     with pytest.raises(ValueError, match="score 'typo': 'policy_los_BL' is none of the signals policy_loss_BL"):
         register(typo)
-
-
-def test_the_example_of_a_users_score_trains(data, tmp_path):
-    small = ["width=32", "layers=2", "heads=4", "kv_heads=2", "head_width=8", "ff_width=48"]
-    done = run_command(
-        "rho1_jax.train",
-        "--config=docs/examples/own_score.py",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.train={data}",
-        *(f"--config.model.{size}" for size in small),
-        *("--config.steps=3", "--config.batch_size=8", "--config.log_every=1"),
-    )
-    assert done.returncode == 0, done.stderr
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert metrics.count('"reference_loss"') == 3

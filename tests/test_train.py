@@ -230,19 +230,6 @@ def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, messag
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_optimizer_state_in_host_memory_changes_nothing(data, reference, tmp_path, microbatches):
-    """Each run is stopped half way and goes on, so that the state is also restored to where it belongs."""
-    finals = {}
-    for offload in (False, True):
-        for steps in (4, 8):
-            config = config_of("slm", data, reference)
-            config.update(steps=steps, microbatches=microbatches, batch_size=16)
-            config.optimizer.host_offload = offload
-            finals[offload] = train(config, tmp_path / str(offload))
-    jax.tree.map(np.testing.assert_array_equal, *finals.values())
-
-
 def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.optimizer.first_moment_dtype = "bfloat16"

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import config_of, run_command
 from test_prepare import options
 
 from rho1_jax.data import transcripts
@@ -15,8 +14,6 @@ from rho1_jax.data.records import BadRecord
 from rho1_jax.data.store import Store
 from rho1_jax.data.transcripts import Transcripts, exchanges, parse_role_templates
 from rho1_jax.errors import UserError
-from rho1_jax.metrics import read_metrics
-from rho1_jax.train import train
 
 CODE = "Let us compute.\n```python\nprint(6*7)\n```\n"
 MESSAGES = [
@@ -140,39 +137,6 @@ def test_a_prompt_that_fills_its_row_is_a_bad_record(tokenizer, tmp_path):
     with pytest.raises(UserError, match="1 bad of 1 records"):
         prepare([path], tokenizer, tmp_path / "rows", options(transcripts=Transcripts(), seq_len=32), workers=1)
     assert not (tmp_path / "rows").exists() and not (tmp_path / "rows.partial").exists()
-
-
-def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, reference, tmp_path):
-    path = tmp_path / "chat.jsonl"
-    records = [{"question": f"Document {n}:", "answer": f"{n}+1={n + 1}. and so on, " * 3} for n in range(40)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    done = run_command(
-        "tools.prepare_data",
-        f"--input={path}",
-        f"--tokenizer={tokenizer.path}",
-        f"--output={tmp_path / 'rows'}",
-        "--seq_len=100",
-        "--transcripts",
-        "--prompt_key=question",
-        "--response_key=answer",
-        r"--role_template=user={content}\n",
-        "--eval_fraction=0.2",
-    )
-    assert done.returncode == 0, done.stderr
-    store = Store(tmp_path / "rows")
-    counts = store.manifest["splits"]["train"]
-    config = config_of("slm", tmp_path / "rows", reference)
-    config.update(epochs=2.0, batch_size=8)
-    config.eval.data = f"held_out={tmp_path / 'rows'}"
-    config.optimizer.decay = "linear"
-    train(config, tmp_path / "run")
-    steps = -(-2 * counts["rows"] // 8)
-    last = read_metrics(tmp_path / "run")[-1]
-    assert last["step"] == steps and last["eval/held_out/loss"] > 0
-    rows = store.rows("train")
-    responses = sum(int(rows[n]["responses"].sum()) for n in range(len(rows)))
-    # About two passes over the responses, of which six tenths are selected.
-    assert last["tokens_selected"] == pytest.approx(0.6 * responses * steps * 8 / len(rows), rel=0.1)
 
 
 def test_conversations_and_plain_text_are_not_mixed(data, tokenizer, tmp_path):

@@ -1,10 +1,15 @@
 """The real TPU compiler, without a TPU, and what is read from its text."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 from conftest import run_command
+
+from configs.mistral_7b_math import get_config
+from rho1_jax.config import model_config
+from rho1_jax.model import param_count
 
 SMALL = {"layers": 2, "width": 256, "heads": 4, "kv_heads": 2, "head_width": 128, "ff_width": 512, "vocab_size": 1024}
 
@@ -59,3 +64,12 @@ def test_what_does_not_fit_is_an_error(tmp_path):
 def test_a_topology_that_is_none_is_refused(tmp_path):
     done, _ = compile_small("v5e:3x5x7", tmp_path)
     assert done.returncode == 2 and "--topology=v5e:3x5x7" in done.stderr
+
+
+def test_decoding_compiles_and_leaves_the_weights_where_they_lie(tmp_path):
+    done, found = compile_small("v5e:2x2", tmp_path, "--decode_rows=8", "--config.mesh.tensor=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("v5e:2x2, 8 rows of 256 positions: ")
+    config = dataclasses.replace(model_config(get_config("slm")), **SMALL)
+    assert 0 < found["bytes_received"] < param_count(config)  # in bytes; they are two for each parameter
+    assert 0 < found["memory_gib"]["total"] < 0.1 and found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
