@@ -134,6 +134,18 @@ def test_requests_may_be_added_meanwhile(setup, tokenizer):
     assert found == {number: teacher_forced(setup, tokenizer, prompt, 20) for number, prompt in expected.items()}
 
 
+def test_the_cache_grows_while_others_decode(setup, tokenizer):
+    first, second = (teacher_forced(setup, tokenizer, prompt, 50) for prompt in PROMPTS[:2])
+    stop = first[3:6]
+    assert stop not in second
+    requests, found = deque(enumerate(PROMPTS[:2])), {}
+    for number, text in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=50, stops=[stop]):
+        if not found:
+            requests.append((2, MANY[4] * 2))
+        found[number] = text
+    assert list(found) == [0, 1, 2] and found[0] == first[: first.index(stop)] and found[1] == second
+
+
 def test_lengths_are_rounded_up_by_little_and_to_few():
     lengths = np.arange(1, 4097)
     rounded = np.array([bucket(int(length)) for length in lengths])
