@@ -61,7 +61,7 @@ def evaluate(
     settings = {"checkpoint": str(directory), "eval": config.eval.to_dict(), "temperature": temperature, "seed": seed}
     settings["lm_eval"] = lm_eval._asdict() if lm_eval else None
     tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.mesh_of_run(**config.mesh)
     policy_config = model_config(config)
     graphdef = model.build(policy_config)
     with jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ from rho1_jax.attention import cached_attention
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.errors import UserError
 from rho1_jax.model import Decoder, ModelConfig, Params, segment_positions
-from rho1_jax.sharding import replicate, row_shards, shard_cache
+from rho1_jax.sharding import even_rows, replicate, shard_cache
 
 STRETCH = 16
 SHORTEST = 32  # lengths are multiples of it
@@ -202,7 +202,7 @@ class Generator:
         self._graphdef, self._tokenizer = graphdef, tokenizer
         self._config = nnx.merge(graphdef, params).config
         self._params = decoding_params(graphdef, params)
-        self._rows = _up(rows, row_shards())
+        self._rows = even_rows(rows)
 
     def run(
         self,
@@ -234,7 +234,7 @@ class Generator:
         longest = max((prompt for _, prompt in requests), key=len, default="")
         length = bucket(len(self._tokenizer.encode_prompt(longest)[-(max_prompt_tokens or 0) :]))
         together = max(1, min(PREFILL_TOKENS // length, self._rows // 8))
-        width = _up(together, row_shards())
+        width = even_rows(together)
         state = empty_state(self._config, self._rows, bucket(length + room))
         rows: list[_Row | None] = [None] * self._rows
         while requests or any(rows):

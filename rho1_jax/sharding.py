@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rho1_jax.distributed import say
 from rho1_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -65,6 +66,15 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     else:
         grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of_run(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh that a run was trained on; where the devices at hand are others, all of them along `fsdp`."""
+    try:
+        return make_mesh(data, fsdp, tensor)
+    except UserError as error:
+        say(f"{error}; here the model is spread over all of them")
+        return make_mesh(data=1, fsdp=-1, tensor=1)
 
 
 def path_name(path: tuple) -> str:
@@ -141,10 +151,11 @@ def shard_activations(hidden_BLD: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(hidden_BLD, spec) if mesh_is_set() else hidden_BLD
 
 
-def row_shards() -> int:
-    """Over how many devices the rows of a batch are spread; 1 where no mesh is set."""
+def even_rows(rows: int) -> int:
+    """So many rows, or as few more as the mesh can spread evenly, where one is set."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in BATCH_AXES) if mesh_is_set() else 1
+    shards = math.prod(shape[axis] for axis in BATCH_AXES) if mesh_is_set() else 1
+    return -(-rows // shards) * shards
 
 
 def shard_cache(cache: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The evaluation command on a finished run."""
 
 import json
+import shutil
 
 import pytest
 from conftest import run_command
@@ -31,6 +32,28 @@ def test_losses_are_those_of_the_run_and_items_are_written(data, reference, ques
 def test_nothing_to_evaluate_is_an_error(reference):
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate(str(reference), {"data": ""}, None, temperature=0.0, seed=0)
+
+
+def test_no_questions_are_an_error(reference, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(UserError, match="sums: there are no questions"):
+        evaluate(str(reference), {"questions": f"sums={tmp_path / 'none.jsonl'}"}, None, temperature=0.0, seed=0)
+
+
+def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, questions, tmp_path, capsys):
+    """Trained, as its config has it, in microbatches of two rows on 64 devices; evaluated on eight."""
+    path = tmp_path / "run"
+    shutil.copytree(reference, path)
+    overrides = {"questions": f"sums={questions}", "max_new_tokens": 4, "generate_batch": 3}
+    expected = evaluate(str(path), overrides, None, temperature=0.0, seed=0)
+    meta = path / "checkpoints" / "12" / "meta" / "metadata"
+    saved = json.loads(meta.read_text())
+    saved["config"].update(mesh={"data": 1, "fsdp": 32, "tensor": 2}, microbatches=4)
+    meta.write_text(json.dumps(saved))
+    capsys.readouterr()
+    found = evaluate(str(path), overrides, None, temperature=0.0, seed=0)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert "fsdp=32" in (told := capsys.readouterr().out) and "spread over all of them" in told
 
 
 def test_the_command(reference, questions):

@@ -93,6 +93,17 @@ def test_free_rows_take_the_next_prompts(tokenizer, changes):
     assert continue_(setup, tokenizer, MANY, rows=2, max_new_tokens=50) == expected
 
 
+def test_no_row_waits_for_the_longest(setup, tokenizer, monkeypatch):
+    """Three short continuations take no longer than the long one beside them."""
+    short, long = (teacher_forced(setup, tokenizer, prompt, 50) for prompt in PROMPTS[:2])
+    stretches, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *a, **o: stretches.append(1) or decode(*a, **o))
+    prompts = [PROMPTS[1], *PROMPTS[:1] * 3]
+    found = continue_(setup, tokenizer, prompts, rows=2, max_new_tokens=50, stops=[short[3:6]])
+    assert found == [long, *[short[: short.index(short[3:6])]] * 3]
+    assert len(stretches) == -(-50 // generate.STRETCH)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_a_mesh_changes_nothing(setup, tokenizer, sizes):
     expected = [teacher_forced(setup, tokenizer, prompt, 20) for prompt in MANY]
@@ -115,6 +126,12 @@ def test_decoding_brings_no_weights_together(setup, tokenizer):
     assert 0 < cost.collective_bytes / generate.STRETCH < weights / 4
     keys = generate.decode(*arguments, temperature=0.0)[0].caches[0][0]
     assert {shard.data.nbytes for shard in keys.addressable_shards} == {keys.nbytes // 8}
+
+
+def test_decoding_reads_matrices_in_the_compute_dtype(tokenizer):
+    outer, layers = generate.decoding_params(*model_of(tokenizer, compute_dtype="bfloat16"))
+    assert outer["embedding"].dtype == layers[1]["attention"]["q"].dtype == jnp.bfloat16
+    assert outer["norm"]["scale"].dtype == layers[1]["attention_norm"]["scale"].dtype == jnp.float32
 
 
 def test_neighbours_in_the_batch_do_not_matter(setup, tokenizer):
@@ -203,6 +220,10 @@ def test_temperature_draws_by_seed(setup, tokenizer):
     drawn = [continue_(setup, tokenizer, PROMPTS, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != continue_(setup, tokenizer, PROMPTS)
+
+
+def test_each_token_is_drawn_anew(setup, tokenizer):
+    assert len(set(continue_(setup, tokenizer, PROMPTS[:1], temperature=1e6)[0])) > 9  # no piece has so many letters
 
 
 def test_draws_do_not_depend_on_the_batch(setup, tokenizer):

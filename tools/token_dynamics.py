@@ -81,7 +81,7 @@ def measure(workdir: pathlib.Path, data: str, rows: int, reference: str) -> dict
     if store.tokenizer_fingerprint != meta.tokenizer:
         raise UserError(f"--data={data} was prepared with another tokenizer than the run's data")
     model_config = ModelConfig(**config.model)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.mesh_of_run(**config.mesh)
     held_out = store.rows("eval")
     which, size = range(min(rows, len(held_out))), BATCH_ROWS * mesh.size
 

@@ -34,7 +34,7 @@ from rho1_jax.files import json_lines, write_text
 from rho1_jax.generate import Generator
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
-from rho1_jax.sharding import local_rows, replicated
+from rho1_jax.sharding import even_rows, local_rows, replicated
 from rho1_jax.train_step import make_token_losses
 
 
@@ -44,7 +44,7 @@ class Evaluator:
     def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
         """Raises UserError where a data set or question file is missing, bad, or of another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
-        self._batch_size, self._max_rows = config.batch_size // config.microbatches, config.eval.rows
+        self._batch_size, self._max_rows = even_rows(config.batch_size // config.microbatches), config.eval.rows
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
         self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
         if self._answers.tool_use and jax.process_count() > 1:
@@ -70,6 +70,9 @@ class Evaluator:
                 self._answers.tool_use,
                 grader,
             )
+        for name, questions in self.questions.items():
+            if not questions.items:
+                raise UserError(f"{name}: there are no questions in its file")
         self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
 
     def __call__(

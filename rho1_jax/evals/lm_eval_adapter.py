@@ -19,7 +19,7 @@ from rho1_jax.errors import UserError
 from rho1_jax.generate import Generator
 from rho1_jax.metrics import Progress
 from rho1_jax.model import Params
-from rho1_jax.sharding import batch_sharding, replicate
+from rho1_jax.sharding import batch_sharding, even_rows, replicate
 
 LENGTH_MULTIPLE = 64  # lengths are rounded up to this, so that few shapes are compiled
 CHUNK = 64  # positions whose logits exist at once
@@ -32,7 +32,7 @@ class LanguageModel(TemplateLM):
     def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
         super().__init__()
         self._graphdef, self._params, self._tokenizer, self._mesh = graphdef, params, tokenizer, mesh
-        self._batch_size = batch_size
+        self._batch_size = even_rows(batch_size)
         self._max_length = nnx.merge(graphdef, params).config.context_length
         self._score = jax.jit(_make_score(graphdef))
 
