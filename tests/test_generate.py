@@ -128,8 +128,12 @@ def test_decoding_brings_no_weights_together(setup, tokenizer):
     assert {shard.data.nbytes for shard in keys.addressable_shards} == {keys.nbytes // 8}
 
 
-def test_decoding_reads_matrices_in_the_compute_dtype(tokenizer):
-    outer, layers = generate.decoding_params(*model_of(tokenizer, compute_dtype="bfloat16"))
+def test_decoding_computes_in_the_compute_dtype(tokenizer):
+    """The likeliest of two tokens that are about as likely depends on rounding: not all need be the same."""
+    setup = model_of(tokenizer, compute_dtype="bfloat16")
+    pairs = zip(continue_(setup, tokenizer, MANY, rows=2), (teacher_forced(setup, tokenizer, p, 20) for p in MANY))
+    assert sum(ours[:4] == theirs[:4] for ours, theirs in pairs) > 5
+    outer, layers = generate.decoding_params(*setup)
     assert outer["embedding"].dtype == layers[1]["attention"]["q"].dtype == jnp.bfloat16
     assert outer["norm"]["scale"].dtype == layers[1]["attention_norm"]["scale"].dtype == jnp.float32
 
