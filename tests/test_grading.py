@@ -53,6 +53,7 @@ def test_the_answer_in_a_text(text, answer):
         ("The answer is B", "B"),
         ("the answer is c", "C"),
         ("(A) is wrong. The answer is (D) 15", "D"),
+        ("The answer is what I said: (C)", "C"),
         ("It must be (B).", "B"),
         ("nothing of the kind", None),
     ],

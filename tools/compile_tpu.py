@@ -16,11 +16,13 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
 )
 
+import contextlib
 import json
 import math
 import pathlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -92,6 +94,18 @@ def memory_gib(compiled: jax.stages.Compiled, chip: accounting.Chip) -> dict[str
         "chip": chip.memory / GIB,
         "host": memory.host_argument_size_in_bytes / GIB,
     }
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raises UserError where what is compiled within does not fit a chip."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = re.search(r"(Ran out of memory[^\n]*)", str(error))
+        if reason is None:
+            raise
+        raise UserError(f"{what} does not fit: {reason[1]}") from None
 
 
 def roofline_seconds(cost: hlo_cost.Cost, chip: accounting.Chip) -> dict[str, float]:
@@ -175,7 +189,7 @@ def compile_decoding(
             lowered.compile().output_shardings,
         )
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), refusing(f"decoding on {topology}"):
         params = outputs(
             generate.decoding_params.lower(graphdef, placed(params, sharding.param_shardings(params, mesh)))
         )
@@ -216,13 +230,8 @@ def compile_arms(
     found = []
     for arm in arms:
         config.selection.score = "none" if arm == "clm" else "excess"
-        try:
+        with refusing(f"{arm} on {topology}"):
             found.append(figures(config, arm, seq_len, mesh))
-        except jax.errors.JaxRuntimeError as error:
-            reason = re.search(r"(Ran out of memory[^\n]*)", str(error))
-            if reason is None:
-                raise
-            raise UserError(f"{arm} on {topology} does not fit: {reason[1]}") from None
         print(line(found[-1]), flush=True)
     if not all(figure["fits"] for figure in found):
         raise UserError(f"{topology}: more than a chip's memory; more microbatches, remat or chips would help")

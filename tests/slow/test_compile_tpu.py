@@ -73,3 +73,5 @@ def test_decoding_compiles_and_leaves_the_weights_where_they_lie(tmp_path):
     config = dataclasses.replace(model_config(get_config("slm")), **SMALL)
     assert 0 < found["bytes_received"] < param_count(config)  # in bytes; they are two for each parameter
     assert 0 < found["memory_gib"]["total"] < 0.1 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    done, _ = compile_small("v5e:2x2", tmp_path, f"--decode_rows={1 << 22}")
+    assert done.returncode == 2 and done.stderr.startswith("error: decoding on v5e:2x2 does not fit: Ran out of memory")
