@@ -1,5 +1,6 @@
 """The evaluation command on a finished run."""
 
+import contextlib
 import json
 import shutil
 
@@ -7,6 +8,8 @@ import pytest
 from conftest import run_command
 
 from rho1_jax.errors import UserError
+from rho1_jax.evals.sandbox import Sandbox
+from rho1_jax.evals.tool_use import program_at_end
 from rho1_jax.evaluate import evaluate
 from rho1_jax.metrics import read_metrics
 
@@ -183,6 +186,42 @@ def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path
         "Half of it:\n```python\nprint(x // 2)\n```\n```output\n3\n```\nSo it is $\\boxed{3}$."
     )
     assert len(seen) == 3 * 7
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, UserError])
+def test_no_sandbox_outlives_its_answer(reference, data_dir, tmp_path, monkeypatch, error):
+    """Whether all goes well, the user interrupts it, or a process cannot be confined."""
+    boxes = []
+
+    class Watched(Sandbox):
+        def __init__(self):
+            super().__init__()
+            boxes.append(self)
+
+        def run(self, code):
+            if error is UserError and self is boxes[4]:
+                raise error("not on this machine")
+            return super().run(code)
+
+    def answer(prompt, stops):
+        if "```output" not in prompt:
+            return "```python\n1\n```\n"
+        assert any(box._process for box in boxes)
+        if error is KeyboardInterrupt:
+            raise error
+        return "The answer is 1."
+
+    answering(monkeypatch, answer)
+    monkeypatch.setattr("rho1_jax.evals.tool_use.Sandbox", Watched)
+    overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True}
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    assert len(boxes) == 7 and not any(box._process for box in boxes)
+
+
+def test_the_last_program_is_run_if_nothing_follows():
+    assert program_at_end("```python\na\n```\nor\n```python\nb\n```\n") == "b\n"
+    assert program_at_end("```python\na\n```\nIt is 3.") is None and program_at_end("```output\n3\n```") is None
 
 
 def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, tmp_path, monkeypatch):

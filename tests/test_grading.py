@@ -34,6 +34,7 @@ def grader():
         ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
         (r"\boxed{3}. Final Answer: The final answer is $4$. I hope it is correct.", "4"),
         (r"The final answer is $\$10$. I hope it is correct.", r"\$10"),
+        ("The final answer is $3$.\nNo. The final answer is $4$. I hope it is correct.", None),
         # Not in the form that the prompt shows: the rest of the line, as it is.
         ("The final answer is 72. I hope it is correct.", "72. I hope it is correct"),
         ("it costs $1,200 and 35 cents", "35"),
@@ -54,6 +55,7 @@ def test_the_answer_in_a_text(text, answer):
         ("the answer is c", "C"),
         ("(A) is wrong. The answer is (D) 15", "D"),
         ("The answer is what I said: (C)", "C"),
+        ("The answer is (B), not (C).", "B"),
         ("It must be (B).", "B"),
         ("nothing of the kind", None),
     ],

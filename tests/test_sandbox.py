@@ -57,6 +57,7 @@ def test_long_output_loses_its_middle():
 
 REFUSED = "PermissionError"
 HOME = pathlib.Path.home()
+FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # of the pipe to the parent
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ HOME = pathlib.Path.home()
         ("try:\n    while True: pass\nexcept BaseException:\n    pass", TIMED_OUT),
         ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass", TIMED_OUT),
         ("import os\nwhile True: os.write(1, b'x' * 10**6)", TIMED_OUT),
+        (f"import os\nwhile True:\n    for fd in range(3, 20):\n        {FLOOD}", ENDED),
         ("9 ** 9 ** 9", TIMED_OUT),
         ("import os\nos._exit(0)", ENDED),
         ("import os\nos.abort()", ENDED),
