@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import time
 
 import pytest
@@ -114,6 +115,11 @@ def test_no_comparison_escapes_its_time_limit():
         assert not grader.equal("(x+y+z+1)^{2000}", "(x+y+z+2)^{2000}+x")
         assert time.monotonic() - start < 20
         assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+
+
+def test_a_comparison_has_only_so_much_memory(grader):
+    assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+    assert resource.prlimit(grader._process.pid, resource.RLIMIT_AS) == (4 << 30, 4 << 30)
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
