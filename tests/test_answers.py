@@ -3,7 +3,16 @@
 import pytest
 
 from rho1_jax.errors import UserError
-from rho1_jax.evals.answers import AnswerConfig, accuracy, answer_all, extract, read_questions
+from rho1_jax.evals.answers import (
+    AnswerConfig,
+    Question,
+    Questions,
+    accuracy,
+    answer_all,
+    extract,
+    read_answered,
+    read_questions,
+)
 
 CONFIG = AnswerConfig(
     prompt_template="Q: {question}\n",
@@ -59,3 +68,14 @@ def test_items_are_graded_by_exact_match(tmp_path):
     assert [result["correct"] for result in results] == [False, True, True]
     assert accuracy(results) == 2 / 3
     assert [result["index"] for result in answer_all(FakeGenerator(), questions, CONFIG, answered={1})] == [2, 0]
+
+
+def test_items_of_other_questions_are_not_taken_for_these(tmp_path):
+    path = tmp_path / "items.jsonl"
+    questions = Questions([Question("a", "1"), Question("b", "2")], (), str, str.__eq__)
+    path.write_text('{"index": 1, "prompt": "b"}\n{"index": 0, "prom')
+    assert read_answered(path, questions) == [{"index": 1, "prompt": "b"}]
+    for other in ('{"index": 0, "prompt": "b"}\n', '{"index": 2, "prompt": "b"}\n', '{"prompt": "a"}\n'):
+        path.write_text(other)
+        with pytest.raises(UserError, match="items.jsonl is of other questions"):
+            read_answered(path, questions)
