@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import types
 
 import pytest
 from conftest import run_command
@@ -121,28 +122,31 @@ def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkey
 
 def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkeypatch):
     overrides = TASKS | {"data_dir": str(data_dir)}
-    asked = []
+    path, asked, written = tmp_path / "out" / "svamp.jsonl", [], []
 
     def interrupted(prompt, stops):
         asked.append(prompt)
         if len(asked) > 5:
+            written.append(path.read_text().count("\n"))
             raise KeyboardInterrupt
         return knowing(prompt, stops) + "\u2028"  # a line end for some, but not in JSON lines
 
     answering(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
-    path = tmp_path / "out" / "svamp.jsonl"
     whole = path.read_text()
-    assert [json.loads(line)["index"] for line in whole.split("\n")[:-1]] == [1, 0, 3, 2, 5]
+    assert [json.loads(line)["index"] for line in whole.split("\n")[:-1]] == [1, 0, 3, 2, 5] and written == [5]
     path.write_text(whole[:-30])  # a line that was cut short
+    del asked[2:]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     asked.clear()
     answering(monkeypatch, lambda prompt, stops: asked.append(prompt) or knowing(prompt, stops))
     metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
-    assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 3 + 7
+    assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 0 + 7
     assert [json.loads(line)["index"] for line in path.read_text().split("\n")[:-1]] == list(range(7))
     assert evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
-    assert len(asked) == 3 + 7
+    assert len(asked) == 7
     with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
 
@@ -217,6 +221,13 @@ def test_no_sandbox_outlives_its_answer(reference, data_dir, tmp_path, monkeypat
     with pytest.raises(error) if error else contextlib.nullcontext():
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert len(boxes) == 7 and not any(box._process for box in boxes)
+
+
+def test_programs_are_not_run_by_several_processes(reference, data_dir, monkeypatch):
+    monkeypatch.setattr("rho1_jax.evals.evaluator.jax", types.SimpleNamespace(process_count=lambda: 2))
+    overrides = TASKS | {"data_dir": str(data_dir), "tool_use": True}
+    with pytest.raises(UserError, match="config.eval.tool_use: programs run on one host"):
+        evaluate(str(reference), overrides, None, temperature=0.0, seed=0)
 
 
 def test_the_last_program_is_run_if_nothing_follows():

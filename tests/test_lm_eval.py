@@ -10,6 +10,7 @@ from conftest import continuations, tiny
 
 from rho1_jax import model, sharding
 from rho1_jax.data.packing import Batch
+from rho1_jax.errors import UserError
 from rho1_jax.evals.lm_eval_adapter import LanguageModel
 from rho1_jax.train_step import make_token_losses
 
@@ -18,7 +19,8 @@ CONFIG = tiny(vocab_size=300, context_length=48)
 
 @pytest.fixture(scope="module")
 def weights():
-    return model.build(CONFIG), model.init_params(CONFIG, 0)
+    # Sharper than at the start of training, so that what is generated depends on the prompt.
+    return model.build(CONFIG), jax.tree.map(lambda x: 3 * x, model.init_params(CONFIG, 0))
 
 
 @pytest.fixture(scope="module", params=[(8, 1, 1), (2, 2, 2)], ids=str)
@@ -82,6 +84,9 @@ def test_only_what_greedy_decoding_gives_is_greedy(language_model, weights, toke
     requests = [(None, context, [token]) for token in range(CONFIG.vocab_size)]
     found = language_model._loglikelihood_tokens(requests)
     assert [token for token, (_, greedy) in enumerate(found) if greedy] == [likeliest]
+    for first, times in ((likeliest, 1), (likeliest - 1, 0)):  # of two tokens, both must be the likeliest
+        requests = [(None, context, [first, token]) for token in range(CONFIG.vocab_size)]
+        assert sum(greedy for _, greedy in language_model._loglikelihood_tokens(requests)) == times
 
 
 def test_whole_texts_are_counted_once_in_windows(language_model, weights, tokenizer):
@@ -104,11 +109,18 @@ def test_generation_by_options(language_model, weights, tokenizer):
         request("Document 1:", {"until": ["\n"], "max_gen_toks": 8}),
         request("Document 22: 1+1", {"until": "zz", "max_gen_toks": 4, "do_sample": False, "temperature": 1.0}),
         request("and so on, " * 30, {"until": [], "max_gen_toks": 8}),
-        request("x", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}),
+        request("Document 1:", {"max_new_tokens": 6}),
+        request("x", {"max_gen_toks": 8, "do_sample": True, "temperature": 4.0}),
+        request("x", {"max_gen_toks": 8, "temperature": 4.0}),
+        request("x", {"max_gen_toks": 8}),
     ]
     found = language_model.generate_until(requests)
     first = generated(weights, tokenizer, "Document 1:", max_new_tokens=8, stops=["\n"])
     second = generated(weights, tokenizer, "Document 22: 1+1", max_new_tokens=4, stops=[])
     options = {"max_new_tokens": 8, "stops": [], "max_prompt_tokens": CONFIG.context_length - 8}
     third = generated(weights, tokenizer, "and so on, " * 30, **options)
-    assert found[:3] == [first, second, third]
+    fourth = generated(weights, tokenizer, "Document 1:", max_new_tokens=6, stops=[])
+    assert found[:4] == [first, second, third, fourth]
+    assert len({*found[4:]}) == 3  # two that are drawn, and the likeliest
+    with pytest.raises(UserError, match="48 new tokens; the model's context_length is 48"):
+        language_model.generate_until([request("x", {"until": [], "max_gen_toks": CONFIG.context_length})])

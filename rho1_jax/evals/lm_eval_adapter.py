@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rho1_jax.data.tokenizer import Tokenizer
@@ -99,12 +100,10 @@ class LanguageModel(TemplateLM):
         """Continuations up to one of the request's stop strings, greedy unless its options say otherwise."""
         alike = defaultdict(list)
         for number, request in enumerate(requests):
-            _, options = request.args
-            until = options.get("until") or []
-            stops = (until,) if isinstance(until, str) else tuple(until)
-            sampled = options.get("do_sample", options.get("temperature", 0) > 0)
-            temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-            most = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+            options: dict[str, Any] = {**normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS)}
+            stops = tuple(stop for stop in options["until"] if stop)
+            temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
+            most = options["max_gen_toks"]
             if most >= self._max_length:
                 raise UserError(f"lm-eval asks for {most} new tokens; the model's context_length is {self._max_length}")
             alike[stops, most, temperature].append(number)
@@ -116,7 +115,7 @@ class LanguageModel(TemplateLM):
                 for number, text in generator.run(
                     deque((number, requests[number].args[0]) for number in numbers),
                     max_new_tokens=most,
-                    stops=[stop for stop in stops if stop],
+                    stops=stops,
                     temperature=temperature,
                     max_prompt_tokens=self._max_length - most,
                 ):
