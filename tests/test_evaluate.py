@@ -137,16 +137,16 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
     whole = path.read_text()
     assert [json.loads(line)["index"] for line in whole.split("\n")[:-1]] == [1, 0, 3, 2, 5] and written == [5]
     path.write_text(whole[:-30])  # a line that was cut short
-    del asked[2:]
+    del asked[3:]
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     asked.clear()
     answering(monkeypatch, lambda prompt, stops: asked.append(prompt) or knowing(prompt, stops))
     metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
-    assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 0 + 7
+    assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 1 + 7
     assert [json.loads(line)["index"] for line in path.read_text().split("\n")[:-1]] == list(range(7))
     assert evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
-    assert len(asked) == 7
+    assert len(asked) == 1 + 7
     with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
         evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
 
@@ -171,7 +171,7 @@ def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path
 
     def answer(prompt, stops):
         seen.append(prompt)
-        assert "```output" in stops
+        assert "```output" in stops and prompt.startswith("<|user|>\n")
         outputs = prompt.split("```output\n")[1:]
         if not outputs:
             return f"```python\nx = {prompt.split()[1]} * 2\nprint(x)\n```\n"
