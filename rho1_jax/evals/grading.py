@@ -7,12 +7,15 @@ a generation is evaluated as code here.
 import math
 import multiprocessing
 import re
+import resource
+import time
 from types import TracebackType
 from typing import Any
 
 from rho1_jax.errors import UserError
 
 SECONDS = 5.0  # for one pair of formulas
+MEMORY = 4 << 30  # bytes of address space
 TOLERANCE = 1e-4  # relative, of numbers
 
 _UNITS = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm|textbf)\{[^{}]*\})(?:\^\{?\d\}?)?\s*$")
@@ -148,7 +151,7 @@ class Grader:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_compare_forever, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_compare_forever, args=(theirs, self._seconds), daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -167,13 +170,20 @@ class Grader:
             self._process = None
 
 
-def _compare_forever(connection: Any) -> None:
-    """In the process: answers each pair of formulas with whether they are equal."""
-    import resource
+def _limit(kind: int, most: int) -> None:
+    """Limits this process, at the least to what it is limited to already."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
+
+def _compare_forever(connection: Any, seconds: float) -> None:
+    """In the process: answers each pair of formulas with whether they are equal.
+
+    It ends by itself where it computes for longer, should the process that would stop it be gone.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    _limit(resource.RLIMIT_AS, MEMORY)
     kinds = (LatexExtractionConfig(), ExprExtractionConfig())
     connection.send(True)
     while True:
@@ -181,6 +191,7 @@ def _compare_forever(connection: Any) -> None:
             pair = connection.recv()
         except EOFError:
             return
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
         try:
             # Its own time limits are signals, which this process, stopped from outside, does not need.
             products = (_PRODUCT.sub(r" \\cdot (", text) for text in pair)
