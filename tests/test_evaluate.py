@@ -40,7 +40,7 @@ def test_nothing_to_evaluate_is_an_error(reference):
 
 def test_no_questions_are_an_error(reference, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(UserError, match="sums: there are no questions"):
+    with pytest.raises(UserError, match="none.jsonl: no questions"):
         evaluate(str(reference), {"questions": f"sums={tmp_path / 'none.jsonl'}"}, None, temperature=0.0, seed=0)
 
 

@@ -104,6 +104,10 @@ def test_a_bad_record_is_named_by_file_and_line(text, message, tmp_path):
         read_items("gsm8k", tmp_path)
     with pytest.raises(UserError, match=r"svamp/test.jsonl: no such file"):
         read_items("svamp", tmp_path)
+    (tmp_path / "svamp").mkdir()
+    (tmp_path / "svamp" / "test.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"svamp/test.jsonl: no records of task svamp"):
+        read_items("svamp", tmp_path)
 
 
 def test_exemplars_of_ones_own(tmp_path):

@@ -81,7 +81,7 @@ def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
     """Reads a JSON lines file, to be graded by exact match.
 
     Raises:
-      UserError: with file and line, where a record is bad or holds no answer.
+      UserError: with file and line, where a record is bad or holds no answer; or the file has none.
     """
     if re.compile(config.answer_pattern).groups != 1:
         raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r} must hold exactly one group")
@@ -98,6 +98,8 @@ def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
             if answer is None:
                 raise UserError(f"{file}:{line}: {config.answer_pattern!r} finds no answer in {answer_text[-80:]!r}")
             questions.append(Question(prompt, answer))
+    if not questions:
+        raise UserError(f"{path}: no questions")
     return Questions(questions, config.stops, functools.partial(extract, pattern=config.answer_pattern), operator.eq)
 
 

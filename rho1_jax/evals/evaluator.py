@@ -42,7 +42,7 @@ class Evaluator:
     """All evaluations that a config names, opened and checked once."""
 
     def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
-        """Raises UserError where a data set or question file is missing, bad, or of another tokenizer."""
+        """Raises UserError where a data set or question file is missing, bad, empty, or of another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
         self._batch_size, self._max_rows = even_rows(config.batch_size // config.microbatches), config.eval.rows
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
@@ -70,9 +70,6 @@ class Evaluator:
                 self._answers.tool_use,
                 grader,
             )
-        for name, questions in self.questions.items():
-            if not questions.items:
-                raise UserError(f"{name}: there are no questions in its file")
         self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
 
     def __call__(

@@ -170,10 +170,10 @@ class Grader:
             self._process = None
 
 
-def _limit(kind: int, most: int) -> None:
-    """Limits this process, at the least to what it is limited to already."""
+def _allowed(kind: int, most: int) -> int:
+    """A limit of this process, not above the one that it has already."""
     hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    return most if hard == resource.RLIM_INFINITY else min(most, hard)
 
 
 def _compare_forever(connection: Any, seconds: float) -> None:
@@ -183,7 +183,9 @@ def _compare_forever(connection: Any, seconds: float) -> None:
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    _limit(resource.RLIMIT_AS, MEMORY)
+    memory = _allowed(resource.RLIMIT_AS, MEMORY)
+    most_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     kinds = (LatexExtractionConfig(), ExprExtractionConfig())
     connection.send(True)
     while True:
@@ -191,7 +193,8 @@ def _compare_forever(connection: Any, seconds: float) -> None:
             pair = connection.recv()
         except EOFError:
             return
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
+        until = _allowed(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (until, most_seconds))
         try:
             # Its own time limits are signals, which this process, stopped from outside, does not need.
             products = (_PRODUCT.sub(r" \\cdot (", text) for text in pair)

@@ -138,7 +138,7 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
     """All items of a task.
 
     Raises:
-      UserError: with file and line, where the file is missing or a record is not of the task's form.
+      UserError: with file and line, where the file is missing or empty or a record is not of the task's form.
     """
     task, items = TASKS[name], []
     path = pathlib.Path(data_dir) / task.file
@@ -156,6 +156,8 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
                 items.append(task.item(json.loads(line) if records is None else line))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(f"{path}:{number}: no record of task {name}: {error!r}") from None
+    if not items:
+        raise UserError(f"{path}: no records of task {name}")
     return items
 
 

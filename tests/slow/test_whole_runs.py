@@ -36,7 +36,7 @@ def short(monkeypatch):
     monkeypatch.setattr(demo_config, "get_config", get_config)
 
 
-def test_the_whole_runs_and_writes_its_report(short, tmp_path, monkeypatch):
+def test_the_demonstration_runs_and_writes_its_report(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
@@ -104,7 +104,7 @@ def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, re
     assert last["tokens_selected"] == pytest.approx(0.6 * responses * steps * 8 / len(rows), rel=0.1)
 
 
-def test_the_tool_on_a_run(data, reference, tmp_path):
+def test_token_dynamics_of_a_run(data, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.checkpoint.update(every=2, keep=0)
     train(config, tmp_path / "run")
