@@ -15,10 +15,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/slow
+	$(BIN)/python -m pytest -m slow
 
 test-peers: $(VENV)/peers.stamp
-	$(BIN)/python -m pytest tests/peers
+	$(BIN)/python -m pytest -m peers
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

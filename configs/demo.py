@@ -5,7 +5,7 @@ Sizes, ratio and learning rates were chosen by trial; docs/results.md has the tr
 
 import ml_collections
 
-from configs import default
+from rho1_jax.configs import default
 
 SEQ_LEN = 64
 LEARNING_RATES = {"reference": 3e-3, "clm": 1.5e-3, "random": 1.5e-3, "slm": 7e-4, "self_reference": 1.5e-3}

@@ -5,9 +5,9 @@ The data are prepared with --transcripts --seq_len=2048. Values marked "ToRA" ar
 
 import ml_collections
 
-from configs import default
-from configs.models import MISTRAL_7B, TINYLLAMA_1B
-from rho1_jax.errors import UserError
+from rho1_jax.configs import default
+from rho1_jax.configs.models import MISTRAL_7B, TINYLLAMA_1B
+from rho1_jax.runtime.errors import UserError
 
 MODELS = {"": ("tinyllama_math", TINYLLAMA_1B), "_7b": ("mistral_7b_math", MISTRAL_7B)}
 SCORES = {"sft": "clm", "slm": "slm"}

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs import llama3_8b_math
-from configs.models import LLAMA3_70B
+from rho1_jax.configs import llama3_8b_math
+from rho1_jax.configs.models import LLAMA3_70B
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs.models import LLAMA3_8B
-from configs.recipe import recipe
+from rho1_jax.configs.models import LLAMA3_8B
+from rho1_jax.configs.recipe import recipe
 
 SEQ_LEN = 4096  # ours: as Mistral 7B; the model would take 8192
 

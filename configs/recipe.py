@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import default
+from rho1_jax.configs import default
 
 STEP_TOKENS = 2**20  # paper: a batch of 1 M tokens
 

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs.models import TINYLLAMA_1B
-from configs.recipe import recipe
+from rho1_jax.configs.models import TINYLLAMA_1B
+from rho1_jax.configs.recipe import recipe
 
 SEQ_LEN = 2048  # paper
 

@@ -18,14 +18,16 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax import checkpoint, model, sharding
-from rho1_jax.config import differences, model_config, run
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.distributed import define_distributed_flag, is_first, say, start
-from rho1_jax.errors import UserError
 from rho1_jax.evals.evaluator import Evaluator
-from rho1_jax.files import read_json, write_text
-from rho1_jax.model import Params
+from rho1_jax.models import decoder
+from rho1_jax.models.decoder import Params
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import read_json, write_text
+from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
+from rho1_jax.training import checkpoint
+from rho1_jax.training.config import differences, model_config, run
 
 
 class LmEval(NamedTuple):
@@ -63,7 +65,7 @@ def evaluate(
     tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
     mesh = sharding.mesh_of_run(**config.mesh)
     policy_config = model_config(config)
-    graphdef = model.build(policy_config)
+    graphdef = decoder.build(policy_config)
     with jax.set_mesh(mesh):
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
         params = checkpoint.load_params(directory, policy_config, mesh, "float32")

@@ -18,16 +18,18 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rho1_jax import accounting, model, sharding
-from rho1_jax.config import define_config_flag, run
 from rho1_jax.data.loader import eval_batches, open_mixture, to_devices
-from rho1_jax.data.score_store import DTYPES, SPLIT, ScoreWriter, describe
 from rho1_jax.data.store import Store
-from rho1_jax.distributed import define_distributed_flag, is_first, say, start
-from rho1_jax.metrics import Progress
-from rho1_jax.reference import load_frozen
+from rho1_jax.data.stored_scores import DTYPES, SPLIT, ScoreWriter, describe
+from rho1_jax.models import decoder
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.train import check, check_batch_size, resolve
-from rho1_jax.train_step import make_reference_signals
+from rho1_jax.training import accounting
+from rho1_jax.training.config import define_config_flag, run
+from rho1_jax.training.reference import load_frozen
+from rho1_jax.training.train_step import make_reference_signals
 
 
 def score(config: ml_collections.ConfigDict, dtype: str, entropies: bool) -> None:
@@ -43,7 +45,7 @@ def score(config: ml_collections.ConfigDict, dtype: str, entropies: bool) -> Non
     config = resolve(config, stores, stores[0].tokenizer())
     with jax.set_mesh(mesh):
         reference, params, description = load_frozen(config, stores[0], mesh)
-        signals = make_reference_signals(model.build(reference), config.data.document_mask, entropies)
+        signals = make_reference_signals(decoder.build(reference), config.data.document_mask, entropies)
         jitted = functools.partial(jax.jit(signals, out_shardings=sharding.replicated(mesh)), params)
         for store in stores:
             described = describe(store, description, config.data.document_mask)

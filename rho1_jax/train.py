@@ -19,9 +19,19 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax import accounting, model, optimizer, sharding
-from rho1_jax.checkpoint import Checkpoints, Meta
-from rho1_jax.config import (
+from rho1_jax.configs.default import ModelConfig, OptimizerConfig
+from rho1_jax.data.loader import batches, open_mixture, to_devices
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.evals.evaluator import Evaluator
+from rho1_jax.models import decoder
+from rho1_jax.models.decoder import Params
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
+from rho1_jax.training import accounting, optimizer
+from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.config import (
     RUN_SETTINGS,
     as_saved,
     define_config_flag,
@@ -31,18 +41,11 @@ from rho1_jax.config import (
     selection_rule,
     write_config,
 )
-from rho1_jax.data.loader import batches, open_mixture, to_devices
-from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
-from rho1_jax.distributed import define_distributed_flag, is_first, say, start
-from rho1_jax.errors import UserError
-from rho1_jax.evals.evaluator import Evaluator
-from rho1_jax.loop import Loop
-from rho1_jax.model import ModelConfig, Params
-from rho1_jax.pretrained import Pretrained, open_same_model
-from rho1_jax.reference import Reference, open_reference
-from rho1_jax.train_state import TrainState
-from rho1_jax.train_step import make_train_step
+from rho1_jax.training.loop import Loop
+from rho1_jax.training.pretrained import Pretrained, open_same_model
+from rho1_jax.training.reference import Reference, open_reference
+from rho1_jax.training.state import TrainState
+from rho1_jax.training.train_step import make_train_step
 
 # A resumed run that changed one of these would train on other batches, or not be the same model.
 FIXED_ON_RESUME = (
@@ -74,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
     tokenizer = stores[0].tokenizer()
     config = resolve(config, stores, tokenizer)
     policy_config = model_config(config)
-    policy = model.build(policy_config)
+    policy = decoder.build(policy_config)
     with jax.set_mesh(mesh):
         initial = open_same_model(config.init.checkpoint, "config.init.checkpoint", config, policy_config, stores[0])
         reference = open_reference(config, selection_rule(config), policy_config, stores, mesh)
@@ -92,7 +95,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Params:
         # 2. The state: of the newest checkpoint, of another run, or new.
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+        tx = optimizer.make_optimizer(OptimizerConfig(**config.optimizer), config.steps)
         state, meta = initial_state(config, policy_config, tx, checkpoints, meta, initial, reference, mesh)
         if is_first():
             write_config(config, workdir)
@@ -207,7 +210,7 @@ def initial_state(
     if initial is not None:
         params = initial.load(mesh, "float32")
     else:
-        init = functools.partial(model.init_params, policy_config, config.seed)
+        init = functools.partial(decoder.init_params, policy_config, config.seed)
         params = jax.jit(init, out_shardings=placement(abstract.params))()
     opt_state = jax.jit(tx.init, out_shardings=placement(abstract.opt_state))(params)
     moving_params = None
@@ -219,7 +222,7 @@ def initial_state(
 
 def abstract_state(policy_config: ModelConfig, tx, mesh: Mesh, host_offload: bool, moves: bool = False) -> TrainState:
     """Shapes, dtypes and shardings of the state; `moves` says whether it has a reference."""
-    params = model.abstract_params(policy_config)
+    params = decoder.abstract_params(policy_config)
     opt_state = jax.eval_shape(tx.init, params)
     opt_shardings = sharding.param_shardings(opt_state, mesh)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
@@ -262,7 +265,7 @@ def jitted_step(
     """The train step, compiled for the mesh; the state is donated, a frozen reference is not."""
     step = make_train_step(
         policy,
-        model.build(reference.model) if reference.model else None,
+        decoder.build(reference.model) if reference.model else None,
         tx,
         rule=selection_rule(config),
         steps=config.steps,

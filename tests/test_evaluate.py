@@ -6,13 +6,13 @@ import shutil
 import types
 
 import pytest
-from conftest import run_command
+from helpers import run_command
 
-from rho1_jax.errors import UserError
 from rho1_jax.evals.sandbox import Sandbox
 from rho1_jax.evals.tool_use import program_at_end
 from rho1_jax.evaluate import evaluate
-from rho1_jax.metrics import read_metrics
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.metrics import read_metrics
 
 
 @pytest.fixture

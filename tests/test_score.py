@@ -7,20 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OPTIONS, config_of, run_command
+from helpers import OPTIONS, config_of, run_command
 
-from rho1_jax import checkpoint, model, score, selection, sharding
-from rho1_jax.data import score_store
+from rho1_jax import score
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data import stored_scores
 from rho1_jax.data.loader import eval_batches
-from rho1_jax.data.prepare import prepare
-from rho1_jax.data.score_store import ScoreStore
+from rho1_jax.data.preparation import prepare
 from rho1_jax.data.store import Store
+from rho1_jax.data.stored_scores import ScoreStore
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.errors import UserError
-from rho1_jax.metrics import read_metrics
+from rho1_jax.method import selection
+from rho1_jax.models import decoder
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.train import train
-from rho1_jax.train_step import make_reference_signals, make_token_losses
-from tools.train_tokenizer import train_tokenizer
+from rho1_jax.train_tokenizer import train_tokenizer
+from rho1_jax.training import checkpoint
+from rho1_jax.training.train_step import make_reference_signals, make_token_losses
 
 SEQ_LEN = OPTIONS.seq_len
 
@@ -36,7 +41,7 @@ def scoring_config(data, reference, name="scores", /, **changes):
 def small_shards():
     """Several shards of 16 rows, as a large data set has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_store, "SHARD_TOKENS", 16 * SEQ_LEN)
+        patch.setattr(stored_scores, "SHARD_TOKENS", 16 * SEQ_LEN)
         yield
 
 
@@ -53,10 +58,10 @@ def scored(data, reference, tmp_path_factory):
 def reference_signals(reference, rows):
     """Losses and entropies of the reference, all rows at once on one device."""
     directory = checkpoint.find(reference, "reference")
-    config = model.ModelConfig(**checkpoint.load_meta(directory).config["model"])
+    config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
     params = checkpoint.load_params(directory, config, sharding.make_mesh(8, 1, 1), "float32")
     batch = next(eval_batches(rows, len(rows), np.arange(len(rows))))
-    signals = jax.jit(make_reference_signals(model.build(config), True, True))
+    signals = jax.jit(make_reference_signals(decoder.build(config), True, True))
     return jax.device_get(signals(jax.device_get(params), batch))
 
 
@@ -102,8 +107,8 @@ def test_the_store_selects_what_the_reference_does(scored, reference, online):
     """All tokens at once: the same ones from float32 scores; from float16 ones, almost."""
     rows = Store(scored).rows("train")
     batch = next(eval_batches(rows, len(rows), np.arange(len(rows))))
-    config = model.ModelConfig(**checkpoint.load_meta(checkpoint.find(online[0], "workdir")).config["model"])
-    policy_loss, eligible = make_token_losses(model.build(config), True)(online[1], batch)
+    config = ModelConfig(**checkpoint.load_meta(checkpoint.find(online[0], "workdir")).config["model"])
+    policy_loss, eligible = make_token_losses(decoder.build(config), True)(online[1], batch)
     exact, _ = reference_signals(reference, rows)
 
     def chosen(reference_loss):
@@ -119,7 +124,7 @@ def test_the_store_selects_what_the_reference_does(scored, reference, online):
 
 def test_no_reference_is_in_the_program(scored, reference, tmp_path, monkeypatch):
     """Its checkpoint may even be gone."""
-    monkeypatch.setattr("rho1_jax.reference.open_pretrained", None)
+    monkeypatch.setattr("rho1_jax.training.reference.open_pretrained", None)
     config = scoring_config(scored, "", "half")
     config.steps = 2
     train(config, tmp_path / "run")
@@ -141,7 +146,7 @@ def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, r
     # A shard is two batches, or two thirds of one.
     config = scoring_config(scored, reference, f"again{mesh['data']}", mesh=mesh)
     config.batch_size = 8 if mesh["data"] == 8 else 24
-    write, written = score_store.ScoreWriter.write, []
+    write, written = stored_scores.ScoreWriter.write, []
 
     def failing(self, shard, arrays):
         if len(written) == 2:
@@ -149,14 +154,14 @@ def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, r
         written.append(shard)
         write(self, shard, arrays)
 
-    monkeypatch.setattr(score_store.ScoreWriter, "write", failing)
+    monkeypatch.setattr(stored_scores.ScoreWriter, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         score.score(config, "float16", entropies=False)
     directory = scored / "scores" / f"again{mesh['data']}"
     assert not directory.exists()
     rest = []
     monkeypatch.setattr(
-        score_store.ScoreWriter, "write", lambda self, shard, arrays: (rest.append(shard), write(self, shard, arrays))
+        stored_scores.ScoreWriter, "write", lambda self, shard, arrays: (rest.append(shard), write(self, shard, arrays))
     )
     score.score(config, "float16", entropies=False)
     assert written == [0, 1] and rest[0] == 2

@@ -12,17 +12,19 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import OPTIONS, STEPS, config_of, run_command
+from helpers import OPTIONS, STEPS, config_of, run_command
 
-from configs import default
-from rho1_jax import checkpoint, model, sharding
-from rho1_jax.data.prepare import prepare
+from rho1_jax.configs import default
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data.preparation import prepare
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.errors import UserError
-from rho1_jax.loop import Loop
-from rho1_jax.metrics import read_metrics
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.train import train
-from tools.train_tokenizer import train_tokenizer
+from rho1_jax.train_tokenizer import train_tokenizer
+from rho1_jax.training import checkpoint
+from rho1_jax.training.loop import Loop
 
 
 def command_line(config, workdir):
@@ -55,7 +57,7 @@ def without_rate(lines):
 def final_params(workdir):
     mesh = sharding.make_mesh(8, 1, 1)
     directory = checkpoint.find(workdir, "workdir")
-    config = model.ModelConfig(**checkpoint.load_meta(directory).config["model"])
+    config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
     return jax.device_get(checkpoint.load_params(directory, config, mesh, "float32"))
 
 

@@ -27,24 +27,24 @@ import numpy as np
 import optax
 from absl import flags
 
-from configs import default
-from rho1_jax import model, selection
-from rho1_jax.accounting import ForwardFlops, training_flops
-from rho1_jax.config import run
+from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data import records
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.errors import UserError
-from rho1_jax.files import write_text
-from rho1_jax.generate import TAIL, Generator
-from rho1_jax.model import ModelConfig
-from rho1_jax.selection import Selection
-from rho1_jax.token_loss import token_losses
-from rho1_jax.train_state import TrainState
-from rho1_jax.train_step import make_token_losses, make_train_step
+from rho1_jax.method import selection
+from rho1_jax.method.selection import Selection
+from rho1_jax.models import decoder
+from rho1_jax.models.generation import TAIL, Generator
+from rho1_jax.models.token_loss import token_losses
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import write_text
+from rho1_jax.training.accounting import ForwardFlops, training_flops
+from rho1_jax.training.config import run
+from rho1_jax.training.state import TrainState
+from rho1_jax.training.train_step import make_token_losses, make_train_step
 from tools.benchmark_data import loading_ways, scoring_ways, tokenizing_ways
 
-RULE = Selection(**default.get_config("slm").selection)
+RULE = Selection()
 NEW_TOKENS = 64
 SPREAD = 0.8  # of the logarithm of continuations' lengths; between the longest and the mean of 16 lies a factor of 3
 PAUSE = 0.5  # seconds between two ways: PyTorch's threads go on spinning for a while, at the next way's cost
@@ -60,24 +60,9 @@ class Size(NamedTuple):
 
     def config(self) -> ModelConfig:
         """The model in float32, its loop over layers unrolled."""
-        return ModelConfig(**COMMON, **self.model, context_length=self.seq_len, unroll=self.model["layers"])
+        return ModelConfig(**self.model, context_length=self.seq_len, unroll=self.model["layers"])
 
 
-COMMON: dict[str, Any] = {
-    "family": "llama",
-    "rope_theta": 10_000.0,
-    "rope_factor": 1.0,
-    "rope_low_frequency_factor": 1.0,
-    "rope_high_frequency_factor": 4.0,
-    "rope_original_length": 8192,
-    "norm_eps": 1e-5,
-    "tied_embeddings": True,
-    "sliding_window": None,
-    "compute_dtype": "float32",
-    "attention": "auto",
-    "remat": "none",
-    "loss_chunk": 512,
-}
 _6M = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32, "ff_width": 768}
 _34M = {"vocab_size": 32_000, "width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "head_width": 64, "ff_width": 1024}
 _1M = {"vocab_size": 640, "width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_width": 32, "ff_width": 384}
@@ -111,11 +96,11 @@ def timed(ways: Ways, amount: float, repeats: int) -> dict[str, dict[str, float]
 def step_ways(size: Size) -> Ways:
     """One step of each arm, and scoring."""
     config = size.config()
-    graphdef, tx = model.build(config), optax.adamw(1e-3)
+    graphdef, tx = decoder.build(config), optax.adamw(1e-3)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, config.vocab_size, (size.rows, size.seq_len + 1), dtype=np.int32)
     batch = Batch(jnp.array(tokens), jnp.ones_like(tokens))
-    reference = model.init_params(config, 1)
+    reference = decoder.init_params(config, 1)
     losses = jax.jit(make_token_losses(graphdef, document_mask=True))
     scored = batch._replace(reference_losses=losses(reference, batch)[0])
 
@@ -133,7 +118,7 @@ def step_ways(size: Size) -> Ways:
             ),
             donate_argnums=0,
         )
-        params = model.init_params(config, 0)
+        params = decoder.init_params(config, 0)
         state = [TrainState(jnp.int32(0), params, tx.init(params))]
 
         def one() -> None:
@@ -188,7 +173,7 @@ class _Tokenizer:
 def generation_ways(size: Size, work: Work) -> Ways:
     """Greedy continuation of prompts, as many at a time as the size has rows."""
     config = size.config()
-    graphdef, params = model.build(config), model.init_params(config, 0)
+    graphdef, params = decoder.build(config), decoder.init_params(config, 0)
     generator = Generator(graphdef, params, _Tokenizer(work), size.rows)  # type: ignore[arg-type]
 
     def one() -> None:

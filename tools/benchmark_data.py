@@ -13,16 +13,17 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data import records
 from rho1_jax.data.loader import batches, eval_batches, open_mixture, to_devices
-from rho1_jax.data.prepare import Options, prepare
-from rho1_jax.data.score_store import SPLIT, ScoreWriter, describe
+from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.store import Store
+from rho1_jax.data.stored_scores import SPLIT, ScoreWriter, describe
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.model import ModelConfig, build, init_params
+from rho1_jax.models.decoder import build, init_params
+from rho1_jax.runtime.sharding import make_mesh, replicated
 from rho1_jax.score import score_rows
-from rho1_jax.sharding import make_mesh, replicated
-from rho1_jax.train_step import make_reference_signals
+from rho1_jax.training.train_step import make_reference_signals
 
 SCORED_ROWS = 16  # in a batch, on each device
 

@@ -32,14 +32,17 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from rho1_jax import accounting, generate, model, optimizer, sharding
-from rho1_jax.attention import KERNELS
-from rho1_jax.config import define_config_flag, model_config, run
+from rho1_jax.configs.default import OptimizerConfig
 from rho1_jax.data.packing import Batch
-from rho1_jax.errors import UserError
-from rho1_jax.files import write_text
-from rho1_jax.reference import Reference
+from rho1_jax.models import decoder, generation
+from rho1_jax.models.attention import KERNELS
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import write_text
 from rho1_jax.train import abstract_state, check, check_batch_size, jitted_step, placed, placement
+from rho1_jax.training import accounting, optimizer
+from rho1_jax.training.config import define_config_flag, model_config, run
+from rho1_jax.training.reference import Reference
 from tools import hlo_cost
 
 GIB = 2**30
@@ -67,8 +70,8 @@ def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> jax.stages.Lowered:
     """The train step of an arm for abstract arrays that lie on the mesh."""
     policy_config = model_config(config)
-    graphdef = model.build(policy_config)
-    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+    graphdef = decoder.build(policy_config)
+    tx = optimizer.make_optimizer(OptimizerConfig(**config.optimizer), config.steps)
 
     state = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy_config.compute_dtype), state.params)
@@ -179,7 +182,7 @@ def compile_decoding(
     mesh = topology_mesh(topology, slices, config.mesh)
     chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
     policy_config = model_config(config)
-    graphdef, params = model.build(policy_config), model.abstract_params(policy_config)
+    graphdef, params = decoder.build(policy_config), decoder.abstract_params(policy_config)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def outputs(lowered: jax.stages.Lowered) -> Any:
@@ -191,15 +194,15 @@ def compile_decoding(
 
     with jax.set_mesh(mesh), refusing(f"decoding on {topology}"):
         params = outputs(
-            generate.decoding_params.lower(graphdef, placed(params, sharding.param_shardings(params, mesh)))
+            generation.decoding_params.lower(graphdef, placed(params, sharding.param_shardings(params, mesh)))
         )
-        state = outputs(generate.empty_state.lower(policy_config, rows, positions))
+        state = outputs(generation.empty_state.lower(policy_config, rows, positions))
         start = time.monotonic()
-        compiled = generate.decode.lower(graphdef, params, state, key, temperature=0.0).compile()
+        compiled = generation.decode.lower(graphdef, params, state, key, temperature=0.0).compile()
     cost = hlo_cost.Program(compiled.as_text() or "", lambda _: 1, policy_config.sliding_window).cost()
     memory, compile_seconds = memory_gib(compiled, chip), time.monotonic() - start
-    times = {part: seconds / generate.STRETCH for part, seconds in roofline_seconds(cost, chip).items()}
-    received, bound = cost.collective_bytes / generate.STRETCH, max(times, key=lambda part: times[part])
+    times = {part: seconds / generation.STRETCH for part, seconds in roofline_seconds(cost, chip).items()}
+    received, bound = cost.collective_bytes / generation.STRETCH, max(times, key=lambda part: times[part])
     print(
         f"{topology}, {rows} rows of {positions} positions: {memory['total']:.2f} of {memory['chip']:.0f} GiB a chip, "
         f"compiled in {compile_seconds:.0f} s; a token of each row: {received / 1e6:.0f} MB received, "

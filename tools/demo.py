@@ -18,22 +18,23 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from configs import demo as demo_config
-from rho1_jax import checkpoint, model
 from rho1_jax.analysis.token_report import TokenScores, score_tokens
-from rho1_jax.config import run
-from rho1_jax.data import prepare as prepare_data
+from rho1_jax.configs import demo as demo_config
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data import preparation
 from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.files import write_text
-from rho1_jax.model import ModelConfig
+from rho1_jax.models import decoder
+from rho1_jax.runtime.files import write_text
+from rho1_jax.runtime.sharding import make_mesh
 from rho1_jax.score import score
-from rho1_jax.sharding import make_mesh
 from rho1_jax.train import train
+from rho1_jax.train_tokenizer import train_tokenizer
+from rho1_jax.training import checkpoint
+from rho1_jax.training.config import run
 from tools.demo_corpus import write_corpora
 from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_report
-from tools.train_tokenizer import train_tokenizer
 
 ARMS = ("reference", "clm", "random", "slm")
 CACHED = "slm_cached"
@@ -58,8 +59,8 @@ def make_data(output: pathlib.Path, seed: int) -> None:
         train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, ["{text}"], max_sentences=50_000)
     for corpus in corpora:
         say(f"preparing {corpus.name}")
-        options = prepare_data.Options(("{text}",), None, demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
-        prepare_data.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
+        options = preparation.Options(("{text}",), None, demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
+        preparation.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
 
 
 def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.ConfigDict:
@@ -85,7 +86,7 @@ def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> 
         for directory in (checkpoint.at(output / "slm", half_way), checkpoint.find(output / "reference", "reference")):
             model_config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
             params = checkpoint.load_params(directory, model_config, mesh, "float32")
-            models.append((model.build(model_config), params))
+            models.append((decoder.build(model_config), params))
         rows = Store(output / "data" / "noisy").rows("eval")
         batch = next(eval_batches(rows, 4 * SHOWN_ROWS, np.arange(4 * SHOWN_ROWS)))
         policy, reference = models

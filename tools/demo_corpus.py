@@ -12,7 +12,7 @@ from typing import NamedTuple
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from rho1_jax.files import json_lines, write_text
+from rho1_jax.runtime.files import json_lines, write_text
 
 WORD_SHARE = 0.7  # of the problems; the others are arithmetic
 PROBLEM_SHARE = 0.15  # of the noisy corpus's characters

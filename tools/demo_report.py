@@ -6,12 +6,12 @@ import json
 import pathlib
 from typing import Any
 
-from rho1_jax.accounting import LEDGER_FILE
 from rho1_jax.analysis.plots import Curve, plot_curves
 from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.files import read_json, write_text
-from rho1_jax.metrics import read_metrics
+from rho1_jax.runtime.files import read_json, write_text
+from rho1_jax.runtime.metrics import read_metrics
+from rho1_jax.training.accounting import LEDGER_FILE
 
 LABELS = {
     "reference": "reference (clean text)",

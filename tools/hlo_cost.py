@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
-from rho1_jax.accounting import seen_keys
+from rho1_jax.training.accounting import seen_keys
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

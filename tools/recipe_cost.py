@@ -8,10 +8,10 @@ Chip-hours stand on the utilization that is assumed; nothing is measured.
 import ml_collections
 from absl import flags
 
-from rho1_jax.accounting import ForwardFlops, training_flops
-from rho1_jax.config import define_config_flag, model_config, run, selection_rule
-from rho1_jax.model import param_count
-from rho1_jax.scores import NO_SCORE, REFERENCE_SIGNALS
+from rho1_jax.method.token_scores import NO_SCORE, REFERENCE_SIGNALS
+from rho1_jax.models.decoder import param_count
+from rho1_jax.training.accounting import ForwardFlops, training_flops
+from rho1_jax.training.config import define_config_flag, model_config, run, selection_rule
 
 MASTER_BYTES = 4  # float32 parameters, and each of the optimizer's two moments
 REFERENCE_BYTES = 2  # bfloat16

@@ -14,10 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from rho1_jax.config import run
-from rho1_jax.errors import UserError
 from rho1_jax.evals.sandbox import Sandbox, shown
-from tools.grade import generations
+from rho1_jax.grade import generations
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.training.config import run
 
 BLOCKS = re.compile(r"```python\n(.*?)```\n```output\n(.*?)```", re.DOTALL)
 

@@ -16,17 +16,17 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from rho1_jax import checkpoint
-from rho1_jax.accounting import LEDGER_FILE
-from rho1_jax.config import run, selection_rule
-from rho1_jax.data.score_store import SPLIT
 from rho1_jax.data.store import Store
+from rho1_jax.data.stored_scores import SPLIT
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.files import read_json, replacing, write_text
-from rho1_jax.metrics import read_metrics
+from rho1_jax.method.token_scores import REFERENCE_SIGNALS
+from rho1_jax.runtime.files import read_json, replacing, write_text
+from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.score import score
-from rho1_jax.scores import REFERENCE_SIGNALS
 from rho1_jax.train import train
+from rho1_jax.training import checkpoint
+from rho1_jax.training.accounting import LEDGER_FILE
+from rho1_jax.training.config import run, selection_rule
 from tools.demo import SCORES, arm_config, make_data, say
 
 RATES = (7e-4, 1.5e-3)

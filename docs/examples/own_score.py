@@ -7,8 +7,8 @@ python -m rho1_jax.train --config=docs/examples/own_score.py --workdir=runs/retr
 
 import ml_collections
 
-from configs import default
-from rho1_jax.scores import register
+from rho1_jax.configs import default
+from rho1_jax.method.token_scores import register
 
 
 @register

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
-from rho1_jax.errors import UserError
-from rho1_jax.sharding import batch_sharding, local_rows
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.sharding import batch_sharding, local_rows
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from rho1_jax.errors import UserError
+from rho1_jax.runtime.errors import UserError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".tex": "text"}

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
-from rho1_jax.errors import UserError
+from rho1_jax.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
 _ROWS = "rows"

@@ -9,8 +9,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from rho1_jax.errors import UserError
-from rho1_jax.files import read_json
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import read_json
 
 TOKENIZER_DIR = "tokenizer"  # its name in a run or a prepared data set
 SENTENCEPIECE_FILE = "tokenizer.model"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rho1_jax.data.records import BadRecord, check_text
 from rho1_jax.data.tokenizer import Span, Tokenizer
-from rho1_jax.errors import UserError
+from rho1_jax.runtime.errors import UserError
 
 # How each role's message is written down, in the form of ToRA (arXiv 2309.17452). The assistant asks for the output
 # of its program by opening the block that the tool then fills.

@@ -12,12 +12,12 @@ from typing import Any
 
 from rho1_jax.data import records
 from rho1_jax.data.transcripts import ROLE_TEMPLATES
-from rho1_jax.errors import UserError
 from rho1_jax.evals import extraction
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import STOPS, TASKS, read_exemplars, read_items
 from rho1_jax.evals.tool_use import run_with_tools
-from rho1_jax.generate import Generator
+from rho1_jax.models.generation import Generator
+from rho1_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

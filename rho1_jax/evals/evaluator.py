@@ -13,13 +13,10 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax.config import parse_named
 from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.distributed import is_first
-from rho1_jax.errors import UserError
 from rho1_jax.evals.answers import (
     AnswerConfig,
     Questions,
@@ -30,12 +27,15 @@ from rho1_jax.evals.answers import (
     task_questions,
 )
 from rho1_jax.evals.grading import Grader
-from rho1_jax.files import json_lines, write_text
-from rho1_jax.generate import Generator
-from rho1_jax.metrics import Progress
-from rho1_jax.model import Params
-from rho1_jax.sharding import even_rows, local_rows, replicated
-from rho1_jax.train_step import make_token_losses
+from rho1_jax.models.decoder import Params
+from rho1_jax.models.generation import Generator
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import json_lines, write_text
+from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.processes import is_first
+from rho1_jax.runtime.sharding import even_rows, local_rows, replicated
+from rho1_jax.training.config import parse_named
+from rho1_jax.training.train_step import make_token_losses
 
 
 class Evaluator:

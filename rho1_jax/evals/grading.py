@@ -12,7 +12,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rho1_jax.errors import UserError
+from rho1_jax.runtime.errors import UserError
 
 SECONDS = 5.0  # for one pair of formulas
 MEMORY = 4 << 30  # bytes of address space

@@ -16,11 +16,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.errors import UserError
-from rho1_jax.generate import Generator
-from rho1_jax.metrics import Progress
-from rho1_jax.model import Params
-from rho1_jax.sharding import batch_sharding, even_rows, replicate
+from rho1_jax.models.decoder import Params
+from rho1_jax.models.generation import Generator
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.sharding import batch_sharding, even_rows, replicate
 
 LENGTH_MULTIPLE = 64  # lengths are rounded up to this, so that few shapes are compiled
 CHUNK = 64  # positions whose logits exist at once

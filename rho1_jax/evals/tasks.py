@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rho1_jax.errors import UserError
 from rho1_jax.evals.extraction import last_boxed
+from rho1_jax.runtime.errors import UserError
 
 Record = dict[str, Any]
 LETTERS = "ABCDE"

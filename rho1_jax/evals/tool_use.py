@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rho1_jax.evals.sandbox import Sandbox, shown
-from rho1_jax.generate import Generator, Request
+from rho1_jax.models.generation import Generator, Request
 
 ROUNDS = 4  # programs of one answer, at most
 OUTPUT = "```output"

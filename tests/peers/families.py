@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from conftest import continuations, tensors
 from flax import nnx
+from helpers import continuations, tensors
 
-from rho1_jax import hf_config, model, sharding
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.train_step import make_token_losses
-from rho1_jax.weights import HuggingFaceFolder
-from tools.train_tokenizer import train_tokenizer
+from rho1_jax.models import decoder, hf_config
+from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.runtime import sharding
+from rho1_jax.train_tokenizer import train_tokenizer
+from rho1_jax.training.train_step import make_token_losses
 
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 16}
 LENGTH = 48
@@ -115,7 +116,7 @@ def load(directory: pathlib.Path, dtype: str | None = "float32"):
     config = hf_config.from_hf(folder.config, str(directory), RUN_SETTINGS)
     axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
     one_device = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
-    return model.build(config), folder.load(config, one_device, dtype)
+    return decoder.build(config), folder.load(config, one_device, dtype)
 
 
 @jax.jit(static_argnums=0)

@@ -9,8 +9,10 @@ import pytest
 from families import CASES, build, load, save
 from lm_eval.models.huggingface import HFLM
 
-from rho1_jax import sharding
 from rho1_jax.evals.lm_eval_adapter import LanguageModel
+from rho1_jax.runtime import sharding
+
+pytestmark = pytest.mark.peers
 
 MAX_LENGTH = 96
 TEXTS = ["The sum of two and three is", " five", "", "and so on " * 30, "x", " = 12.", "Question: what?\nAnswer:"]

@@ -7,12 +7,14 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import random_batch, selection_of, tensors, tiny
+from helpers import random_batch, selection_of, tensors, tiny
 
-from rho1_jax import model
 from rho1_jax.data.packing import Batch
-from rho1_jax.train_state import TrainState
-from rho1_jax.train_step import make_token_losses, make_train_step
+from rho1_jax.models import decoder
+from rho1_jax.training.state import TrainState
+from rho1_jax.training.train_step import make_token_losses, make_train_step
+
+pytestmark = pytest.mark.peers
 
 CONFIGS = {
     "grouped, tied": tiny(),
@@ -73,8 +75,8 @@ def whole_rows(seed):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_losses_and_gradients_of_the_whole_model(config):
-    params, rows = model.init_params(config, 0), whole_rows(0)
-    losses = make_token_losses(model.build(config), document_mask=True)
+    params, rows = decoder.init_params(config, 0), whole_rows(0)
+    losses = make_token_losses(decoder.build(config), document_mask=True)
     mean, gradient = jax.value_and_grad(lambda p: losses(p, rows)[0].mean())(params)
     llama = torch_llama(config, params)
     expected = torch_losses(llama, rows.tokens)
@@ -86,10 +88,10 @@ def test_losses_and_gradients_of_the_whole_model(config):
 
 def test_documents_in_a_row_are_as_documents_alone():
     config = CONFIGS["grouped, tied"]
-    params = model.init_params(config, 0)
+    params = decoder.init_params(config, 0)
     tokens = whole_rows(1).tokens[:1]
     packed = Batch(tokens, np.array([[1] * 9 + [2] * 16]))
-    loss, eligible = make_token_losses(model.build(config), document_mask=True)(params, packed)
+    loss, eligible = make_token_losses(decoder.build(config), document_mask=True)(params, packed)
     llama = torch_llama(config, params)
     alone = [torch_losses(llama, tokens[:, :9]), torch_losses(llama, tokens[:, 9:])]
     np.testing.assert_allclose(loss[eligible], torch.cat(alone, dim=1)[0].detach().numpy(), rtol=RELATIVE)
@@ -97,8 +99,8 @@ def test_documents_in_a_row_are_as_documents_alone():
 
 def test_slm_loss_and_gradient_against_ten_lines_of_torch():
     config = CONFIGS["grouped, tied"]
-    policy, reference, rows = model.init_params(config, 0), model.init_params(config, 1), whole_rows(2)
-    graphdef = model.build(config)
+    policy, reference, rows = decoder.init_params(config, 0), decoder.init_params(config, 1), whole_rows(2)
+    graphdef = decoder.build(config)
     step = make_train_step(
         graphdef,
         graphdef,

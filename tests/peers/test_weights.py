@@ -15,24 +15,26 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import config_of, selection_of, tensors
 from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
+from helpers import config_of, selection_of, tensors
 from safetensors import safe_open
 
-from rho1_jax.config import model_config
 from rho1_jax.data import transcripts
 from rho1_jax.data.packing import Batch, Documents, pack_whole
-from rho1_jax.data.prepare import Options, prepare
+from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
+from rho1_jax.export_hf import export_hf, sentencepiece_settings
+from rho1_jax.import_hf import config_of as config_of_folder
+from rho1_jax.import_hf import import_hf
+from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.models.verify_hf import verify
 from rho1_jax.train import train
-from rho1_jax.train_state import TrainState
-from rho1_jax.train_step import make_train_step
-from rho1_jax.weights import HuggingFaceFolder
-from tools.export_hf import export_hf, sentencepiece_settings
-from tools.import_hf import config_of as config_of_folder
-from tools.import_hf import import_hf
-from tools.verify_hf import verify
+from rho1_jax.training.config import model_config
+from rho1_jax.training.state import TrainState
+from rho1_jax.training.train_step import make_train_step
+
+pytestmark = pytest.mark.peers
 
 LARGEST = 1e-4
 

@@ -1,0 +1,322 @@
+"""Text files to packed rows: read, tokenize in several processes, pack, write.
+
+Tokens go to numbered chunk files in OUTPUT.partial first, each complete or absent. A run that was interrupted keeps
+the chunks it finished; the finished data set is renamed into place.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rho1_jax.data import records, store, transcripts
+from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.data.transcripts import Transcripts
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import replacing, sha256, write_text
+from rho1_jax.runtime.metrics import Progress
+
+CHUNK_BYTES = 4 << 20
+BAD_RECORDS_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the rows, beside the tokenizer and the inputs.
+
+    Attributes:
+      templates: format strings over a record's keys; the first one whose keys it has makes its text.
+      transcripts: where records hold conversations, which are trained on in their responses alone; None: plain text.
+      seq_len: targets in a row.
+      eval_fraction: share of the documents that go to the split "eval", chosen by a hash of their text.
+      max_bad_fraction: share of bad records that is put up with.
+    """
+
+    templates: tuple[str, ...]
+    transcripts: Transcripts | None
+    seq_len: int
+    eval_fraction: float
+    max_bad_fraction: float
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Some consecutive documents of the corpus, tokenized."""
+
+    tokens: np.ndarray  # int32, document after document, each ended by EOS
+    lengths: np.ndarray  # tokens of each document, its EOS included
+    responses: np.ndarray  # bool, of each token: it is part of a response; of plain text there are none
+    held_out: np.ndarray  # bool: the document belongs to the split "eval"
+    truncated: int  # conversations that were longer than a row
+    bad: list[str]  # "file:line: reason" of each record that holds no document
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the chunk, whole or not at all."""
+        fields = vars(self) | {"bad": np.array(self.bad, dtype=np.str_)}
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(file, **fields)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Chunk":
+        """Reads what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            fields = dict(arrays)
+        return cls(**fields | {"bad": fields["bad"].tolist(), "truncated": int(fields["truncated"])})
+
+    def split(self, held_out: bool) -> Documents:
+        """The documents of one split."""
+        chosen = self.held_out == held_out
+        chosen_tokens = np.repeat(chosen, self.lengths)
+        responses = self.responses[chosen_tokens] if len(self.responses) else None
+        return Documents(self.tokens[chosen_tokens], self.lengths[chosen], responses)
+
+
+RawChunk = list[tuple[pathlib.Path, int, Any]]  # file, line, raw record
+
+
+def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
+    """Raw records of all files, about CHUNK_BYTES at a time, and how many input bytes were read up to their end.
+
+    Where a chunk ends depends on the inputs alone.
+    """
+    chunk: RawChunk = []
+    size = done = 0
+    for path in files:
+        for line, record, position in records.read(path):
+            chunk.append((path, line, record))
+            size += len(record) if isinstance(record, bytes) else sum(len(str(value)) for value in record.values())
+            if size >= CHUNK_BYTES:
+                yield chunk, done + position
+                chunk, size = [], 0
+        done += path.stat().st_size
+    if chunk:
+        yield chunk, done
+
+
+def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
+    """Tokenizes a chunk; records that hold no document are set aside with the reason. Empty texts are dropped."""
+    documents: list[list[int]] = []
+    responses: list[list[bool]] = []
+    held_out, bad, truncated = [], [], 0
+    for path, line, record in chunk:
+        try:
+            parsed = records.parse(path, record)
+            if options.transcripts is None:
+                text = records.document(parsed, options.templates)
+                ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
+            else:
+                found = transcripts.exchanges(parsed, options.transcripts)
+                text = "".join(exchange.text for exchange in found)
+                ids, trained = transcripts.encode(found, tokenizer)
+                room = options.seq_len + 1
+                if not any(trained[:room]):
+                    raise records.BadRecord(f"no response within the {room} tokens of a row")
+                truncated += len(ids) > room
+                ids = ids[:room]
+                responses.append(trained[:room])
+        except records.BadRecord as error:
+            bad.append(f"{path}:{line}: {error}")
+            continue
+        if text:
+            documents.append(ids)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            held_out.append(int.from_bytes(digest, "big") < options.eval_fraction * 2**64)
+    return Chunk(
+        tokens=np.fromiter(itertools.chain.from_iterable(documents), np.int32),
+        lengths=np.array(list(map(len, documents)), np.int64),
+        responses=np.fromiter(itertools.chain.from_iterable(responses), bool),
+        held_out=np.array(held_out, bool),
+        truncated=truncated,
+        bad=bad,
+    )
+
+
+# A worker process keeps its tokenizer here.
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_path: pathlib.Path, options: Options) -> None:
+    _worker.update(tokenizer=Tokenizer(tokenizer_path), options=options)
+
+
+def _work(chunk: RawChunk, path: pathlib.Path) -> Chunk:
+    tokenized = tokenize(chunk, **_worker)
+    tokenized.save(path)
+    return tokenized
+
+
+def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+    """The part of the manifest that is known before the work, with the fingerprint over it."""
+    inputs = []
+    with Progress("fingerprint", sum(path.stat().st_size for path in files), unit="B") as progress:
+        for path in files:
+            size = path.stat().st_size
+            inputs.append({"file": str(path), "bytes": size, "sha256": sha256(path)})
+            progress.advance(size)
+    description: dict[str, Any] = {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "options": json.loads(json.dumps(dataclasses.asdict(options))),
+        "inputs": inputs,
+    }
+    identity = description | {"inputs": [entry["sha256"] for entry in inputs]}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {"fingerprint": digest, **description}
+
+
+def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Path, options: Options, workers: int):
+    """Makes the data set `output`, or goes on with it where an earlier run was interrupted.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: wrong options or inputs, too many bad records, or `output` holds something else.
+    """
+    _check(options)
+    description = describe(files, tokenizer, options)
+    if output.exists():
+        return _existing(output, description)
+    partial = output.with_name(output.name + ".partial")
+    _start_or_continue(partial, description)
+    try:
+        chunks = _tokenize_all(files, tokenizer, partial, options, workers)
+        counts = _write(chunks, tokenizer, partial, options)
+    except UserError:
+        shutil.rmtree(partial)
+        raise
+    manifest = description | counts
+    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    tokenizer.save(partial / TOKENIZER_DIR)
+    for chunk in chunks:
+        chunk.unlink()
+    (partial / "description.json").unlink()
+    partial.rename(output)
+    return manifest
+
+
+def _check(options: Options) -> None:
+    if options.seq_len < 1:
+        raise UserError(f"--seq_len={options.seq_len}: a row needs at least one target")
+    for name in ("eval_fraction", "max_bad_fraction"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name}={getattr(options, name)}: a fraction lies in [0, 1]")
+
+
+def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
+    if not (output / store.MANIFEST).is_file():
+        raise UserError(f"{output} exists and is no prepared data set; choose another --output")
+    manifest = store.Store(output).manifest
+    for part in ("tokenizer_fingerprint", "options", "fingerprint"):
+        if manifest[part] != description[part]:
+            what = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}.get(part, "other inputs")
+            raise UserError(f"{output} exists and was made with {what}; remove it or choose another --output")
+    return manifest
+
+
+def _start_or_continue(partial: pathlib.Path, description: dict[str, Any]) -> None:
+    """Keeps the chunks of an interrupted run over the same inputs, and no others."""
+    marker = partial / "description.json"
+    if not (marker.is_file() and json.loads(marker.read_text()) == description):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_text(marker, json.dumps(description))
+
+
+def _tokenize_all(
+    files: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options, workers: int
+) -> list[pathlib.Path]:
+    """Makes every chunk that is not there yet. Returns all of them in order."""
+    chunk_paths: list[pathlib.Path] = []
+    bad_count = document_count = 0
+    progress = Progress("tokenize", sum(path.stat().st_size for path in files), unit="B")
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, options))
+    pending: collections.deque[tuple[Callable[[], Chunk], int]] = collections.deque()
+
+    def finish_one() -> None:
+        nonlocal bad_count, document_count
+        result, position = pending.popleft()
+        chunk = result()
+        for reason in chunk.bad[: max(0, BAD_RECORDS_SHOWN - bad_count)]:
+            print(f"bad record: {reason}", file=sys.stderr)
+        bad_count += len(chunk.bad)
+        document_count += len(chunk.lengths)
+        progress.advance_to(position)
+        if not options.max_bad_fraction:
+            _check_bad(bad_count, document_count, options)
+
+    with progress, pool:
+        try:
+            for number, (raw, position) in enumerate(raw_chunks(files)):
+                path = partial / f"chunk-{number:06d}.npz"
+                chunk_paths.append(path)
+                done = functools.partial(Chunk.load, path) if path.exists() else pool.submit(_work, raw, path).result
+                pending.append((done, position))
+                while len(pending) > 2 * workers:
+                    finish_one()
+            while pending:
+                finish_one()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    _check_bad(bad_count, document_count, options)
+    if not document_count:
+        raise UserError(f"no documents in {', '.join(map(str, files))}")
+    return chunk_paths
+
+
+def _check_bad(bad: int, documents: int, options: Options) -> None:
+    if bad > options.max_bad_fraction * (bad + documents):
+        raise UserError(
+            f"{bad} bad of {bad + documents} records, more than --max_bad_fraction={options.max_bad_fraction}; "
+            "they are listed above, no data set was written"
+        )
+
+
+def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options) -> dict[str, Any]:
+    """Packs the chunks' documents and writes the rows. Returns what was counted."""
+    splits: dict[str, dict[str, int]] = {}
+    bad = truncated = 0
+    for path in chunks:
+        chunk = Chunk.load(path)
+        bad += len(chunk.bad)
+        truncated += chunk.truncated
+        for name, held_out in (("train", False), ("eval", True)):
+            documents = chunk.split(held_out)
+            if len(documents.lengths):
+                counts = splits.setdefault(name, {"documents": 0, "tokens": 0, "rows": 0})
+                counts["documents"] += len(documents.lengths)
+                counts["tokens"] += len(documents.tokens)
+    progress = Progress("pack", sum(counts["tokens"] for counts in splits.values()), unit="tokens")
+
+    def rows(name: str) -> Iterator[Batch]:
+        documents = (Chunk.load(path).split(name == "eval") for path in chunks)
+        whole = options.transcripts is not None
+        packing = (
+            pack_whole(documents, options.seq_len) if whole else pack(documents, options.seq_len, tokenizer.eos_id)
+        )
+        for packed in packing:
+            yield packed
+            splits[name]["rows"] += len(packed.tokens)
+            # The first token of a row is the last of the row before, where rows are cut from a stream.
+            progress.advance(int((packed.segment_ids[:, 0 if whole else 1 :] > 0).sum()))
+
+    with progress:
+        shutil.rmtree(partial / "rows", ignore_errors=True)
+        generators = {name: rows(name) for name in splits}
+        store.write_rows(partial, generators, options.seq_len, options.transcripts is not None)
+    shutil.rmtree(partial / "downloads", ignore_errors=True)
+    totals = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "tokens", "rows")}
+    return {"splits": splits, **totals, "bad_records": bad, "truncated": truncated}

@@ -1,0 +1,137 @@
+"""Turns a checkpoint into a Hugging Face folder that other tools serve and evaluate.
+
+python -m tools.export_hf --checkpoint=DIR --output=DIR [--dtype=bfloat16]
+"""
+
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from safetensors.numpy import save_file
+
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from rho1_jax.import_hf import DTYPES, usage
+from rho1_jax.models import hf_config
+from rho1_jax.models.decoder import param_count
+from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, named_tensors
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import write_text
+from rho1_jax.runtime.metrics import Progress
+from rho1_jax.training import checkpoint
+from rho1_jax.training.config import run
+
+SHARD_BYTES = 4 << 30
+
+
+def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors of a checkpoint, SHARD_BYTES or one parameter of all layers at a time.
+
+    Raises:
+      UserError: a value is finite in the checkpoint and not in the dtype.
+    """
+    shard: dict[str, np.ndarray] = {}
+    for path, array in checkpoint.iterate_params(directory):
+        with np.errstate(over="ignore"):
+            cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
+        if not np.isfinite(cast.astype(np.float32, copy=False)).all() and np.isfinite(array).all():
+            raise UserError(f"{path} has values too large for {dtype}; choose another --dtype")
+        shard |= named_tensors(path, cast)
+        progress.advance(array.size)
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer_config.json with which Transformers gives the same ids as a bare SentencePiece model."""
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": tokenizer.bos_id is not None,
+        "add_eos_token": False,
+        "eos_token": tokenizer.pieces([tokenizer.eos_id])[0],
+        "legacy": False,
+        "add_prefix_space": tokenizer.pieces(tokenizer.encode("a"))[0].startswith(" "),
+    }
+
+
+def write_weights(directory: pathlib.Path, partial: pathlib.Path, dtype: str | None, progress: Progress) -> str:
+    """Writes a checkpoint's parameters as safetensors, with an index where there are several files. Returns a dtype."""
+    files: list[list[str]] = []
+    size, found = 0, ""
+    for shard in shards(directory, dtype, progress):
+        save_file(shard, partial / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shard))
+        size += sum(tensor.nbytes for tensor in shard.values())
+        found = str(next(iter(shard.values())).dtype)
+    names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [SINGLE_FILE]
+    else:
+        weight_map = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(partial / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    for n, name in enumerate(names):
+        (partial / f"{n}.part").rename(partial / name)
+    return found
+
+
+def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
+    """Writes config.json, safetensors and the tokenizer's files.
+
+    Args:
+      path: a run directory or one of its checkpoints.
+      output: the folder to write, which must not exist.
+      dtype: of the tensors; None leaves them as the checkpoint has them.
+
+    Returns:
+      The number of parameters.
+
+    Raises:
+      UserError: there is no checkpoint, `output` exists, or the model has no form in Hugging Face's families.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
+    directory = checkpoint.find(path, "--checkpoint")
+    model = ModelConfig(**checkpoint.load_meta(directory).config["model"])
+    tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
+    hf_config.to_hf(model, "float32", None, 0)  # refuses before anything is written
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    settings = partial / "tokenizer_config.json"
+    if not settings.exists() and tokenizer.path.name == SENTENCEPIECE_FILE:
+        write_text(settings, json.dumps(sentencepiece_settings(tokenizer), indent=2) + "\n")
+    count = param_count(model)
+    with Progress(f"writing {output.name}", count, unit="params") as progress:
+        written = write_weights(directory, partial, dtype, progress)
+    said = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id)
+    write_text(partial / "config.json", json.dumps(said, indent=2) + "\n")
+    partial.rename(output)
+    return count
+
+
+def main() -> None:
+    """The command: its flags, then `export_hf`."""
+    path = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
+    output = flags.DEFINE_string("output", None, "The folder to write.", required=True)
+    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Of the tensors; as in the checkpoint if not given.")
+
+    def command() -> None:
+        start = time.monotonic()
+        count = export_hf(path.value, pathlib.Path(output.value), dtype.value)
+        print(f"{output.value}: {count:,} parameters, {usage(start)}")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

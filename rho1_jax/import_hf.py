@@ -1,0 +1,109 @@
+"""Turns a Hugging Face folder into a checkpoint, or compares what both compute.
+
+python -m tools.import_hf --hf=DIR --output=DIR [--dtype=bfloat16]
+python -m tools.import_hf --hf=DIR --verify=FILE.txt
+
+Nothing is fetched: the folder is one that was downloaded before. --verify needs torch and transformers.
+"""
+
+import pathlib
+import resource
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+
+from rho1_jax.configs import default
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.models import hf_config
+from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.models.verify_hf import verify
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.config import as_saved, model_config, run, run_settings
+from rho1_jax.training.state import TrainState
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def usage(start: float) -> str:
+    """Seconds since `start` and the most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{time.monotonic() - start:.0f} seconds, peak memory {peak:.2f} GiB"
+
+
+def config_of(folder: HuggingFaceFolder) -> ml_collections.ConfigDict:
+    """The default config with the folder's model."""
+    config = default.get_config("clm")
+    model = hf_config.from_hf(folder.config, f"{folder.path}/config.json", run_settings(config))
+    config.model.update(vars(model))
+    return config
+
+
+def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
+    """Writes the folder's weights and tokenizer as a run directory with one checkpoint, at step 0.
+
+    Args:
+      hf: the folder.
+      output: the directory to write, which must not exist.
+      dtype: of the parameters; None leaves each as it is in the file.
+
+    Returns:
+      The number of parameters.
+
+    Raises:
+      UserError: the folder is incomplete or not of a known family, or `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
+    folder, tokenizer = HuggingFaceFolder(hf), Tokenizer(hf)
+    config = config_of(folder)
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+    params = folder.load(model_config(config), mesh, dtype)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial / TOKENIZER_DIR)
+    checkpoints = Checkpoints(partial, keep=1)
+    meta = Meta(
+        step=0,
+        tokens_seen=0,
+        tokens_selected=0,
+        config=as_saved(config),
+        data=[],
+        tokenizer=tokenizer.fingerprint,
+        reference=None,
+    )
+    checkpoints.save(TrainState(jnp.int32(0), params, None), meta)
+    checkpoints.close()
+    partial.rename(output)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def main() -> None:
+    """The command: its flags, then `import_hf` or `verify`."""
+    hf = flags.DEFINE_string("hf", None, "A folder with config.json, safetensors and a tokenizer.", required=True)
+    output = flags.DEFINE_string("output", None, "The directory to write the checkpoint to.")
+    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; as in the files if not given.")
+    text = flags.DEFINE_string("verify", None, "A text file: compare logits and losses on it with Transformers.")
+
+    def command() -> None:
+        start = time.monotonic()
+        if (output.value is None) == (text.value is None):
+            raise UserError("give either --output or --verify")
+        if text.value is not None:
+            folder = HuggingFaceFolder(hf.value)
+            for line in verify(folder, model_config(config_of(folder)), pathlib.Path(text.value)):
+                print(line)
+        else:
+            count = import_hf(pathlib.Path(hf.value), pathlib.Path(output.value or ""), dtype.value)
+            print(f"{output.value}: {count:,} parameters, {usage(start)}")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

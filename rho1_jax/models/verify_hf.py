@@ -1,0 +1,104 @@
+"""Our decoder against Transformers on the same folder and text."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.models import decoder
+from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+
+MOST_TOKENS = 2048
+
+
+class Difference(NamedTuple):
+    """The largest difference of two arrays, where it is, and the two values there."""
+
+    size: float
+    where: tuple[int, ...]
+    ours: float
+    theirs: float
+
+
+def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """The largest absolute difference. Not-a-number on one side alone is an infinite one."""
+    apart = np.abs(ours - theirs)
+    apart = np.where(np.isnan(apart), np.where(np.isnan(ours) & np.isnan(theirs), 0, np.inf), apart)
+    where = tuple(int(i) for i in np.unravel_index(apart.argmax(), apart.shape))
+    return Difference(float(apart[where]), where, float(ours[where]), float(theirs[where]))
+
+
+def our_logits(folder: HuggingFaceFolder, config: ModelConfig, ids: list[int]) -> np.ndarray:
+    """[L, V] float32 logits of our decoder."""
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+    graphdef = decoder.build(config)
+
+    @jax.jit
+    def logits(params, ids_1L):
+        decoder = nnx.merge(graphdef, params)
+        hidden_1LD = decoder(ids_1L, jnp.ones_like(ids_1L))
+        return jnp.einsum("LD,VD->LV", hidden_1LD[0], decoder.output_VD(), preferred_element_type=jnp.float32)
+
+    with jax.set_mesh(mesh):
+        return np.asarray(logits(folder.load(config, mesh, "float32"), jnp.array([ids])))
+
+
+def token_losses(logits_LV: np.ndarray, ids: list[int]) -> np.ndarray:
+    """[L - 1] losses of each next token, in nats."""
+    loss_L = -jax.nn.log_softmax(logits_LV[:-1].astype(np.float64), axis=-1)
+    return np.asarray(loss_L)[np.arange(len(ids) - 1), ids[1:]]
+
+
+def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Path) -> Iterator[str]:
+    """Compares token ids, logits and token losses, all in float32, on the first tokens of a text.
+
+    Yields:
+      Lines for the terminal: the largest differences, and where they are.
+
+    Raises:
+      UserError: torch or transformers are not there, or the text cannot be read.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(f"--verify needs torch and transformers ({error}): install the extra `peers`") from None
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--verify={text_file}: {error}") from None
+    tokenizer = Tokenizer(folder.path)
+    ids = tokenizer.encode_prompt(text)
+    their_ids = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)(text)["input_ids"]
+    first = next((n for n, (a, b) in enumerate(zip(ids, their_ids)) if a != b), None)
+    if ids == their_ids:
+        yield f"tokens: all {len(ids):,} equal"
+    else:
+        yield f"tokens: {len(ids):,} here, {len(their_ids):,} in Transformers; the first that differs is {first}"
+    ids = ids[: min(MOST_TOKENS, config.context_length)]
+    ours_LV = our_logits(folder, config, ids)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder.path, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs_LV = theirs(torch.tensor([ids])).logits[0].numpy()
+    found = largest_difference(ours_LV, theirs_LV)
+    position, token = found.where
+    yield (
+        f"logits: largest difference {found.size:.2e} at position {position}, vocabulary {token} "
+        f"({tokenizer.pieces([token])[0]!r}): {found.ours:.6f} here, {found.theirs:.6f} in Transformers"
+    )
+    found = largest_difference(token_losses(ours_LV, ids), token_losses(theirs_LV, ids))
+    (position,) = found.where
+    yield (
+        f"losses: largest difference {found.size:.2e} at position {position} "
+        f"({tokenizer.pieces([ids[position + 1]])[0]!r}): {found.ours:.6f} here, {found.theirs:.6f} in Transformers"
+    )

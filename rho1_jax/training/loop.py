@@ -1,0 +1,117 @@
+"""The loop of a training run: steps, and what is told and saved along the way."""
+
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from rho1_jax.configs.default import OptimizerConfig
+from rho1_jax.evals.evaluator import Evaluator
+from rho1_jax.models.decoder import Params
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.metrics import MetricsWriter, Progress
+from rho1_jax.runtime.processes import is_first
+from rho1_jax.training import optimizer
+from rho1_jax.training.accounting import Ledger
+from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.state import TrainState
+
+
+class Loop:
+    """The steps of a run, with what is told and saved along the way."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        meta: Meta,
+        seq_len: int,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        ledger: Ledger,
+    ):
+        self.config, self.meta, self.evaluator, self.checkpoints = config, meta, evaluator, checkpoints
+        self.workdir, self.ledger = workdir, ledger
+        self.tokens_per_step = config.batch_size * seq_len
+        self.schedule = optimizer.learning_rate_schedule(OptimizerConfig(**config.optimizer), config.steps)
+        self.writer = MetricsWriter(workdir, meta.step) if is_first() else None
+        self.progress = Progress(workdir.name, config.steps, unit="steps", initial=meta.step)
+        self.clock = time.monotonic()
+        self.first_step = self.clock_step = meta.step
+
+    def run(self, state: TrainState, step: Callable, next_batch: Callable) -> Params:
+        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs."""
+        config, waiting = self.config, None
+        with self.progress:
+            for number in range(self.meta.step + 1, config.steps + 1):
+                if number == config.trace.first:
+                    jax.profiler.start_trace(str(self.workdir / "trace"))
+                state, metrics, _ = step(state, batch=next_batch())
+                if waiting:
+                    self.record(*waiting, {})
+                waiting = (number, metrics)
+                if config.trace.first and number == min(config.trace.last, config.steps):
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
+                last = number == config.steps
+                evaluate = last or number % config.eval.every == 0
+                save = last or number % config.checkpoint.every == 0
+                if evaluate or save:
+                    # A checkpoint's step is on the disk in metrics.jsonl before the checkpoint is.
+                    self.record(*waiting, self.evaluate(state.params) if evaluate else {})
+                    waiting = None
+                if save:
+                    self.save(state)
+        self.checkpoints.close()
+        if self.writer:
+            self.writer.close()
+        return state.params
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """All evaluations, their time not counted in the rate."""
+        start = time.monotonic()
+        metrics = self.evaluator(params)
+        self.clock += time.monotonic() - start
+        return metrics
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save a checkpoint, the time until training can go on not counted in the rate."""
+        start = time.monotonic()
+        self.checkpoints.save(state, self.meta)
+        if self.writer:
+            self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)
+        self.clock += time.monotonic() - start
+
+    def record(self, number: int, device_metrics: dict[str, jax.Array], evaluations: dict[str, float]) -> None:
+        """Counts a step's tokens; writes its metrics where it is one of those that are written."""
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
+            raise UserError(
+                f"step {number}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; no checkpoint was "
+                "written since; try a lower config.optimizer.learning_rate or more warm-up"
+            )
+        self.meta = self.meta._replace(
+            step=number,
+            tokens_seen=self.meta.tokens_seen + self.tokens_per_step,
+            tokens_selected=self.meta.tokens_selected + int(metrics.pop("selected_count")),
+        )
+        note = " ".join([f"loss {metrics['loss']:.3f}", *(f"{k[5:]} {v:.3f}" for k, v in evaluations.items())])
+        self.progress.advance_to(number, note)
+        if self.writer and (evaluations or number % self.config.log_every == 0 or number == self.config.steps):
+            totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
+            schedule = {"learning_rate": float(self.schedule(number - 1))}
+            speed = self.speed(number, metrics["selected_fraction"])
+            self.writer.write(number, totals | metrics | schedule | speed | evaluations)
+
+    def speed(self, number: int, selected_fraction: float) -> dict[str, float]:
+        """Tokens a second since the last call and, on a known chip, the share of its peak that training used."""
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        tokens = (number - self.clock_step) * self.tokens_per_step
+        if self.clock_step > self.first_step:  # the first step compiles
+            self.ledger.add_steps(tokens, seconds)
+        self.clock_step = number
+        mfu = self.ledger.mfu(tokens, selected_fraction * tokens, seconds)
+        return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})

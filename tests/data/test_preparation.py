@@ -1,0 +1,239 @@
+"""Text files to data sets: formats, bad records, interruption."""
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import OPTIONS, options, write_jsonl
+
+from rho1_jax.data import preparation, records
+from rho1_jax.data.preparation import prepare
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.runtime.errors import UserError
+
+TEXTS = ["one plus one", "zwei und zwei – vier", "a line\nand another"]
+
+
+def texts_of(store, tokenizer, split="train"):
+    """The documents of a split, read back from its rows."""
+    rows = store.rows(split)
+    tokens = [t for i in range(len(rows)) for t in rows[i]["tokens"][1:][rows[i]["segment_ids"][1:] != 0].tolist()]
+    ends = [at for at, token in enumerate(tokens) if token == tokenizer.eos_id]
+    return [tokenizer.decode(tokens[start:end]) for start, end in zip([0, *(e + 1 for e in ends)], ends)]
+
+
+def write_plain(path):
+    return write_jsonl(path.with_suffix(".jsonl"), TEXTS)
+
+
+def write_gzip(path):
+    out = path.with_suffix(".jsonl.gz")
+    out.write_bytes(gzip.compress(write_plain(path).read_bytes()))
+    return out
+
+
+def write_zstd(path):
+    out = path.with_suffix(".jsonl.zst")
+    out.write_bytes(pyarrow.compress(write_plain(path).read_bytes(), codec="zstd", asbytes=True))
+    return out
+
+
+def write_parquet(path):
+    out = path.with_suffix(".parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "other": [1, 2, 3]}), out)
+    return out
+
+
+@pytest.mark.parametrize("write", [write_plain, write_gzip, write_zstd, write_parquet])
+def test_every_format_gives_the_same_documents(write, tokenizer, tmp_path):
+    prepare([write(tmp_path / "corpus")], tokenizer, tmp_path / "out", options(), workers=1)
+    assert texts_of(Store(tmp_path / "out"), tokenizer) == TEXTS
+
+
+def test_plain_text_files_are_a_document_each(tokenizer, tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    files = records.expand([str(tmp_path / "*.txt")])
+    prepare(files, tokenizer, tmp_path / "out", options(), workers=1)
+    assert texts_of(Store(tmp_path / "out"), tokenizer) == TEXTS
+
+
+def test_the_first_template_that_fits_joins_a_records_keys(tokenizer, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"question": "2+2?", "answer": "4", "text": "x"}\n{"text": "y"}\n')
+    templates = records.parse_templates("unused", [r"{question}\n{answer}", "{text}"])
+    prepare([path], tokenizer, tmp_path / "out", options(templates=templates), workers=1)
+    assert texts_of(Store(tmp_path / "out"), tokenizer) == ["2+2?\n4", "y"]
+    assert records.parse_templates("body", []) == ("{body}",)
+    with pytest.raises(records.BadRecord, match="lacks the key 'question', 'answer' nor 'text'; it has 'body'"):
+        records.document({"body": "z"}, templates)
+
+
+def test_manifest_counts_and_held_out_documents_are_disjoint(data, tokenizer, corpus):
+    store = Store(data)
+    manifest, texts = store.manifest, [json.loads(line)["text"] for line in corpus.open()]
+    train, held_out = texts_of(store, tokenizer), texts_of(store, tokenizer, "eval")
+    assert sorted(train + held_out) == sorted(texts) and not set(train) & set(held_out)
+    assert 10 < len(held_out) < 60
+    assert manifest["documents"] == 300 and manifest["bad_records"] == 0
+    assert manifest["tokens"] == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert manifest["rows"] == len(store.rows("train")) + len(store.rows("eval"))
+    assert manifest["tokenizer_fingerprint"] == tokenizer.fingerprint == store.tokenizer().fingerprint
+
+
+def test_fingerprint_covers_tokenizer_options_and_inputs(tokenizer, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = preparation.describe([file], tokenizer, options())["fingerprint"]
+    assert first == preparation.describe([file], tokenizer, options())["fingerprint"]
+    assert first != preparation.describe([file], tokenizer, options(seq_len=17))["fingerprint"]
+    write_jsonl(file, TEXTS[:2])
+    assert first != preparation.describe([file], tokenizer, options())["fingerprint"]
+
+
+BAD_LINES = {
+    b'{"text": "cut': "not JSON",
+    b'{"other": "x"}': "lacks the key 'text'",
+    b'{"text": 7}': "holds int, not text",
+    b'{"text": "\xff"}': "not UTF-8",
+    b'["text"]': "a JSON list, not an object",
+    b'{"text": "\\ud800"}': "lone surrogate",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_record_is_reported_with_file_and_line_and_leaves_nothing(line, tokenizer, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}\n')
+    with pytest.raises(UserError, match="1 bad of 3 records"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+    assert f"{path}:3: " in (reported := capsys.readouterr().err) and BAD_LINES[line] in reported
+    assert [child.name for child in tmp_path.iterdir()] == ["bad.jsonl"]
+    # As many as are put up with are left out and counted.
+    manifest = prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.34), workers=1)
+    assert (manifest["documents"], manifest["bad_records"]) == (2, 1)
+
+
+def test_more_bad_records_than_allowed_is_an_error(tokenizer, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n{}\n{}\n')
+    with pytest.raises(UserError, match="2 bad of 3 records, more than --max_bad_fraction=0.5"):
+        prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.5), workers=1)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 1000)
+
+
+def rows_bytes(store):
+    return [
+        np.stack([store.rows("train")[i][name] for i in range(len(store.rows("train")))]).tobytes()
+        for name in ("tokens", "segment_ids")
+    ]
+
+
+def test_interrupted_and_started_again_it_continues(corpus, tokenizer, data, tmp_path, small_chunks, monkeypatch):
+    """The second start tokenizes only what is missing, and the rows are those of a run in one go."""
+    output, saved = tmp_path / "out", []
+    real = preparation.Chunk.load
+    monkeypatch.setattr(preparation, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([corpus], tokenizer, output, OPTIONS, workers=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 1000)
+    chunks = sorted((tmp_path / "out.partial").glob("chunk-*.npz"))
+    assert len(chunks) > 5 and not output.exists()
+    chunks[2].unlink()
+    kept = {path: path.stat().st_mtime_ns for path in chunks if path.exists()}
+
+    def load(path):
+        saved.append((path, path.stat().st_mtime_ns))
+        return real(path)
+
+    monkeypatch.setattr(preparation.Chunk, "load", load)
+    prepare([corpus], tokenizer, output, OPTIONS, workers=1)
+    assert kept.items() <= set(saved)
+    assert rows_bytes(Store(output)) == rows_bytes(Store(data))
+    assert Store(output).fingerprint == Store(data).fingerprint
+
+
+def test_other_inputs_do_not_continue_from_old_chunks(tokenizer, tmp_path, monkeypatch):
+    file, output = write_jsonl(tmp_path / "a.jsonl", ["old text"]), tmp_path / "out"
+    monkeypatch.setattr(preparation, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([file], tokenizer, output, options(), workers=1)
+    monkeypatch.undo()
+    write_jsonl(file, TEXTS)
+    prepare([file], tokenizer, output, options(), workers=1)
+    assert texts_of(Store(output), tokenizer) == TEXTS
+
+
+def test_several_workers_give_the_same_rows(corpus, tokenizer, data, tmp_path, small_chunks):
+    prepare([corpus], tokenizer, tmp_path / "out", OPTIONS, workers=3)
+    assert rows_bytes(Store(tmp_path / "out")) == rows_bytes(Store(data))
+
+
+def test_an_existing_data_set_is_kept_and_another_is_not_overwritten(corpus, tokenizer, data):
+    before = (data / "manifest.json").stat().st_mtime_ns
+    assert prepare([corpus], tokenizer, data, OPTIONS, workers=1) == Store(data).manifest
+    with pytest.raises(UserError, match="made with other options"):
+        prepare([corpus], tokenizer, data, options(), workers=1)
+    assert (data / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_inputs_that_are_not_there_or_not_known(tmp_path):
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
+        records.expand([str(tmp_path / "nowhere.jsonl")])
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(UserError, match="a.doc: unknown kind of file"):
+        records.expand([str(tmp_path / "*")])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_damaged_file_is_named(suffix, tokenizer, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    whole = {".jsonl.gz": write_gzip, ".jsonl.zst": write_zstd, ".parquet": write_parquet}[suffix](tmp_path / "b")
+    path.write_bytes(whole.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"a{suffix}: cannot be read"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("text_template", ["no keys", "{0}", "{a.b}", "{open"])
+def test_a_template_without_plain_keys_is_refused(text_template):
+    with pytest.raises(UserError, match="text_template"):
+        records.parse_templates("text", [text_template])
+
+
+def test_tokenizer_is_lossless_and_splits_digits_and_lines(tokenizer):
+    text = " Two  spaces,\ta tab, 1234 and\n\nünïcode 🙂 "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert {"1", "2", "3", "4", "\n"} <= set(tokenizer.pieces(tokenizer.encode(text)))
+    assert tokenizer.encode("a\nb") == [*tokenizer.encode("a\n"), *tokenizer.encode("b")]
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer"):
+        Tokenizer(tmp_path / "none.model")
+    (tmp_path / "bad.model").write_text("not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Tokenizer(pathlib.Path(tmp_path / "bad.model"))
+
+
+def test_documents_begin_with_bos_where_the_tokenizers_files_say_so(corpus, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "bos")
+    (tmp_path / "bos" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    path = write_jsonl(tmp_path / "some.jsonl", TEXTS)
+    with_bos = Tokenizer(tmp_path / "bos")
+    prepare([path], with_bos, tmp_path / "rows", options(seq_len=400), workers=1)
+    row = Store(tmp_path / "rows").rows("train")[0]
+    expected = [[1, *tokenizer.encode(text), tokenizer.eos_id] for text in TEXTS]
+    assert row["tokens"][1:][row["segment_ids"][1:] != 0].tolist() == [token for ids in expected for token in ids]
+    # The first word of each is a target: its input is BOS, of the same document.
+    assert [row["segment_ids"][1:].tolist().count(number) for number in (2, 3, 4)] == [len(ids) for ids in expected]

@@ -1,0 +1,142 @@
+"""Both kinds of tokenizer against the libraries themselves, the SentencePiece one with a published model."""
+
+import importlib.resources
+import itertools
+import json
+import pathlib
+import shutil
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.runtime.errors import UserError
+
+TEXTS = [
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
+    "  two spaces,\ttab\n\n\nand three line ends ",
+    "na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u0416 e\u0301",
+    "\\begin{equation} \\sum_{i=1}^n x_i^2 \\end{equation}",
+    "def f(x):\n    return x ** 2  # </s> <s> [INST]",
+]
+
+
+@pytest.fixture(scope="module")
+def mistral() -> pathlib.Path:
+    """Mistral 7B's SentencePiece model, as its publisher's package carries it."""
+    return pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> pathlib.Path:
+    """A folder with a byte-level tokenizer.json, BOS put in front by its template, as Llama 3's are."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 5, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}})
+    return folder
+
+
+def write(path: pathlib.Path, value) -> None:
+    path.write_text(json.dumps(value))
+
+
+def test_the_published_model_gives_what_sentencepiece_gives(mistral):
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(mistral))
+    ours = Tokenizer(mistral)
+    assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (32_000, 2, None)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_the_json_model_gives_what_the_library_gives(byte_level):
+    theirs = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    ours = Tokenizer(byte_level)
+    assert ours.vocab_size == theirs.get_vocab_size()
+    assert (ours.bos_id, ours.eos_id) == (theirs.token_to_id("<|begin|>"), theirs.token_to_id("<|end|>"))
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode_prompt(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode_prompt(text)) == text
+    assert ours.pieces(ours.encode(" two")) != [] and "".join(ours.pieces(ours.encode(" two"))) == " two"
+
+
+def test_a_special_token_in_a_text_is_text(byte_level, mistral):
+    for path, special in ((byte_level, "<|end|>"), (mistral, "</s>")):
+        tokenizer = Tokenizer(path)
+        ids = tokenizer.encode(f"a{special}b")
+        assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == f"a{special}b"
+
+
+def test_spans_are_the_characters_of_each_token(byte_level, mistral):
+    for path in (byte_level, mistral):
+        tokenizer = Tokenizer(path)
+        for text in TEXTS:
+            ids, spans = tokenizer.encode_spans(text)
+            assert ids == tokenizer.encode(text)
+            covered = sorted({i for start, end in spans for i in range(start, end)})
+            assert covered == list(range(len(text)))
+            assert all(a[0] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    "settings, has_bos",
+    [
+        (None, False),
+        ({"tokenizer_class": "LlamaTokenizer"}, False),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+        ({"add_bos_token": True}, True),
+    ],
+)
+def test_bos_is_put_in_front_where_the_files_say_so(mistral, tmp_path, settings, has_bos):
+    shutil.copyfile(mistral, tmp_path / "tokenizer.model")
+    if settings is not None:
+        write(tmp_path / "tokenizer_config.json", settings)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.bos_id == (1 if has_bos else None)
+    assert tokenizer.encode_prompt("x")[0] == (1 if has_bos else tokenizer.encode("x")[0])
+
+
+def test_the_end_token_from_the_models_config(byte_level, tmp_path):
+    shutil.copyfile(byte_level / "tokenizer.json", tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        Tokenizer(tmp_path)
+    write(tmp_path / "config.json", {"eos_token_id": [7, 8]})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eos_id == 7
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
+def test_a_saved_tokenizer_is_the_same_and_another_end_token_another(byte_level, mistral, tmp_path):
+    for number, path in enumerate((byte_level, mistral)):
+        Tokenizer(path).save(tmp_path / str(number))
+        assert Tokenizer(tmp_path / str(number)).fingerprint == Tokenizer(path).fingerprint
+    write(tmp_path / "0" / "tokenizer_config.json", {"eos_token": "<|begin|>", "add_bos_token": False})
+    assert Tokenizer(tmp_path / "0").fingerprint != Tokenizer(byte_level).fingerprint
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer.json", "{}", "not a tokenizer of the library"),
+        ("tokenizer.model", "no model", "not a SentencePiece model"),
+        ("other.txt", "", "holds neither tokenizer.json nor tokenizer.model"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        Tokenizer(tmp_path)

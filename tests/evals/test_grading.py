@@ -1,0 +1,195 @@
+"""Extraction and grading: by hand, both ways, and against the verdicts that Rho-1 published with its generations."""
+
+import json
+import pathlib
+import resource
+import signal
+import time
+
+import pytest
+from helpers import root, run_command
+
+from rho1_jax.evals.extraction import extract, last_boxed, last_number
+from rho1_jax.evals.grading import Grader, normalize
+from rho1_jax.runtime.errors import UserError
+
+PUBLISHED = root().parent / "shared" / "data" / "published"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("so 3 + 4 = 7 apples. The answer is 7.", "7"),
+        ("The answer is $18.", "$18"),
+        ("The answer is: 1,234\nQuestion: next", "1,234"),
+        ("The answer is 3. No, the answer is 4.", "4"),
+        (r"thus $\boxed{\frac{1}{2}}$ and done 99", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{\sqrt{2}}", r"\sqrt{2}"),
+        (r"\boxed 5 is it", "5"),
+        (r"\boxed{(1, 2", "(1, 2"),
+        ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
+        (r"\boxed{3}. Final Answer: The final answer is $4$. I hope it is correct.", "4"),
+        (r"The final answer is $\$10$. I hope it is correct.", r"\$10"),
+        ("The final answer is $3$.\nNo. The final answer is $4$. I hope it is correct.", None),
+        # Not in the form that the prompt shows: the rest of the line, as it is.
+        ("The final answer is 72. I hope it is correct.", "72. I hope it is correct"),
+        ("it costs $1,200 and 35 cents", "35"),
+        ("worth $1,234,567.", "1234567"),
+        ("no number at all", None),
+        ("", None),
+    ],
+)
+def test_the_answer_in_a_text(text, answer):
+    assert extract(text, "math") == answer
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("so it is 60. The answer is (C).", "C"),
+        ("The answer is B", "B"),
+        ("the answer is c", "C"),
+        ("(A) is wrong. The answer is (D) 15", "D"),
+        ("The answer is what I said: (C)", "C"),
+        ("The answer is (B), not (C).", "B"),
+        ("It must be (B).", "B"),
+        ("nothing of the kind", None),
+    ],
+)
+def test_the_letter_in_a_text(text, letter):
+    assert extract(text, "choice") == letter
+
+
+def test_parts_of_extraction():
+    assert last_boxed("no box") is None and last_boxed(r"\fbox{a{b}c} d") == "a{b}c"
+    assert last_number("from 5 to -3.5") == "-3.5"
+
+
+EQUAL = [
+    ("7", "7.0"), ("1,234", "1234"), ("$18", "18"), ("50\\%", "50"), ("0.5", "\\frac{1}{2}"), (".5", "0.5"),
+    ("1/2", "\\frac12"), ("\\dfrac{3}{4}", "\\frac{3}{4}"), ("5 dollars", "5"), ("10\\text{ cm}^2", "10"),
+    ("90^\\circ", "90"), ("x=3", "3"), ("\\text{Evelyn}", "evelyn"), ("0.3333", "\\frac{1}{3}"), ("25", "0.25"),
+    ("(1,2)", "(1, 2)"), ("(-\\infty, 0]", "(-\\infty,0]"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+    ("2\\sqrt{3}", "\\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt{2}}{2}"),
+    ("1000(26)", "26000"), ("3\\\\sqrt{13}", "3\\sqrt{13}"), ("6-5i", "-5i+6"), ("1, 2, 3", "1,2,3"),
+    ("\\begin{pmatrix} 1/2 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix}\\frac{1}{2}\\\\3\\end{pmatrix}"),
+    ("y = 2x + 1", "y=1+2x"), ("\\{1,2\\}", "\\{2,1\\}"), ("5.4 \\text{ cents}", "5.4"), ("2^{10}", "1024"),
+]  # fmt: skip
+DIFFERENT = [
+    ("7", "8"), ("-7", "7"), ("0.333", "\\frac{1}{3}"), ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("(0,1]", "[0,1)"),
+    ("1,2", "1,2,3"), ("\\sqrt{2}", "2"), ("x^2+1", "(x+1)^2"), ("yes", "no"), ("", "3"), ("3", ""),
+    ("\\frac{1}{0}", "0"),
+    ("72. I hope it is correct", "72"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
+    ("1e400", "5"), ("2x+1=y", "y=2x-1"), ("i", "1"), ("\\pi", "3"), ("((((", "4"), ("12345678", "12345"),
+    ("__import__('os').system('true')", "0"), ("a" * 5000, "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, right", EQUAL)
+def test_equal(grader, answer, right):
+    assert grader.equal(answer, right) and grader.equal(right, answer)
+
+
+@pytest.mark.parametrize("answer, right", DIFFERENT)
+def test_different(grader, answer, right):
+    assert not grader.equal(answer, right) and not grader.equal(right, answer)
+
+
+def test_no_answer_is_wrong_and_letters_are_letters(grader):
+    assert not grader.equal(None, "3")
+    assert grader.equal("b", "B", "choice") and not grader.equal("A", "B", "choice")
+
+
+def test_no_comparison_escapes_its_time_limit():
+    with Grader(seconds=1.0) as grader:
+        assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+        start = time.monotonic()
+        assert not grader.equal("9^{9^{9^{9}}}+x", "\\sqrt{x}+x^{2}")
+        assert not grader.equal("(x+y+z+1)^{2000}", "(x+y+z+2)^{2000}+x")
+        assert time.monotonic() - start < 20
+        assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+
+
+def test_a_comparison_ends_though_nobody_stops_it():
+    with Grader(seconds=1.0) as grader:
+        assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+        grader._connection.send(("9^{9^{9^{9}}}+x", "\\sqrt{x}+x^{2}"))
+        grader._process.join(timeout=60)
+        assert grader._process.exitcode == -signal.SIGXCPU
+
+
+def test_a_comparison_has_only_so_much_memory(grader):
+    assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
+    assert resource.prlimit(grader._process.pid, resource.RLIMIT_AS) == (4 << 30, 4 << 30)
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('math_verify')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Grader() as grader:
+        assert grader.equal("1/2", "0.5")  # numbers need no library
+        with pytest.raises(UserError, match="install the extra `eval`"):
+            grader.equal("\\sqrt{4}", "\\sqrt{2^2}")
+
+
+def test_normalized():
+    assert normalize("  \\$1{,}000 ") and normalize("\\tfrac{1}{2}") == "\\frac{1}{2}"
+
+
+@pytest.mark.parametrize(
+    "file, task, published, least",
+    [
+        ("rho-math-1b-v0.1/gsm8k/test_cot_-1_seed0_t0.0_s0_e-1.jsonl", "gsm8k", 0.362, 0.99),
+        ("rho-math-1b-v0.1/minerva_math/test_cot_-1_seed0_t0.0_s0_e-1.jsonl", "math_oai", 0.158, 0.99),
+        ("rho-math-1b-interpreter-v0.1/gsm8k/test_tora_-1_seed0_t0.0_s0_e-1.jsonl", "gsm8k", 0.584, 0.99),
+        ("rho-math-1b-interpreter-v0.1/minerva_math/test_tora_-1_seed0_t0.0_s0_e-1.jsonl", "math_oai", 0.402, 0.99),
+    ],
+)
+def test_published_generations_get_their_published_grades(file, task, published, least, tmp_path):
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"{PUBLISHED} is absent: the published generations were not graded")
+    arguments = [f"--input={PUBLISHED / file}", f"--task={task}", "--json", f"--output={tmp_path / 'graded.jsonl'}"]
+    done = run_command("tools.grade", *arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["accuracy"] == pytest.approx(published, abs=0.003)
+    assert found["published_accuracy"] == pytest.approx(published, abs=0.0005)
+    assert found["same_verdict"] >= least
+    items = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
+    assert len(items) == found["items"] and sum(item["correct"] for item in items) / len(items) == found["accuracy"]
+
+
+def test_grading_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"generation": "The answer is 3.", "answer": "3"}\n{"generation": "?", "answer": "4"}\n')
+    done = run_command("tools.grade", f"--input={path}", "--task=svamp")
+    assert done.returncode == 0 and "2 items" in done.stdout and "50.00%" in done.stdout
+    for text, message in (('{"answer": "3"}\n', ":1: none of the keys generation, code"), ("", ": no records")):
+        path.write_text(text)
+        bad = run_command("tools.grade", f"--input={path}", "--task=svamp")
+        assert bad.returncode == 2 and f"{path}{message}" in bad.stderr
+    missing = run_command("tools.grade", f"--input={pathlib.Path('nowhere.jsonl')}", "--task=svamp")
+    assert missing.returncode == 2 and "nowhere.jsonl: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no json\n", ":1: not JSON"),
+        ('{"generation": "2"}\n{"answer": "3"}\n', ":2: none of the keys generation, code"),
+        ('{"generation": "2"}\n', ": no programs with their output"),
+    ],
+)
+def test_replaying_what_is_no_transcript_is_refused(text, message, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    done = run_command("tools.replay_programs", f"--input={path}")
+    assert done.returncode == 2 and f"{path}{message}" in done.stderr

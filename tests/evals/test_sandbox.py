@@ -1,0 +1,176 @@
+"""Programs in the sandbox: what they print, and what they may not do."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rho1_jax.evals import sandbox
+from rho1_jax.evals.sandbox import ENDED, TIMED_OUT, Sandbox, shown
+from rho1_jax.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def box():
+    with Sandbox(seconds=30) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def hurried():
+    """A sandbox whose programs have little time."""
+    with Sandbox(seconds=1.5) as box:
+        yield box
+
+
+@pytest.mark.parametrize(
+    "program, output",
+    [
+        ("print(1 + 1)", "2\n"),
+        ("x = 20\nx + 1", "21\n"),
+        ("print(x)\nx", "20\n20\n"),  # names are those of the transcript's earlier programs
+        ("None", ""),
+        ("def f():\n    return 3\nf()", "3\n"),
+        ("from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x**2 - 4, x))", "[-2, 2]\n"),
+        ("import numpy, scipy.optimize\nprint(numpy.linalg.det(numpy.eye(3)))", "1.0\n"),
+        ("open('note.txt', 'w').write('mine')\nprint(open('note.txt').read())", "mine\n"),
+        ("1 / 0", "ZeroDivisionError: division by zero\n"),
+        ("print('before')\nundefined", "NameError: name 'undefined' is not defined\n"),
+        ("x = (", "SyntaxError: '(' was never closed\n"),
+        ("raise SystemExit('no')", "SystemExit: no\n"),
+        ("def deeper(n):\n    return deeper(n + 1)\ndeeper(0)", "RecursionError: maximum recursion depth exceeded\n"),
+        ("input()", "EOFError: EOF when reading a line\n"),
+    ],
+)
+def test_what_a_program_prints(box, program, output):
+    assert box.run(program) == output
+
+
+def test_long_output_loses_its_middle():
+    assert shown("a" * 400 + "\n") == "a" * 400
+    assert shown("a" * 300 + "b" * 300) == "a" * 200 + "..." + "b" * 200
+
+
+REFUSED = "PermissionError"
+HOME = pathlib.Path.home()
+FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # of the pipe to the parent
+
+
+@pytest.mark.parametrize(
+    "program, output",
+    [
+        ("import os\nwhile True: os.fork()", REFUSED),
+        ("import multiprocessing\nmultiprocessing.Process(target=print).start()", REFUSED),
+        ("import subprocess\nsubprocess.run(['true'])", REFUSED),
+        ("import os\nos.execv('/bin/true', ['true'])", REFUSED),
+        ("import threading\nthreading.Thread(target=print).start()", "RuntimeError: can't start new thread"),
+        ("x = bytearray(10**11)", "MemoryError"),
+        ("while True: pass", TIMED_OUT),
+        ("import time\ntime.sleep(100)", TIMED_OUT),
+        ("try:\n    while True: pass\nexcept BaseException:\n    pass", TIMED_OUT),
+        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass", TIMED_OUT),
+        ("import os\nwhile True: os.write(1, b'x' * 10**6)", TIMED_OUT),
+        (f"import os\nwhile True:\n    for fd in range(3, 20):\n        {FLOOD}", ENDED),
+        ("9 ** 9 ** 9", TIMED_OUT),
+        ("import os\nos._exit(0)", ENDED),
+        ("import os\nos.abort()", ENDED),
+        ("import ctypes\nctypes.string_at(0)", ENDED),
+        ("open('/proc/self/environ').read()", REFUSED),
+        ("import os\nopen(f'/proc/{os.getppid()}/environ').read()", REFUSED),
+        (f"import os\nos.listdir({str(HOME)!r})", REFUSED),
+        ("open('/etc/passwd').read()", REFUSED),
+        ("open('/tmp/outside', 'w')", REFUSED),
+        ("import os\nos.symlink('/etc/passwd', 'link')\nopen('link').read()", REFUSED),
+        ("import os\nos.rename('/etc/hostname', 'mine')", REFUSED),
+        ("import os\nos.chmod('/tmp', 0o777)", REFUSED),
+        ("import os\nos.utime('/tmp')", REFUSED),
+        ("import socket\nsocket.create_connection(('127.0.0.1', PORT))", REFUSED),
+        ("import socket\nsocket.socket(socket.AF_UNIX)", REFUSED),
+        ("import os\nos.kill(os.getppid(), 9)", REFUSED),
+        ("import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)", REFUSED),
+        ("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))", REFUSED),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "ValueError"),
+        ("import os\nos.sched_setaffinity(os.getppid(), [0])", REFUSED),
+    ],
+)  # fmt: skip
+def test_attacks_fail_and_the_next_program_runs(hurried, program, output):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        start = time.monotonic()
+        found = hurried.run(program.replace("PORT", str(server.getsockname()[1])))
+        assert time.monotonic() - start < 10
+    assert found.startswith(output), found
+    assert hurried.run("print('alive')") == "alive\n"
+    assert not pathlib.Path("/tmp/outside").exists()
+
+
+def test_memory_that_grows_comes_to_an_end():
+    with Sandbox(seconds=30) as fresh:
+        assert fresh.run("x = []\nwhile True: x.append(bytearray(10**8))") == "MemoryError\n"
+
+
+def test_the_environment_is_not_that_of_the_parent(box, monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "12345")
+    with Sandbox() as fresh:
+        assert "12345" not in fresh.run("import os\nprint(dict(os.environ))")
+
+
+def test_endless_output_is_cut(box):
+    found = box.run("for _ in range(10**6): print('x' * 100)")
+    assert len(found) == sandbox.MOST_OUTPUT
+
+
+def test_a_file_cannot_grow_without_end(box):
+    assert box.run("with open('big', 'wb') as f:\n    f.write(bytes(10**8))").startswith("OSError: [Errno 27]")
+
+
+def test_a_forged_answer_is_only_an_answer(box):
+    """The pipe to the parent can be found by a program; what it says there is at most its own output."""
+    forged = (
+        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{\"output\": [1]}\\n')\n    except OSError: pass"
+    )
+    assert isinstance(box.run(forged), str)
+    for noise in ("not json", "[]", '{"ready": 1}'):
+        program = f"import os\nfor fd in range(3, 20):\n    try: os.write(fd, {noise + chr(10)!r}.encode())\n    "
+        program += "except OSError: pass"
+        assert isinstance(box.run(program), str)
+
+
+def test_nothing_is_left_when_the_block_ends():
+    with Sandbox() as box:
+        box.run("open('note', 'w').write('x')")
+        process, scratch = box._process, pathlib.Path(box._scratch.name)
+        assert (scratch / "note").exists()
+    assert process.returncode is not None and not scratch.exists()
+
+
+def test_the_process_ends_with_its_parent(tmp_path):
+    program = (
+        "from rho1_jax.evals.sandbox import Sandbox\n"
+        "box = Sandbox()\nbox.run('1')\nprint(box._process.pid, flush=True)\n"
+        "import os\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    pid = int(done.stdout)
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the sandbox is still there")
+
+
+def test_a_system_that_cannot_confine_is_refused(monkeypatch, tmp_path):
+    child = tmp_path / "child.py"
+    text = sandbox._CHILD.read_text()
+    child.write_text(text.replace('os.uname().machine != "x86_64"', 'os.uname().machine == "x86_64"'))
+    monkeypatch.setattr(sandbox, "_CHILD", child)
+    with (
+        pytest.raises(UserError, match="cannot be run safely on this machine: .*only Linux on x86_64"),
+        Sandbox() as box,
+    ):
+        box.run("1")

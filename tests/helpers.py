@@ -1,0 +1,98 @@
+"""What several test files share: small models, batches and configs, and running a command as a user does."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections import deque
+
+import jax
+import numpy as np
+
+from rho1_jax.configs import default
+from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data.packing import Batch
+from rho1_jax.data.preparation import Options
+from rho1_jax.method.selection import Selection
+from rho1_jax.models.generation import Generator
+from rho1_jax.models.hf_folder import named_tensors
+from rho1_jax.runtime.sharding import path_name
+
+# The tests' small model; every key it does not name has its default.
+TINY = ModelConfig(
+    vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_width=8, ff_width=48, context_length=64, loss_chunk=64
+)
+OPTIONS = Options(templates=("{text}",), transcripts=None, seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
+STEPS = 12
+
+
+def tiny(**changes) -> ModelConfig:
+    """The tests' small model, with changes."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def selection_of(**changes) -> Selection:
+    """The default selection rule, with changes."""
+    return Selection(**changes)
+
+
+def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:
+    """Rows of random tokens, [rows, length + 1]: documents of random lengths, some rows with padding at the end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, vocab_size, (rows, length + 1), dtype=np.int32)
+    segment_ids = 1 + np.cumsum(rng.random((rows, length + 1)) < 0.15, axis=1, dtype=np.int32)
+    for row in range(0, rows, 3):
+        padding = int(rng.integers(1, length // 2))
+        tokens[row, -padding:] = 0
+        segment_ids[row, -padding:] = 0
+    return Batch(tokens, segment_ids)
+
+
+def tensors(tree) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, under Hugging Face's names and shapes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
+
+
+def continuations(graphdef, params, tokenizer, prompts, rows=None, **options) -> list[str]:
+    """Of all prompts, in their order, so many at a time."""
+    found = Generator(graphdef, params, tokenizer, rows or len(prompts)).run(deque(enumerate(prompts)), **options)
+    return [text for _, text in sorted(found)]
+
+
+def options(**changes) -> Options:
+    """OPTIONS without a held-out split, with changes."""
+    return dataclasses.replace(OPTIONS, **{"eval_fraction": 0.0} | changes)
+
+
+def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def config_of(stage, data, reference=""):
+    config = default.get_config(stage)
+    config.update(steps=STEPS, batch_size=8, log_every=2)
+    sizes = {name: getattr(TINY, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "ff_width")}
+    config.model.update(sizes)
+    config.data.train = str(data)
+    config.reference.checkpoint = str(reference)
+    config.optimizer.update(learning_rate=1e-2, warmup_fraction=0.25)
+    config.eval.update(every=5, data=f"held_out={data}", rows=16)
+    config.checkpoint.every = 4
+    return config
+
+
+def root() -> pathlib.Path:
+    return pathlib.Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root())}
+
+
+def run_command(module, *arguments, seconds=300):
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=seconds)

@@ -1,0 +1,66 @@
+"""The arithmetic of a run's cost against what XLA counts, and the ledger of a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import config_of, random_batch, tiny
+
+from rho1_jax.models import decoder
+from rho1_jax.runtime.metrics import read_metrics
+from rho1_jax.train import train
+from rho1_jax.training import accounting
+from rho1_jax.training.accounting import ForwardFlops, training_flops
+from rho1_jax.training.train_step import make_token_losses
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_forward_flops_are_those_of_the_compiled_program(tied):
+    # One layer, since XLA counts a scanned one once; wide enough for norms and softmax not to matter.
+    length = 128
+    config = tiny(
+        width=256, layers=1, heads=4, head_width=64, ff_width=1024, vocab_size=512, tied_embeddings=tied, loss_chunk=128
+    )
+    params = decoder.init_params(config, 0)
+    losses = make_token_losses(decoder.build(config), document_mask=True)
+    compiled = jax.jit(losses).lower(params, jax.tree.map(jnp.asarray, random_batch(1, length))).compile()
+    forward = ForwardFlops.of(config, length)
+    # XLA computes, of two blocks of 64 queries, the second's keys in full and of the first's a half.
+    more = 4 * config.heads * config.head_width * (0.75 * length - accounting.seen_keys(length, None))
+    assert forward.total + more == pytest.approx(compiled.cost_analysis()["flops"] / length, rel=0.03)
+    assert forward.head == 2 * 512 * 256
+
+
+def test_seen_keys_by_counting():
+    for length, window in ((7, None), (7, 3), (4, 9)):
+        counted = [min(query + 1, window or length) for query in range(length)]
+        assert accounting.seen_keys(length, window) == pytest.approx(np.mean(counted))
+
+
+def test_the_backward_pass_of_the_head_is_for_selected_tokens_alone():
+    policy, reference = ForwardFlops(layers=10.0, head=4.0), ForwardFlops(layers=3.0, head=1.0)
+    expected = {"policy_forward": 1400.0, "policy_backward": 2480.0, "reference_forward": 400.0}
+    assert training_flops(policy, reference, 100, 60) == expected
+    assert training_flops(policy, None, 100, 100)["reference_forward"] == 0
+
+
+def test_ledger_and_trace_of_a_run(data, reference, tmp_path, monkeypatch):
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setitem(accounting.CHIPS, kind, accounting.Chip(1e12, 1e9, 1e9, 1e9))
+    config = config_of("slm", data, reference)
+    config.trace.update(first=3, last=4)
+    train(config, tmp_path / "run")
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    last = read_metrics(tmp_path / "run")[-1]
+    assert ledger["chips"] == 8 and ledger["chip"] == kind
+    forward = ForwardFlops.of(tiny(vocab_size=300), 16)
+    assert ledger["flops"] == training_flops(forward, forward, last["tokens_seen"], last["tokens_selected"]) | {
+        "scoring": 0.0
+    }
+    assert 0 < ledger["goodput"] < 1 and ledger["step_seconds"] < ledger["seconds"]
+    flops_a_token = sum(ledger["flops"].values()) / last["tokens_seen"]
+    assert ledger["mfu"] == pytest.approx(ledger["tokens_per_second_per_chip"] * flops_a_token / 1e12)
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] / 8 * flops_a_token / 1e12, rel=0.02)
+    assert list((tmp_path / "run" / "trace").rglob("*.xplane.pb"))
