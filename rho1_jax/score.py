@@ -22,6 +22,7 @@ from rho1_jax.data.loader import eval_batches, open_mixture, to_devices
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import DTYPES, SPLIT, ScoreWriter, describe
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_reference_signals
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.metrics import Progress
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
@@ -29,7 +30,6 @@ from rho1_jax.train import check, check_batch_size, resolve
 from rho1_jax.training import accounting
 from rho1_jax.training.config import define_config_flag, run
 from rho1_jax.training.reference import load_frozen
-from rho1_jax.training.train_step import make_reference_signals
 
 
 def score(config: ml_collections.ConfigDict, dtype: str, entropies: bool) -> None:

@@ -26,6 +26,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method import selection
 from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, write_text
@@ -33,7 +34,6 @@ from rho1_jax.runtime.metrics import Progress
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import run
 from rho1_jax.training.pretrained import open_pretrained
-from rho1_jax.training.train_step import make_token_losses
 
 SHOWN_ROWS = 8
 BATCH_ROWS = 32

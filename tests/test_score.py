@@ -19,13 +19,13 @@ from rho1_jax.data.stored_scores import ScoreStore
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method import selection
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.train import train
 from rho1_jax.train_tokenizer import train_tokenizer
 from rho1_jax.training import checkpoint
-from rho1_jax.training.train_step import make_reference_signals, make_token_losses
 
 SEQ_LEN = OPTIONS.seq_len
 

@@ -21,9 +21,9 @@ from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import SPLIT, ScoreWriter, describe
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models.decoder import build, init_params
+from rho1_jax.models.forward import make_reference_signals
 from rho1_jax.runtime.sharding import make_mesh, replicated
 from rho1_jax.score import score_rows
-from rho1_jax.training.train_step import make_reference_signals
 
 SCORED_ROWS = 16  # in a batch, on each device
 

@@ -16,7 +16,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method import selection
 from rho1_jax.models.decoder import Params
-from rho1_jax.training.train_step import make_token_losses
+from rho1_jax.models.forward import make_token_losses
 
 # Excess loss, in nats, at which the colour is full.
 FULL_COLOUR = 4.0

@@ -18,7 +18,7 @@ from rho1_jax.method import selection
 from rho1_jax.method.selection import Selection
 from rho1_jax.method.token_scores import REFERENCE_SIGNALS, Signals
 from rho1_jax.models.decoder import Params
-from rho1_jax.models.token_loss import token_losses
+from rho1_jax.models.forward import Rows, row_losses, rows_of
 from rho1_jax.training.optimizer import MovingReference
 from rho1_jax.training.state import TrainState
 
@@ -26,51 +26,9 @@ from rho1_jax.training.state import TrainState
 class _Tokens(NamedTuple):
     """What the step knows of each of its tokens: [B, L] each, or None."""
 
-    inputs: jax.Array
-    targets: jax.Array
-    segment_ids: jax.Array
-    eligible: jax.Array
+    rows: Rows
     signals: Signals
     weight: jax.Array | None = None
-
-
-def _tokens(batch: Batch, document_mask: bool) -> _Tokens:
-    segment_ids_BL = batch.segment_ids[:, :-1]
-    return _Tokens(
-        inputs=batch.tokens[:, :-1],
-        targets=batch.tokens[:, 1:],
-        segment_ids=segment_ids_BL if document_mask else jnp.minimum(segment_ids_BL, 1),
-        eligible=selection.eligible_targets(batch.segment_ids, batch.responses),
-        signals=Signals(
-            reference_loss_BL=batch.reference_losses,
-            reference_entropy_BL=batch.reference_entropies,
-            external_BL=batch.external,
-        ),
-    )
-
-
-def _losses(graphdef: nnx.GraphDef, params: Params, tokens: _Tokens, entropies: bool = False):
-    """Losses [B, L], and entropies [B, L] or None."""
-    model = nnx.merge(graphdef, params)
-    hidden_BLD = model(tokens.inputs, tokens.segment_ids)
-    return token_losses(hidden_BLD, model.output_VD(), tokens.targets, model.config.loss_chunk, entropies)
-
-
-def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:
-    """A function of (params, batch): losses [B, L] in nats, and which of them are eligible [B, L]."""
-
-    def batch_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        tokens = _tokens(batch, document_mask)
-        return _losses(graphdef, params, tokens)[0], tokens.eligible
-
-    return batch_losses
-
-
-def make_reference_signals(
-    graphdef: nnx.GraphDef, document_mask: bool, entropies: bool
-) -> Callable[[Params, Batch], tuple]:
-    """A function of (params, batch): losses [B, L] in nats, and entropies [B, L] in nats or None."""
-    return lambda params, batch: _losses(graphdef, params, _tokens(batch, document_mask), entropies)
 
 
 def make_train_step(
@@ -112,12 +70,12 @@ def make_train_step(
         return x_MbL.swapaxes(0, 1).reshape(-1, *x_MbL.shape[2:])
 
     def policy_losses(params: Params, tokens: _Tokens):
-        return _losses(policy, params, tokens, entropies="policy_entropy_BL" in needs)
+        return row_losses(policy, params, tokens.rows, entropies="policy_entropy_BL" in needs)
 
     def weigh(step: jax.Array, policy_loss_BL: jax.Array, policy_entropy_BL: jax.Array | None, tokens: _Tokens):
         signals = tokens.signals._replace(policy_loss_BL=policy_loss_BL, policy_entropy_BL=policy_entropy_BL)
         with jax.named_scope("selection"):
-            return rule.weights(signals, tokens.eligible, step, steps)
+            return rule.weights(signals, tokens.rows.eligible, step, steps)
 
     def selected_loss(params: Params, step: jax.Array, tokens: _Tokens):
         policy_loss_bL, policy_entropy_bL = policy_losses(params, tokens)
@@ -129,15 +87,22 @@ def make_train_step(
     def add_reference(params: Params | None, tokens: _Tokens) -> _Tokens:
         assert reference is not None and params is not None
         entropies = "reference_entropy_BL" in needs
-        loss_MbL, entropy_MbL = jax.lax.map(lambda part: _losses(reference, params, part, entropies), tokens)
+        loss_MbL, entropy_MbL = jax.lax.map(lambda part: row_losses(reference, params, part, entropies), tokens.rows)
         signals = tokens.signals._replace(reference_loss_BL=loss_MbL, reference_entropy_BL=entropy_MbL)
         return tokens._replace(signals=signals)
 
     def train_step(state: TrainState, reference_params: Params | None, batch: Batch):
-        tokens = _tokens(batch, document_mask)
+        tokens = _Tokens(
+            rows_of(batch, document_mask),
+            Signals(
+                reference_loss_BL=batch.reference_losses,
+                reference_entropy_BL=batch.reference_entropies,
+                external_BL=batch.external,
+            ),
+        )
         if "random_BL" in needs:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            noise_BL = jax.random.uniform(key, tokens.targets.shape)
+            noise_BL = jax.random.uniform(key, tokens.rows.targets.shape)
             tokens = tokens._replace(signals=tokens.signals._replace(random_BL=noise_BL))
         tokens = jax.tree.map(split, tokens)
         if needs_reference and batch.reference_losses is None:
@@ -168,11 +133,11 @@ def make_train_step(
 
 def _metrics(policy_loss: jax.Array, weight: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:
     """Means over the step's tokens, in nats; `loss` and the reference's are over all eligible ones."""
-    eligible_count = selection.total(tokens.eligible)
+    eligible_count = selection.total(tokens.rows.eligible)
     weight_sum = selection.total(weight)
 
     def mean(values: jax.Array) -> jax.Array:
-        return jnp.where(tokens.eligible, values, 0).sum() / jnp.maximum(eligible_count, 1)
+        return jnp.where(tokens.rows.eligible, values, 0).sum() / jnp.maximum(eligible_count, 1)
 
     metrics = {
         "loss": mean(policy_loss),

@@ -11,9 +11,9 @@ from helpers import continuations, tiny
 from rho1_jax.data.packing import Batch
 from rho1_jax.evals.lm_eval_adapter import LanguageModel
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training.train_step import make_token_losses
 
 CONFIG = tiny(vocab_size=300, context_length=48)
 

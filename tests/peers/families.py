@@ -25,10 +25,10 @@ from helpers import continuations, tensors
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder, hf_config
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.train_tokenizer import train_tokenizer
-from rho1_jax.training.train_step import make_token_losses
 
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 16}
 LENGTH = 48

@@ -11,8 +11,9 @@ from helpers import random_batch, selection_of, tensors, tiny
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.training.state import TrainState
-from rho1_jax.training.train_step import make_token_losses, make_train_step
+from rho1_jax.training.train_step import make_train_step
 
 pytestmark = pytest.mark.peers
 

@@ -10,8 +10,8 @@ from jax.experimental import topologies
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime import sharding
-from rho1_jax.training.train_step import make_token_losses
 from tools.hlo_cost import Program
 
 pytestmark = pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 from helpers import config_of, random_batch, tiny
 
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.train import train
 from rho1_jax.training import accounting
 from rho1_jax.training.accounting import ForwardFlops, training_flops
-from rho1_jax.training.train_step import make_token_losses
 
 
 @pytest.mark.parametrize("tied", [True, False])

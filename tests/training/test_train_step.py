@@ -12,10 +12,11 @@ from helpers import TINY, random_batch, selection_of, tiny
 from rho1_jax.data.packing import Batch
 from rho1_jax.method import selection
 from rho1_jax.models import decoder
+from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.training.optimizer import MovingReference
 from rho1_jax.training.state import TrainState
-from rho1_jax.training.train_step import make_reference_signals, make_token_losses, make_train_step
+from rho1_jax.training.train_step import make_train_step
 
 GRAPHDEF = decoder.build(TINY)
 # Plain gradient descent: the change of a parameter is its gradient.

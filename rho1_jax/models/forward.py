@@ -1,0 +1,62 @@
+"""The forward pass over packed rows: per-token losses and entropies of a model.
+
+Shapes: B batch rows, L sequence.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rho1_jax.data.packing import Batch
+from rho1_jax.method.selection import eligible_targets
+from rho1_jax.models.decoder import Params
+from rho1_jax.models.token_loss import token_losses
+
+
+class Rows(NamedTuple):
+    """Packed rows as a model reads them, [B, L] each."""
+
+    inputs: jax.Array
+    targets: jax.Array
+    segment_ids: jax.Array  # of the inputs; attention stays within equal ones
+    eligible: jax.Array  # bool: the target may be selected or counted
+
+
+def rows_of(batch: Batch, document_mask: bool) -> Rows:
+    """Inputs and targets of packed rows. Without `document_mask`, attention crosses documents."""
+    segment_ids_BL = batch.segment_ids[:, :-1]
+    return Rows(
+        inputs=batch.tokens[:, :-1],
+        targets=batch.tokens[:, 1:],
+        segment_ids=segment_ids_BL if document_mask else jnp.minimum(segment_ids_BL, 1),
+        eligible=eligible_targets(batch.segment_ids, batch.responses),
+    )
+
+
+def row_losses(
+    graphdef: nnx.GraphDef, params: Params, rows: Rows, entropies: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Losses [B, L] of the targets and, if asked, entropies [B, L] of their predictions, in nats."""
+    model = nnx.merge(graphdef, params)
+    hidden_BLD = model(rows.inputs, rows.segment_ids)
+    return token_losses(hidden_BLD, model.output_VD(), rows.targets, model.config.loss_chunk, entropies)
+
+
+def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:
+    """A function of (params, batch): losses [B, L] in nats, and which of them are eligible [B, L]."""
+
+    def batch_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        rows = rows_of(batch, document_mask)
+        return row_losses(graphdef, params, rows)[0], rows.eligible
+
+    return batch_losses
+
+
+def make_reference_signals(
+    graphdef: nnx.GraphDef, document_mask: bool, entropies: bool
+) -> Callable[[Params, Batch], tuple]:
+    """A function of (params, batch): losses [B, L] in nats, and entropies [B, L] in nats or None."""
+    return lambda params, batch: row_losses(graphdef, params, rows_of(batch, document_mask), entropies)
