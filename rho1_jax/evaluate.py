@@ -23,11 +23,12 @@ from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training import checkpoint
-from rho1_jax.training.config import differences, model_config, run
+from rho1_jax.training.config import differences, model_config
 
 
 class LmEval(NamedTuple):

@@ -21,11 +21,11 @@ from rho1_jax.import_hf import DTYPES, usage
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
 from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, named_tensors
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
-from rho1_jax.training.config import run
 
 SHARD_BYTES = 4 << 30
 

@@ -18,10 +18,10 @@ from rho1_jax.data import records
 from rho1_jax.evals.extraction import extract
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import TASKS
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, write_text
-from rho1_jax.runtime.metrics import Progress
-from rho1_jax.training.config import run
+from rho1_jax.runtime.progress import Progress
 
 
 def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any], str]]:

@@ -22,9 +22,10 @@ from rho1_jax.models import hf_config
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.training.checkpoint import Checkpoints, Meta
-from rho1_jax.training.config import as_saved, model_config, run, run_settings
+from rho1_jax.training.config import as_saved, model_config, run_settings
 from rho1_jax.training.state import TrainState
 
 DTYPES = ("float32", "bfloat16", "float16")

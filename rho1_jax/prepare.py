@@ -14,7 +14,7 @@ from rho1_jax.data import records
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, parse_role_templates
-from rho1_jax.training.config import run
+from rho1_jax.runtime.command_line import run
 
 
 def main() -> None:

@@ -24,11 +24,11 @@ from rho1_jax.data.stored_scores import DTYPES, SPLIT, ScoreWriter, describe
 from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_reference_signals
 from rho1_jax.runtime import sharding
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.train import check, check_batch_size, resolve
 from rho1_jax.training import accounting
-from rho1_jax.training.config import define_config_flag, run
 from rho1_jax.training.reference import load_frozen
 
 

@@ -28,11 +28,11 @@ from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, write_text
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
-from rho1_jax.training.config import run
 from rho1_jax.training.pretrained import open_pretrained
 
 SHOWN_ROWS = 8

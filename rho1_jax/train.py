@@ -27,20 +27,12 @@ from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training import accounting, optimizer
 from rho1_jax.training.checkpoint import Checkpoints, Meta
-from rho1_jax.training.config import (
-    RUN_SETTINGS,
-    as_saved,
-    define_config_flag,
-    differences,
-    model_config,
-    run,
-    selection_rule,
-    write_config,
-)
+from rho1_jax.training.config import RUN_SETTINGS, as_saved, differences, model_config, selection_rule, write_config
 from rho1_jax.training.loop import Loop
 from rho1_jax.training.pretrained import Pretrained, open_same_model
 from rho1_jax.training.reference import Reference, open_reference

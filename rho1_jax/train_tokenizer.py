@@ -12,9 +12,9 @@ import sentencepiece
 from absl import flags
 
 from rho1_jax.data import records
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing
-from rho1_jax.training.config import run
 
 # Longer lines than this are cut: SentencePiece drops them otherwise.
 MAX_SENTENCE_BYTES = 4192

@@ -37,10 +37,10 @@ from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import TAIL, Generator
 from rho1_jax.models.token_loss import token_losses
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 from rho1_jax.training.accounting import ForwardFlops, training_flops
-from rho1_jax.training.config import run
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
 from tools.benchmark_data import loading_ways, scoring_ways, tokenizing_ways

@@ -37,11 +37,12 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.models import decoder, generation
 from rho1_jax.models.attention import KERNELS
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 from rho1_jax.train import abstract_state, check, check_batch_size, jitted_step, placed, placement
 from rho1_jax.training import accounting, optimizer
-from rho1_jax.training.config import define_config_flag, model_config, run
+from rho1_jax.training.config import model_config
 from rho1_jax.training.reference import Reference
 from tools import hlo_cost
 

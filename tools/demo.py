@@ -26,13 +26,13 @@ from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.sharding import make_mesh
 from rho1_jax.score import score
 from rho1_jax.train import train
 from rho1_jax.train_tokenizer import train_tokenizer
 from rho1_jax.training import checkpoint
-from rho1_jax.training.config import run
 from tools.demo_corpus import write_corpora
 from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_report
 

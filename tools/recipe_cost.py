@@ -10,8 +10,9 @@ from absl import flags
 
 from rho1_jax.method.token_scores import NO_SCORE, REFERENCE_SIGNALS
 from rho1_jax.models.decoder import param_count
+from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.training.accounting import ForwardFlops, training_flops
-from rho1_jax.training.config import define_config_flag, model_config, run, selection_rule
+from rho1_jax.training.config import model_config, selection_rule
 
 MASTER_BYTES = 4  # float32 parameters, and each of the optimizer's two moments
 REFERENCE_BYTES = 2  # bfloat16

@@ -16,8 +16,8 @@ from absl import flags
 
 from rho1_jax.evals.sandbox import Sandbox, shown
 from rho1_jax.grade import generations
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training.config import run
 
 BLOCKS = re.compile(r"```python\n(.*?)```\n```output\n(.*?)```", re.DOTALL)
 

@@ -20,13 +20,14 @@ from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import SPLIT
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method.token_scores import REFERENCE_SIGNALS
+from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import read_json, replacing, write_text
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.score import score
 from rho1_jax.train import train
 from rho1_jax.training import checkpoint
 from rho1_jax.training.accounting import LEDGER_FILE
-from rho1_jax.training.config import run, selection_rule
+from rho1_jax.training.config import selection_rule
 from tools.demo import SCORES, arm_config, make_data, say
 
 RATES = (7e-4, 1.5e-3)

@@ -26,7 +26,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 
 CHUNK_BYTES = 4 << 20
 BAD_RECORDS_SHOWN = 20

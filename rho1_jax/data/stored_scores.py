@@ -16,7 +16,7 @@ import numpy as np
 from rho1_jax.data.store import MANIFEST, Store
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json, replacing, sha256, write_text
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 
 KEY = "config.reference.scores"
 SPLIT = "train"

@@ -30,12 +30,12 @@ from rho1_jax.evals.grading import Grader
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
+from rho1_jax.runtime.command_line import parse_named
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, write_text
-from rho1_jax.runtime.metrics import Progress
 from rho1_jax.runtime.processes import is_first
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import even_rows, local_rows, replicated
-from rho1_jax.training.config import parse_named
 
 
 class Evaluator:

@@ -19,7 +19,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.generation import Generator
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import batch_sharding, even_rows, replicate
 
 LENGTH_MULTIPLE = 64  # lengths are rounded up to this, so that few shapes are compiled

@@ -18,7 +18,7 @@ from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json
-from rho1_jax.runtime.metrics import Progress
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import param_shardings, path_name
 
 SINGLE_FILE = "model.safetensors"

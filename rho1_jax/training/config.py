@@ -2,13 +2,9 @@
 
 import json
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.method.selection import Selection
@@ -20,45 +16,6 @@ from rho1_jax.runtime.files import write_text
 CONFIG_FILE = "config.json"
 # The fields of the `model` section that say how a model is run, not which one it is.
 RUN_SETTINGS = ("compute_dtype", "attention", "remat", "unroll", "loss_chunk")
-
-
-def define_config_flag() -> Any:
-    """--config=FILE[:stage] and --config.key=value, with every key locked."""
-    holder = config_flags.DEFINE_config_file("config", None, "Config file, with a stage behind a colon.")
-    flags.mark_flag_as_required("config")
-    return holder
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a command. What the user can mend ends it with one line on standard error and status 2."""
-
-    def parse(argv: Sequence[str]) -> list[str]:
-        try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS:
-                flags.FLAGS.config.lock()  # raises where the file did not load
-        except OSError as error:
-            # ml_collections gives the traceback of the config file as text; its last line says what happened.
-            _exit(f"--config: {str(error).strip().splitlines()[-1]}")
-        except (UserError, flags.Error, AttributeError, TypeError, ValueError) as error:
-            _exit(f"command line: {error}")
-        if len(rest) > 1:
-            _exit(f"command line: unexpected argument {rest[1]!r}")
-        return rest
-
-    def guarded(_: Sequence[str]) -> None:
-        try:
-            main()
-        except UserError as error:
-            _exit(error)
-
-    logging.set_verbosity(logging.ERROR)
-    app.run(guarded, flags_parser=parse)
-
-
-def _exit(error: Exception | str) -> None:
-    print("error:", " ".join(str(error).replace("\\'", "'").split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -92,17 +49,6 @@ def run_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def as_saved(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The config as it will be read back from JSON."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-def parse_named(text: str, key: str) -> dict[str, str]:
-    """ "NAME=PATH,NAME=PATH" as a dict. Raises UserError, naming the key, where it is something else."""
-    named = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.partition("=")
-        if not name or not path:
-            raise UserError(f"{key}: {part!r} is not NAME=PATH")
-        named[name] = path
-    return named
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

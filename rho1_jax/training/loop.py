@@ -12,8 +12,9 @@ from rho1_jax.configs.default import OptimizerConfig
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.metrics import MetricsWriter, Progress
+from rho1_jax.runtime.metrics import MetricsWriter
 from rho1_jax.runtime.processes import is_first
+from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import optimizer
 from rho1_jax.training.accounting import Ledger
 from rho1_jax.training.checkpoint import Checkpoints, Meta

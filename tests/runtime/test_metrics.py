@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from rho1_jax.runtime import metrics
+from rho1_jax.runtime import progress as progress_module
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.metrics import MetricsWriter, Progress, read_metrics
+from rho1_jax.runtime.metrics import MetricsWriter, read_metrics
+from rho1_jax.runtime.progress import Progress
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
@@ -37,7 +38,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_progress_without_a_terminal_prints_plain_lines_with_rate_and_time_left(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     with Progress("work", 100, unit="rows", initial=20) as progress:
         for _ in range(4):
             now[0] += 6.0

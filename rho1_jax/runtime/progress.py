@@ -1,0 +1,78 @@
+"""Progress on the screen: a bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from rho1_jax.runtime.processes import is_first
+
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+LARGE_UNITS = ("B", "params", "tokens")  # shown in thousands and millions
+SILENT_SECONDS = 5.0  # work that was done sooner prints none
+
+
+class Progress:
+    """A bar with rate and time left in a terminal; a plain line every PLAIN_SECONDS elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str, initial: int = 0, leave: bool = True):
+        self._terminal = is_first() and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=name,
+            unit=unit,
+            unit_scale=unit in LARGE_UNITS,
+            disable=not self._terminal,
+            leave=leave,
+            dynamic_ncols=True,
+        )
+        self._name, self._total, self._unit, self._initial = name, total, unit, initial
+        self._done = initial
+        self._note = ""
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more units done; `note` is shown behind the rate."""
+        self.advance_to(self._done + count, note)
+
+    def advance_to(self, done: int, note: str = "") -> None:
+        """Counts `done` units done in all."""
+        self._note = note
+        if self._terminal:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        if is_first() and not self._terminal and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        line = tqdm.format_meter(
+            self._done,
+            self._total,
+            self._last_line - self._start,
+            prefix=self._name,
+            unit=self._unit,
+            unit_scale=self._unit in LARGE_UNITS,
+            initial=self._initial,
+            postfix=self._note,
+            bar_format="{desc}: {n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt} {remaining} left{postfix}",
+        )
+        print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if (
+            is_first()
+            and not self._terminal
+            and self._done > self._initial
+            and time.monotonic() - self._start >= SILENT_SECONDS
+        ):
+            self._print_line()
+        self._bar.close()
