@@ -18,7 +18,7 @@ def get_config(stage: str = "sft") -> ml_collections.ConfigDict:
     kind, size = stage[:3], stage[3:]
     if kind not in SCORES or size not in MODELS:
         stages = ", ".join(kind + size for size in MODELS for kind in SCORES)
-        raise UserError(f"unknown stage {stage!r}: this config has the stages {stages}")
+        raise UserError(f"unknown stage {stage!r}; this config has the stages {stages}")
     run, model = MODELS[size]
     config = default.get_config(SCORES[kind])
     config.model.update(model)

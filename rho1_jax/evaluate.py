@@ -1,19 +1,19 @@
 """Held-out losses and answer accuracies of a checkpoint.
 
-python -m rho1_jax.evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
+rho1 evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
     [--data=NAME=DIR,...] [--lm_eval=TASK,...] [--output=DIR]
 
-Everything else is as in the run that wrote the checkpoint, unless a flag says otherwise. Interrupted and started again
-with the same --output, it goes on.
+Everything else is as in the run that wrote the checkpoint, unless a flag says otherwise. With the same --output, the
+same command resumes after an interruption.
 """
 
 import importlib
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
@@ -27,124 +27,133 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
-from rho1_jax.training import checkpoint
-from rho1_jax.training.config import differences, model_config
+from rho1_jax.training.config import changes, complete
+from rho1_jax.training.pretrained import TrainedRun
 
 
 class LmEval(NamedTuple):
-    """What lm-eval is asked to do: names of its tasks, a folder with further ones, and items of each (0: all)."""
+    """What to run with lm-eval: its task names, a folder with further tasks, and items of each (0: all)."""
 
     tasks: list[str]
     include_path: str
     limit: int
 
 
-def evaluate(
-    checkpoint_path: str,
-    overrides: dict,
-    output: pathlib.Path | None,
-    temperature: float,
-    seed: int,
+def evaluate_model(
+    checkpoint: str | pathlib.Path,
+    overrides: Mapping[str, Any],
+    output: pathlib.Path | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
     lm_eval: LmEval | None = None,
 ) -> dict[str, float]:
-    """Evaluates a checkpoint on what its config names, with the `eval` keys of `overrides` in their place.
+    """Evaluates a checkpoint on what its config names.
+
+    Args:
+      checkpoint: a run directory or one of its checkpoints.
+      overrides: keys of the config's `eval` section to change; None leaves a key as it is.
+      output: folder for results.json and, per question set, the items in NAME.jsonl.
+      temperature: of the answers; 0: the likeliest token.
+      seed: of the draws at a temperature.
+      lm_eval: tasks to run with lm-eval.
 
     Returns:
-      {"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}. With `output`, they are written
-      to results.json there, and the items to NAME.jsonl.
+      {"eval/NAME/loss": nats per token, "eval/NAME/accuracy": share of right answers}.
 
     Raises:
       UserError: there is no checkpoint, nothing to evaluate, or an input is bad.
     """
-    directory = checkpoint.find(checkpoint_path, "--checkpoint")
-    config = ml_collections.ConfigDict(checkpoint.load_meta(directory).config)
+    trained = TrainedRun.open(checkpoint, "--checkpoint")
+    config = trained.config
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
     if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
-    settings = {"checkpoint": str(directory), "eval": config.eval.to_dict(), "temperature": temperature, "seed": seed}
+    path = str(trained.directory)
+    settings = {"checkpoint": path, "eval": config.eval.to_dict(), "temperature": temperature, "seed": seed}
     settings["lm_eval"] = lm_eval._asdict() if lm_eval else None
-    tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
-    mesh = sharding.mesh_of_run(**config.mesh)
-    policy_config = model_config(config)
-    graphdef = decoder.build(policy_config)
+    tokenizer, mesh, graphdef = trained.tokenizer(), sharding.mesh_of_run(**config.mesh), decoder.build(trained.model)
     with jax.set_mesh(mesh):
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
-        params = checkpoint.load_params(directory, policy_config, mesh, "float32")
+        params = trained.load(mesh, "float32")
         if output is not None:
             check_settings(output, settings)
         metrics = evaluator(params, temperature, seed, output)
         if lm_eval:
             metrics |= run_lm_eval(lm_eval, graphdef, params, tokenizer, mesh, config.eval.generate_batch)
-    tasks = [metrics[f"eval/{name}/accuracy"] for name in evaluator.tasks]
-    if len(tasks) > 1:
-        metrics["eval/average/accuracy"] = sum(tasks) / len(tasks)
+    accuracies = [metrics[f"eval/{name}/accuracy"] for name in evaluator.tasks]
+    if len(accuracies) > 1:
+        metrics["eval/average/accuracy"] = sum(accuracies) / len(accuracies)
     if output is not None and is_first():
-        write_text(output / "results.json", json.dumps({"checkpoint": str(directory), **metrics}, indent=2) + "\n")
+        write_text(output / "results.json", json.dumps({"checkpoint": path, **metrics}, indent=2) + "\n")
     return metrics
 
 
 def run_lm_eval(
-    wanted: LmEval, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
+    requested: LmEval, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
 ) -> dict[str, float]:
-    """lm-eval's tasks on the model: {"lm_eval/TASK/METRIC": value}. Raises UserError where it is not installed."""
+    """Runs lm-eval's tasks: {"lm_eval/TASK/METRIC": value}. Raises UserError if lm-eval is not installed."""
     try:
         adapter = importlib.import_module("rho1_jax.evals.lm_eval_adapter")
         evaluator, tasks = importlib.import_module("lm_eval.evaluator"), importlib.import_module("lm_eval.tasks")
     except ModuleNotFoundError as error:
-        raise UserError(f"--lm_eval: {error}; install the extra `eval`: pip install -e '.[eval]'") from None
-    manager = tasks.TaskManager(include_path=wanted.include_path or None)
-    unknown = [name for name in wanted.tasks if name not in manager.all_tasks]
+        raise UserError(f"--lm_eval: {error}; install the extra `eval`: pip install 'rho1_jax[eval]'") from None
+    manager = tasks.TaskManager(include_path=requested.include_path or None)
+    unknown = [name for name in requested.tasks if name not in manager.all_tasks]
     if unknown:
         raise UserError(
-            f"--lm_eval: lm-eval knows no task {', '.join(unknown)}; --lm_eval_path=DIR adds those of a folder"
+            f"--lm_eval: lm-eval knows no task {', '.join(unknown)}; --lm_eval_path=DIR adds the tasks of a folder"
         )
     model = adapter.LanguageModel(graphdef, params, tokenizer, mesh, batch_size)
-    found = evaluator.simple_evaluate(
-        model, tasks=wanted.tasks, task_manager=manager, limit=wanted.limit or None, bootstrap_iters=0
-    )
+    results = evaluator.simple_evaluate(
+        model, tasks=requested.tasks, task_manager=manager, limit=requested.limit or None, bootstrap_iters=0
+    )["results"]
     return {
         f"lm_eval/{task}/{metric.split(',')[0]}": float(value)
-        for task, values in found["results"].items()
+        for task, values in results.items()
         for metric, value in values.items()
         if isinstance(value, float) and "stderr" not in metric
     }
 
 
-def check_settings(output: pathlib.Path, settings: dict) -> None:
-    """Keeps the settings of an evaluation beside its results. Raises UserError where those there are of others."""
+def check_settings(output: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Stores the settings of an evaluation beside its results. Raises UserError if `output` holds a different one."""
     path, settings = output / "settings.json", json.loads(json.dumps(settings))
     if path.exists():
-        changed = differences(read_json(path), settings, "settings")
+        stored = read_json(path)
+        stored["eval"] = complete({"eval": stored["eval"]}, str(path))["eval"]
+        changed = changes(stored, settings, "settings")
         if changed:
-            raise UserError(f"--output={output} holds another evaluation ({'; '.join(changed)}); choose another")
+            raise UserError(
+                f"--output={output} holds another evaluation ({'; '.join(map(str, changed))}); choose another --output"
+            )
     elif is_first():
         output.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def main() -> None:
-    """The command: its flags, then `evaluate`."""
-    checkpoint_flag = flags.DEFINE_string("checkpoint", None, "A run's directory or one checkpoint.", required=True)
+    """The command `rho1 evaluate`."""
+    checkpoint = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
     overrides = {
-        "tasks": flags.DEFINE_string("tasks", None, "Math tasks, with commas."),
-        "data_dir": flags.DEFINE_string("data_dir", None, "Where the tasks' files lie."),
-        "task_items": flags.DEFINE_integer("task_items", None, "Items of each task, the first ones."),
-        "exemplars": flags.DEFINE_string("exemplars", None, "NAME=FILE,... in place of a task's own."),
+        "tasks": flags.DEFINE_string("tasks", None, "Math tasks, comma-separated."),
+        "data_dir": flags.DEFINE_string("data_dir", None, "Folder of the tasks' files."),
+        "task_items": flags.DEFINE_integer("task_items", None, "Items of each task, from its start."),
+        "exemplars": flags.DEFINE_string("exemplars", None, "NAME=FILE,... to replace a task's own exemplars."),
         "tool_use": flags.DEFINE_bool("tool_use", None, "Run the programs that the model writes."),
         "generate_batch": flags.DEFINE_integer("generate_batch", None, "Prompts decoded together."),
         "questions": flags.DEFINE_string("questions", None, "NAME=FILE,... of questions and answers."),
-        "data": flags.DEFINE_string("data", None, "NAME=DIR,... of prepared data with a split 'eval'."),
+        "data": flags.DEFINE_string("data", None, "NAME=DIR,... of prepared data with an `eval` split."),
         "rows": flags.DEFINE_integer("rows", None, "Rows of each data set, at most."),
-        "prompt_template": flags.DEFINE_string("prompt_template", None, "A question's record as a prompt."),
+        "prompt_template": flags.DEFINE_string("prompt_template", None, "Turns a question's record into a prompt."),
         "answer_pattern": flags.DEFINE_string("answer_pattern", None, "Regular expression with one group."),
         "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "Longest generation."),
     }
     temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
-    seed = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature.")
+    seed = flags.DEFINE_integer("seed", 0, "Seed of the draws at a temperature.")
     lm_eval = flags.DEFINE_list(
-        "lm_eval", [], "lm-eval's tasks, with commas (extra `eval`). It may download data sets."
+        "lm_eval", [], "lm-eval tasks, comma-separated (extra `eval`). lm-eval may download data sets."
     )
-    lm_eval_path = flags.DEFINE_string("lm_eval_path", "", "A folder with task files of your own for lm-eval.")
+    lm_eval_path = flags.DEFINE_string("lm_eval_path", "", "A folder with lm-eval task files of your own.")
     distributed_flag = define_distributed_flag()
     output = flags.DEFINE_string("output", None, "Directory for results.json and the items.")
 
@@ -152,8 +161,8 @@ def main() -> None:
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
         directory = pathlib.Path(output.value) if output.value else None
-        wanted = LmEval(lm_eval.value, lm_eval_path.value, int(values["task_items"] or 0)) if lm_eval.value else None
-        metrics = evaluate(checkpoint_flag.value, values, directory, temperature.value, seed.value, wanted)
+        requested = LmEval(lm_eval.value, lm_eval_path.value, int(values["task_items"] or 0)) if lm_eval.value else None
+        metrics = evaluate_model(checkpoint.value, values, directory, temperature.value, seed.value, requested)
         width = max(map(len, metrics)) + 2
         for name, value in metrics.items():
             say(f"{name:<{width}}" + (f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"))

@@ -17,7 +17,7 @@ from helpers import OPTIONS, TINY, config_of, write_jsonl
 from rho1_jax.data.preparation import prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
 
 logging.set_verbosity(logging.ERROR)
@@ -64,5 +64,5 @@ def data(corpus, tokenizer, tmp_path_factory) -> pathlib.Path:
 def reference(data, tmp_path_factory):
     """A reference's run directory."""
     workdir = tmp_path_factory.mktemp("runs") / "reference"
-    train(config_of("reference", data), workdir)
+    train_model(config_of("reference", data), workdir)
     return workdir

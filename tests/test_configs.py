@@ -33,7 +33,7 @@ def test_fine_tuning_has_stages_of_its_own(stage, score):
     config = finetune_tora.get_config(stage)
     assert config.selection.score == score
     assert set(keys(config)) == set(keys(default.get_config()))
-    with pytest.raises(UserError, match="unknown stage 'clm': this config has the stages sft, slm, sft_7b, slm_7b"):
+    with pytest.raises(UserError, match="unknown stage 'clm'; this config has the stages sft, slm, sft_7b, slm_7b"):
         finetune_tora.get_config("clm")
 
 

@@ -10,7 +10,7 @@ from helpers import run_command
 
 from rho1_jax.evals.sandbox import Sandbox
 from rho1_jax.evals.tool_use import program_at_end
-from rho1_jax.evaluate import evaluate
+from rho1_jax.evaluate import evaluate_model
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 
@@ -24,7 +24,7 @@ def questions(tmp_path):
 
 def test_losses_are_those_of_the_run_and_items_are_written(data, reference, questions, tmp_path):
     overrides = {"questions": f"sums={questions}", "max_new_tokens": 8}
-    metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    metrics = evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert metrics["eval/held_out/loss"] == pytest.approx(read_metrics(reference)[-1]["eval/held_out/loss"], rel=1e-6)
     items = [json.loads(line) for line in (tmp_path / "out" / "sums.jsonl").open()]
     assert [item["prompt"] for item in items] == [f"{n}+1=\n" for n in range(5)]
@@ -35,13 +35,13 @@ def test_losses_are_those_of_the_run_and_items_are_written(data, reference, ques
 
 def test_nothing_to_evaluate_is_an_error(reference):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        evaluate(str(reference), {"data": ""}, None, temperature=0.0, seed=0)
+        evaluate_model(str(reference), {"data": ""}, None, temperature=0.0, seed=0)
 
 
 def test_no_questions_are_an_error(reference, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(UserError, match="none.jsonl: no questions"):
-        evaluate(str(reference), {"questions": f"sums={tmp_path / 'none.jsonl'}"}, None, temperature=0.0, seed=0)
+        evaluate_model(str(reference), {"questions": f"sums={tmp_path / 'none.jsonl'}"}, None, temperature=0.0, seed=0)
 
 
 def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, questions, tmp_path, capsys):
@@ -49,13 +49,13 @@ def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, qu
     path = tmp_path / "run"
     shutil.copytree(reference, path)
     overrides = {"questions": f"sums={questions}", "max_new_tokens": 4, "generate_batch": 3}
-    expected = evaluate(str(path), overrides, None, temperature=0.0, seed=0)
+    expected = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
     meta = path / "checkpoints" / "12" / "meta" / "metadata"
     saved = json.loads(meta.read_text())
     saved["config"].update(mesh={"data": 1, "fsdp": 32, "tensor": 2}, microbatches=4)
     meta.write_text(json.dumps(saved))
     capsys.readouterr()
-    found = evaluate(str(path), overrides, None, temperature=0.0, seed=0)
+    found = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
     assert found == pytest.approx(expected, rel=1e-5)
     assert "fsdp=32" in (told := capsys.readouterr().out) and "spread over all of them" in told
 
@@ -109,12 +109,14 @@ TASKS = {"data": "", "tasks": "svamp,mathqa", "generate_batch": 2}
 
 def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkeypatch):
     answering(monkeypatch, knowing)
-    metrics = evaluate(str(reference), TASKS | {"data_dir": str(data_dir)}, tmp_path / "out", temperature=0.0, seed=0)
+    metrics = evaluate_model(
+        str(reference), TASKS | {"data_dir": str(data_dir)}, tmp_path / "out", temperature=0.0, seed=0
+    )
     assert metrics == {"eval/svamp/accuracy": 1.0, "eval/mathqa/accuracy": 0.0, "eval/average/accuracy": 0.5}
     items = [json.loads(line) for line in (tmp_path / "out" / "svamp.jsonl").open()]
     assert items[3]["prompt"].count("Question: ") == 9 and items[3]["prompt"].endswith("3 apples. How many?\nAnswer:")
     assert (items[3]["extracted"], items[3]["answer"], items[3]["correct"]) == ("3", "3", True)
-    few = evaluate(
+    few = evaluate_model(
         str(reference), TASKS | {"data_dir": str(data_dir), "task_items": 3}, tmp_path / "few", temperature=0.0, seed=0
     )
     assert few["eval/svamp/accuracy"] == 1.0 and len((tmp_path / "few" / "svamp.jsonl").read_text().splitlines()) == 3
@@ -133,22 +135,22 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
 
     answering(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+        evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     whole = path.read_text()
     assert [json.loads(line)["index"] for line in whole.split("\n")[:-1]] == [1, 0, 3, 2, 5] and written == [5]
     path.write_text(whole[:-30])  # a line that was cut short
     del asked[3:]
     with pytest.raises(KeyboardInterrupt):
-        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+        evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     asked.clear()
     answering(monkeypatch, lambda prompt, stops: asked.append(prompt) or knowing(prompt, stops))
-    metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    metrics = evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert metrics["eval/svamp/accuracy"] == 1.0 and len(asked) == 1 + 7
     assert [json.loads(line)["index"] for line in path.read_text().split("\n")[:-1]] == list(range(7))
-    assert evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
+    assert evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
     assert len(asked) == 1 + 7
     with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
-        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
+        evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
 )
 def test_a_task_that_cannot_be_is_refused(reference, data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        evaluate(str(reference), TASKS | {"data_dir": str(data_dir)} | changes, tmp_path / "out", 0.0, 0)
+        evaluate_model(str(reference), TASKS | {"data_dir": str(data_dir)} | changes, tmp_path / "out", 0.0, 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -181,7 +183,7 @@ def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path
 
     answering(monkeypatch, answer)
     overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True}
-    metrics = evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    metrics = evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert metrics["eval/svamp/accuracy"] == 1.0
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[3])
     assert item["prompt"] == "<|user|>\n3 apples. How many?\n<|assistant|>\n"
@@ -219,7 +221,7 @@ def test_no_sandbox_outlives_its_answer(reference, data_dir, tmp_path, monkeypat
     monkeypatch.setattr("rho1_jax.evals.tool_use.Sandbox", Watched)
     overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True}
     with pytest.raises(error) if error else contextlib.nullcontext():
-        evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+        evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     assert len(boxes) == 7 and not any(box._process for box in boxes)
 
 
@@ -227,7 +229,7 @@ def test_programs_are_not_run_by_several_processes(reference, data_dir, monkeypa
     monkeypatch.setattr("rho1_jax.evals.evaluator.jax", types.SimpleNamespace(process_count=lambda: 2))
     overrides = TASKS | {"data_dir": str(data_dir), "tool_use": True}
     with pytest.raises(UserError, match="config.eval.tool_use: programs run on one host"):
-        evaluate(str(reference), overrides, None, temperature=0.0, seed=0)
+        evaluate_model(str(reference), overrides, None, temperature=0.0, seed=0)
 
 
 def test_the_last_program_is_run_if_nothing_follows():
@@ -238,6 +240,6 @@ def test_the_last_program_is_run_if_nothing_follows():
 def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, tmp_path, monkeypatch):
     answering(monkeypatch, lambda prompt, stops: "```python\n1\n```\n")
     overrides = TASKS | {"tasks": "svamp", "data_dir": str(data_dir), "tool_use": True, "task_items": 2}
-    evaluate(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
+    evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])
     assert item["generation"].count("```output\n1\n```") == 4 and item["generation"].count("```python") == 5

@@ -23,7 +23,7 @@ from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
 from rho1_jax.training import checkpoint
 
@@ -50,8 +50,8 @@ def scored(data, reference, tmp_path_factory):
     """The data set with scores in float16, and in float32 with entropies."""
     path = tmp_path_factory.mktemp("scored") / "rows"
     shutil.copytree(data, path)
-    score.score(scoring_config(path, reference, "half"), "float16", entropies=False)
-    score.score(scoring_config(path, reference, "single"), "float32", entropies=True)
+    score.score_data(scoring_config(path, reference, "half"), "float16", entropies=False)
+    score.score_data(scoring_config(path, reference, "single"), "float32", entropies=True)
     return path
 
 
@@ -84,12 +84,12 @@ def test_what_is_stored_is_what_the_reference_says(scored, reference):
 @pytest.fixture(scope="module")
 def online(data, reference, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "online"
-    return workdir, jax.device_get(train(config_of("slm", data, reference), workdir))
+    return workdir, jax.device_get(train_model(config_of("slm", data, reference), workdir))
 
 
 def test_training_from_the_store_equals_training_with_the_reference(scored, reference, online, tmp_path):
     config = scoring_config(scored, "", "single")
-    params = jax.device_get(train(config, tmp_path / "cached"))
+    params = jax.device_get(train_model(config, tmp_path / "cached"))
     ours, theirs = read_metrics(tmp_path / "cached"), read_metrics(online[0])
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["tokens_selected"] == other["tokens_selected"]
@@ -127,7 +127,7 @@ def test_no_reference_is_in_the_program(scored, reference, tmp_path, monkeypatch
     monkeypatch.setattr("rho1_jax.training.reference.open_pretrained", None)
     config = scoring_config(scored, "", "half")
     config.steps = 2
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_rules_without_the_policy_train_from_the_store(scored, score_name, tmp_p
     config = scoring_config(scored, "", "single")
     config.selection.score = score_name
     config.steps = 2
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     assert read_metrics(tmp_path / "run")[-1]["selected_fraction"] <= 0.61
 
 
@@ -156,14 +156,14 @@ def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, r
 
     monkeypatch.setattr(stored_scores.ScoreWriter, "write", failing)
     with pytest.raises(KeyboardInterrupt):
-        score.score(config, "float16", entropies=False)
+        score.score_data(config, "float16", entropies=False)
     directory = scored / "scores" / f"again{mesh['data']}"
     assert not directory.exists()
     rest = []
     monkeypatch.setattr(
         stored_scores.ScoreWriter, "write", lambda self, shard, arrays: (rest.append(shard), write(self, shard, arrays))
     )
-    score.score(config, "float16", entropies=False)
+    score.score_data(config, "float16", entropies=False)
     assert written == [0, 1] and rest[0] == 2
     ours, theirs = (
         json.loads((path / "manifest.json").read_text()) for path in (directory, scored / "scores" / "half")
@@ -178,15 +178,15 @@ def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, r
 
 
 def test_scored_already(scored, reference, capsys):
-    score.score(scoring_config(scored, reference, "half"), "float16", entropies=False)
-    assert "is scored already" in capsys.readouterr().out
+    score.score_data(scoring_config(scored, reference, "half"), "float16", entropies=False)
+    assert "already scored" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with dtype float16 and signals losses"):
-        score.score(scoring_config(scored, reference, "half"), "float32", entropies=False)
+        score.score_data(scoring_config(scored, reference, "half"), "float32", entropies=False)
 
 
 def test_a_config_that_cannot_be_is_refused_as_in_training(scored, reference):
     with pytest.raises(UserError, match="config.microbatches=0 must be at least 1"):
-        score.score(scoring_config(scored, reference, "new", microbatches=0), "float16", entropies=False)
+        score.score_data(scoring_config(scored, reference, "new", microbatches=0), "float16", entropies=False)
     assert not (scored / "scores" / "new.partial").exists()
 
 
@@ -198,7 +198,7 @@ def copy(scored, tmp_path):
 
 def refused(rows, name, checkpoint_path, message, /, **changes):
     with pytest.raises(UserError, match=message):
-        train(scoring_config(rows, checkpoint_path, name, **changes), rows.parent / "run")
+        train_model(scoring_config(rows, checkpoint_path, name, **changes), rows.parent / "run")
     assert not (rows.parent / "run").exists()
 
 
@@ -231,7 +231,7 @@ def test_another_document_mask_is_refused(copy):
 def test_the_wrong_reference_is_refused(copy, data, tmp_path):
     other = config_of("reference", data)
     other.seed, other.steps = 1, 1
-    train(other, tmp_path / "other")
+    train_model(other, tmp_path / "other")
     refused(copy, "half", tmp_path / "other", "was made with another reference")
 
 
@@ -252,7 +252,7 @@ def test_other_rows_and_another_tokenizer_are_refused(copy, corpus, tokenizer, t
 
 
 def test_a_moving_reference_has_no_scores(copy, reference):
-    refused(copy, "half", "", "cannot go with config.reference.moves", reference={"moves": "average"})
+    refused(copy, "half", "", "needs a frozen reference", reference={"moves": "average"})
 
 
 @pytest.mark.parametrize("rule, dtype", [("threshold", bool), ("weight", np.float32), ("ratio", np.int32)])
@@ -264,7 +264,7 @@ def test_numbers_that_the_user_brings(data, tmp_path, rule, dtype):
     config.steps, config.log_every = 2, 1
     config.selection.update(score="external", rule=rule, threshold=0.5)
     config.data.external = str(tmp_path / "mask.npy")
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     fraction = read_metrics(tmp_path / "run")[-1]["selected_fraction"]
     assert fraction == pytest.approx(0.6 if rule == "ratio" else 0.5, abs=0.12)
 
@@ -281,10 +281,10 @@ def test_rows_and_their_numbers_stay_together(data):
             return np.full(SEQ_LEN, row, np.float32)
 
     settings = dict(batch_size=8, seed=3, first_step=1, rows=np.array([1, 4, 6]), prefetch=1)
-    stream = batches([store, store], [3, 1], **settings, columns=[{"external": Numbers()}] * 2)
+    stream = batches([store, store], [3, 1], **settings, columns=[{"external_BL": Numbers()}] * 2)
     for _ in range(4):
         batch = next(stream)
-        for tokens, number in zip(batch.tokens, batch.external[:, 0]):
+        for tokens, number in zip(batch.tokens, batch.columns["external_BL"][:, 0]):
             np.testing.assert_array_equal(tokens, rows[int(number)]["tokens"])
 
 
@@ -304,7 +304,7 @@ def test_numbers_that_do_not_fit_are_refused(data, tmp_path, array, message):
     config = config_of("slm", data)
     config.selection.score, config.data.external = "external", str(path)
     with pytest.raises(UserError, match=f"config.data.external: .*{message}"):
-        train(config, tmp_path / "run")
+        train_model(config, tmp_path / "run")
 
 
 def test_the_command_tells_rate_and_size(data, reference, tmp_path):
@@ -313,7 +313,7 @@ def test_the_command_tells_rate_and_size(data, reference, tmp_path):
     arguments += [f"--config.reference.checkpoint={reference}", "--config.reference.scores=r", "--config.batch_size=8"]
     done = run_command("rho1_jax.score", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "tokens scored" in done.stdout and "2 bytes a token" in done.stdout
+    assert "tokens scored" in done.stdout and "2 bytes per token" in done.stdout
     ScoreStore(Store(tmp_path / "rows"), "r", True, None)
     nameless = run_command("rho1_jax.score", *arguments, "--config.reference.scores=")
     assert nameless.returncode == 2 and "config.reference.scores=''" in nameless.stderr

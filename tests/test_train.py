@@ -21,7 +21,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
 from rho1_jax.training import checkpoint
 from rho1_jax.training.loop import Loop
@@ -47,7 +47,7 @@ def command_line(config, workdir):
 def undisturbed(data, reference, tmp_path_factory):
     """An SLM run that was never stopped: its directory and final parameters."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return workdir, jax.device_get(train(config_of("slm", data, reference), workdir))
+    return workdir, jax.device_get(train_model(config_of("slm", data, reference), workdir))
 
 
 def without_rate(lines):
@@ -94,7 +94,7 @@ def test_kill_9_and_the_same_command_again_equals_no_interruption(data, referenc
 
 def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed, capsys):
     kept = [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")]
-    train(config_of("slm", data, reference), undisturbed[0])
+    train_model(config_of("slm", data, reference), undisturbed[0])
     assert [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")] == kept
     assert "changed" not in capsys.readouterr().out
 
@@ -103,8 +103,8 @@ def test_what_changed_since_the_last_start_is_said(data, reference, undisturbed,
     shutil.copytree(undisturbed[0], tmp_path / "run")
     config = config_of("slm", data, reference)
     config.log_every = 3
-    train(config, tmp_path / "run")
-    assert "changed since the last start: config.log_every: 2 -> 3" in capsys.readouterr().out
+    train_model(config, tmp_path / "run")
+    assert "since the last start, config.log_every changed from 2 to 3" in capsys.readouterr().out
 
 
 def test_the_run_describes_itself(data, reference, undisturbed, tokenizer):
@@ -122,7 +122,7 @@ def test_first_weights_from_another_run(data, reference, tmp_path):
     config.init.checkpoint = str(reference)
     config.steps = 1
     config.optimizer.learning_rate = 0.0
-    params = jax.device_get(train(config, tmp_path / "run"))
+    params = jax.device_get(train_model(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, params, final_params(reference))
 
 
@@ -130,8 +130,8 @@ def test_first_weights_of_another_model_are_refused(data, reference, tmp_path):
     config = config_of("clm", data)
     config.init.checkpoint = str(reference)
     config.model.layers = 3
-    with pytest.raises(UserError, match="is another model: config.model.layers: 2 -> 3"):
-        train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="is another model: config.model.layers=2 there, 3 here"):
+        train_model(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,48 +139,49 @@ def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
     config = config_of("clm", data)
     config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_fraction=0.0)
     with pytest.raises(UserError, match=r"step \d+: loss .*learning_rate"):
-        train(config, tmp_path / "run")
+        train_model(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"seed": 3}, "config.seed: 0 -> 3"),
-        ({"batch_size": 16}, "config.batch_size: 8 -> 16"),
-        ({"selection": {"ratio": 0.5}}, "config.selection.ratio: 0.6 -> 0.5"),
-        ({"data": {"document_mask": False}}, "config.data.document_mask: True -> False"),
+        ({"seed": 3}, "config.seed changed from 0 to 3"),
+        ({"batch_size": 16}, "config.batch_size changed from 8 to 16"),
+        ({"selection": {"ratio": 0.5}}, "config.selection.ratio changed from 0.6 to 0.5"),
+        ({"data": {"document_mask": False}}, "config.data.document_mask changed from True to False"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(data, reference, undisturbed, change, message):
     config = config_of("slm", data, reference)
     config.update(change)
-    with pytest.raises(UserError, match=f"cannot go on with {message}"):
-        train(config, undisturbed[0])
+    with pytest.raises(UserError, match=f"cannot resume this run: {message}. Use a new --workdir, or change it back"):
+        train_model(config, undisturbed[0])
 
 
 def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undisturbed, tmp_path):
     other = type(OPTIONS)(**OPTIONS.__dict__ | {"eval_fraction": 0.2})
     prepare([corpus], tokenizer, tmp_path / "other", other, workers=1)
-    with pytest.raises(UserError, match="other content of config.data.train"):
-        train(config_of("slm", tmp_path / "other", reference), undisturbed[0])
+    with pytest.raises(UserError, match="cannot resume this run: the content of config.data.train changed"):
+        train_model(config_of("slm", tmp_path / "other", reference), undisturbed[0])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"selection": {"score": "exces"}}, "config.selection.score='exces': 'exces' is none of none, excess"),
+        ({"selection": {"score": "exces"}}, "config.selection.score='exces': 'exces' is not one of none, excess"),
         ({"selection": {"scope": "device"}}, "config.selection.scope='device'"),
         ({"selection": {"ratio": 1.5}}, "config.selection.ratio: a selection ratio"),
         ({"batch_size": 12}, "config.batch_size=12 must be a multiple of 8"),
         ({"microbatches": 2}, "config.batch_size=8 must be a multiple of 16"),
         ({"steps": 0}, "config.steps=0"),
+        ({"objective": "dpo"}, "config.objective='dpo' is not one of cross_entropy"),
         ({"eval": {"every": 0}}, "config.eval.every=0"),
         ({"trace": {"first": 3, "last": 2}}, "config.trace.last=2 must not be below config.trace.first=3"),
         ({"mesh": {"fsdp": 3}}, "config.mesh"),
         ({"model": {"kv_heads": 3}}, "config.model.kv_heads=3 does not divide"),
         ({"model": {"head_width": 7}}, "config.model.head_width=7 is odd"),
         ({"model": {"vocab_size": 10}}, "config.model.vocab_size=10 is below"),
-        ({"model": {"vocab_size": 512}}, "vocabulary of 300, config.model.vocab_size is 512"),
+        ({"model": {"vocab_size": 512}}, "vocabulary of 300, but config.model.vocab_size is 512"),
         ({"reference": {"checkpoint": ""}}, "config.reference.checkpoint is empty"),
         ({"reference": {"checkpoint": "nowhere"}}, "config.reference.checkpoint=nowhere is neither a run"),
         ({"init": {"checkpoint": "nowhere"}}, "config.init.checkpoint=nowhere is neither a run"),
@@ -193,7 +194,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(data, reference, tmp_p
     config = config_of("slm", data, reference)
     config.update(change)
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+        train_model(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -218,7 +219,7 @@ def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path
         (["--confg.steps=3"], "confg.steps"),
         (["extra"], "unexpected argument 'extra'"),
         (["--config=configs/nowhere.py"], "nowhere.py"),
-        (["--config=configs/default.py:sml"], "unknown stage 'sml': .* reference, clm, random, slm"),
+        (["--config=configs/default.py:sml"], "unknown stage 'sml'; .* reference, clm, random, slm"),
     ],
 )
 def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, message):
@@ -235,7 +236,7 @@ def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, messag
 def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.optimizer.first_moment_dtype = "bfloat16"
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     ours, theirs = read_metrics(tmp_path / "run")[-1], read_metrics(undisturbed[0])[-1]
     assert ours["loss"] != theirs["loss"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
@@ -246,7 +247,7 @@ def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, 
     config = config_of("slm", data, reference)
     config.reference.update(moves=moves, decay=0.9, every=3)
     config.steps = 8
-    whole = jax.device_get(train(config, tmp_path / "whole"))
+    whole = jax.device_get(train_model(config, tmp_path / "whole"))
     stopped = config.copy_and_resolve_references()
     stopped.log_every = 1
 
@@ -262,37 +263,37 @@ def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "record", record)
         with pytest.raises(Stop):
-            train(stopped, tmp_path / "run")
+            train_model(stopped, tmp_path / "run")
     found = checkpoint.find(tmp_path / "run", "workdir")
     assert found.name == "4" and (found / "reference").is_dir()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(train(stopped, tmp_path / "run")), whole)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(train_model(stopped, tmp_path / "run")), whole)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"moves": "often"}, "config.reference.moves='often' is none of average, snapshot"),
+        ({"moves": "often"}, "config.reference.moves='often' is not empty, nor one of average, snapshot"),
         ({"moves": "average", "decay": 1.0}, "config.reference.decay=1.0"),
-        ({"moves": "snapshot", "every": 0}, "every=0 above 0"),
+        ({"moves": "snapshot", "every": 0}, "config.reference.every=0 must be at least 1"),
     ],
 )
 def test_a_move_that_cannot_be_is_refused(data, tmp_path, change, message):
     config = config_of("slm", data)
     config.reference.update(change)
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+        train_model(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):
     config = config_of("slm", data, reference)
     config.steps = 4
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     config.steps = 6
     config.model.update(attention="xla", remat="dots", unroll=2, loss_chunk=64)
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert (
         "resumed from step 4" in printed
-        and "changed since the last start: config.model.remat: 'none' -> 'dots'" in printed
+        and "since the last start, config.model.remat changed from 'none' to 'dots'" in printed
     )

@@ -13,7 +13,7 @@ from helpers import config_of, root, run_command
 from rho1_jax.configs import demo as demo_config
 from rho1_jax.data.store import Store
 from rho1_jax.runtime.metrics import read_metrics
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from tools import demo
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, re
     config.update(epochs=2.0, batch_size=8)
     config.eval.data = f"held_out={tmp_path / 'rows'}"
     config.optimizer.decay = "linear"
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     steps = -(-2 * counts["rows"] // 8)
     last = read_metrics(tmp_path / "run")[-1]
     assert last["step"] == steps and last["eval/held_out/loss"] > 0
@@ -109,7 +109,7 @@ def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, re
 def test_token_dynamics_of_a_run(data, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.checkpoint.update(every=2, keep=0)
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     flags = [
         f"--run={tmp_path / 'run'}",
         f"--data={data}",
@@ -158,5 +158,5 @@ def test_optimizer_state_in_host_memory_changes_nothing(data, reference, tmp_pat
             config = config_of("slm", data, reference)
             config.update(steps=steps, microbatches=microbatches, batch_size=16)
             config.optimizer.host_offload = offload
-            finals[offload] = train(config, tmp_path / str(offload))
+            finals[offload] = train_model(config, tmp_path / str(offload))
     jax.tree.map(np.testing.assert_array_equal, *finals.values())

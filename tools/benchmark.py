@@ -103,7 +103,7 @@ def step_ways(size: Size) -> Ways:
     batch = Batch(jnp.array(tokens), jnp.ones_like(tokens))
     reference = decoder.init_params(config, 1)
     losses = jax.jit(make_token_losses(graphdef, document_mask=True))
-    scored = batch._replace(reference_losses=losses(reference, batch)[0])
+    scored = batch._replace(columns={"reference_loss_BL": losses(reference, batch)[0]})
 
     def arm(score: str, frozen: Any, rows: Batch) -> Callable[[], object]:
         step = jax.jit(

@@ -23,7 +23,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models.decoder import build, init_params
 from rho1_jax.models.forward import make_reference_signals
 from rho1_jax.runtime.sharding import make_mesh, replicated
-from rho1_jax.score import score_rows
+from rho1_jax.training.scoring import score_rows
 
 SCORED_ROWS = 16  # in a batch, on each device
 

@@ -32,7 +32,6 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from rho1_jax.configs.default import OptimizerConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.models import decoder, generation
 from rho1_jax.models.attention import KERNELS
@@ -40,10 +39,10 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
-from rho1_jax.train import abstract_state, check, check_batch_size, jitted_step, placed, placement
-from rho1_jax.training import accounting, optimizer
+from rho1_jax.training import accounting
 from rho1_jax.training.config import model_config
 from rho1_jax.training.reference import Reference
+from rho1_jax.training.setup import abstract_state, build_setup, check, check_batch_size, jitted_step, placed, placement
 from tools import hlo_cost
 
 GIB = 2**30
@@ -69,20 +68,17 @@ def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step of an arm for abstract arrays that lie on the mesh."""
-    policy_config = model_config(config)
-    graphdef = decoder.build(policy_config)
-    tx = optimizer.make_optimizer(OptimizerConfig(**config.optimizer), config.steps)
-
-    state = abstract_state(policy_config, tx, mesh, config.optimizer.host_offload)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy_config.compute_dtype), state.params)
+    """The train step of an arm, for abstract arrays on the mesh."""
+    setup = build_setup(config, mesh)
+    state = abstract_state(setup)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, setup.model.compute_dtype), state.params)
     frozen = placed(frozen, placement(state.params))
-    reference = Reference(policy_config, frozen) if arm == "online" else Reference()
+    reference = Reference(setup.model, frozen) if arm == "online" else Reference()
     row = jax.ShapeDtypeStruct((config.batch_size, seq_len + 1), jnp.int32)
-    losses = jax.ShapeDtypeStruct((config.batch_size, seq_len), jnp.float32) if arm == "cached" else None
-    batch = Batch(row, row, reference_losses=losses)
+    losses = jax.ShapeDtypeStruct((config.batch_size, seq_len), jnp.float32)
+    batch = Batch(row, row, columns={"reference_loss_BL": losses} if arm == "cached" else {})
     batch = jax.tree.map(lambda x: x.update(sharding=sharding.batch_sharding(mesh)), batch)
-    step = jitted_step(config, graphdef, reference, tx, state, mesh)
+    step = jitted_step(setup, reference, state)
     return step.lower(state, reference_params=frozen if arm == "online" else None, batch=batch)
 
 

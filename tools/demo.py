@@ -29,8 +29,8 @@ from rho1_jax.models import decoder
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.sharding import make_mesh
-from rho1_jax.score import score
-from rho1_jax.train import train
+from rho1_jax.score import score_data
+from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
 from rho1_jax.training import checkpoint
 from tools.demo_corpus import write_corpora
@@ -104,9 +104,9 @@ def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any
         config = arm_config(arm, output, seed)
         arm_start = time.monotonic()
         if arm == CACHED:
-            score(config, "float32", entropies=False)
+            score_data(config, "float32", entropies=False)
         say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
-        train(config, output / arm)
+        train_model(config, output / arm)
         seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
         seconds["total"] = seconds.get("total", 0.0) + time.monotonic() - start
         start = time.monotonic()

@@ -8,7 +8,8 @@ Chip-hours stand on the utilization that is assumed; nothing is measured.
 import ml_collections
 from absl import flags
 
-from rho1_jax.method.token_scores import NO_SCORE, REFERENCE_SIGNALS
+from rho1_jax.method.signals import REFERENCE_SIGNALS
+from rho1_jax.method.token_scores import NO_SCORE
 from rho1_jax.models.decoder import param_count
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.training.accounting import ForwardFlops, training_flops
@@ -23,7 +24,7 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     model = model_config(config)
     tokens = config.steps * config.batch_size * seq_len
     forward, rule = ForwardFlops.of(model, seq_len), selection_rule(config)
-    online = bool(rule.needs & REFERENCE_SIGNALS)
+    online = bool(rule.needs & set(REFERENCE_SIGNALS))
     ratio = 1.0 if rule.score == NO_SCORE else rule.ratio
     flops = sum(training_flops(forward, forward if online else None, tokens, ratio * tokens).values())
     hours = flops / (peak_tflops * 1e12 * utilization) / 3600

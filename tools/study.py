@@ -19,12 +19,12 @@ from absl import flags
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import SPLIT
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.method.token_scores import REFERENCE_SIGNALS
+from rho1_jax.method.signals import REFERENCE_SIGNALS
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import read_json, replacing, write_text
 from rho1_jax.runtime.metrics import read_metrics
-from rho1_jax.score import score
-from rho1_jax.train import train
+from rho1_jax.score import score_data
+from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 from rho1_jax.training.accounting import LEDGER_FILE
 from rho1_jax.training.config import selection_rule
@@ -79,10 +79,10 @@ def prepare(output: pathlib.Path, seed: int) -> None:
     make_data(output, seed)
     reference = arm_config("reference", output, seed)
     reference.eval.every = reference.checkpoint.every = reference.steps
-    train(reference, output / "reference")
+    train_model(reference, output / "reference")
     config = arm_config("slm", output, seed)
     config.reference.scores = SCORES
-    score(config, "float16", entropies=True)
+    score_data(config, "float16", entropies=True)
     if not (output / "problems.npy").exists():
         say("finding the problems")
         tokenizer = Tokenizer(output / "data" / "tokenizer.model")
@@ -108,10 +108,10 @@ def one(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
     config = study_config(arm, output, seed, rate)
     if checkpoint.steps(workdir) != [config.steps]:
         say(f"seed {seed}, {arm}, learning rate {rate:g}")
-        train(config, workdir)
+        train_model(config, workdir)
     last = read_metrics(workdir)[-1]
     flops = sum(read_json(workdir / LEDGER_FILE)["flops"].values())
-    if selection_rule(config).needs & REFERENCE_SIGNALS and not config.reference.moves:
+    if selection_rule(config).needs & set(REFERENCE_SIGNALS) and not config.reference.moves:
         flops += sum(read_json(output / "reference" / LEDGER_FILE)["flops"].values())
     return Result(rate, last["eval/problems/accuracy"], last["eval/clean/loss"], int(last["tokens_selected"]), flops)
 

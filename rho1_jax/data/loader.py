@@ -88,7 +88,7 @@ def batches(
       first_step: the step of the first batch.
       rows: [R] which of the rows 0 to B of each global batch, as `sharding.local_rows` tells.
       prefetch: batches to read ahead.
-      columns: for each data set, further fields of `Batch`: by row number, float32 [seq_len].
+      columns: for each data set, the signals that `Batch.columns` gets: row number -> float32 [seq_len].
 
     Yields:
       numpy arrays [R, seq_len + 1].
@@ -112,8 +112,9 @@ class _Table:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return {**self._rows[row], **{name: column[row] for name, column in self._columns.items()}}
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        columns = {name: column[row] for name, column in self._columns.items()}
+        return self._rows[row] | ({"columns": columns} if columns else {})
 
 
 class _LocalRows:
@@ -139,7 +140,8 @@ def eval_batches(
     for start in range(0, len(which), batch_size):
         numbers = which[start : start + batch_size]
         taken = [rows[numbers[i]] if i < len(numbers) else blank for i in local.tolist()]
-        yield Batch(**{name: np.stack([row[name] for row in taken]) for name in blank})
+        arrays: dict[str, Any] = {name: np.stack([row[name] for row in taken]) for name in blank}
+        yield Batch(**arrays)
 
 
 def to_devices(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:

@@ -6,7 +6,7 @@ are cut from it with stride `seq_len`, so every corpus token is a target exactly
 Shapes: R rows, M = seq_len + 1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,18 +23,20 @@ class Documents(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed rows, [R, M] each: token ids, and document numbers within each row from 1 (0 is padding), both int32.
+    """Packed rows: numpy arrays on the host, JAX arrays on devices.
 
-    In fine-tuning also which tokens are part of a response. Of each target, float32 [R, M - 1]: with a reference that
-    was run before, its loss and entropy; with numbers that the user brings, those.
+    Attributes:
+      tokens: int32 [R, M] token ids.
+      segment_ids: int32 [R, M] document numbers within each row, from 1; 0 is padding.
+      responses: in fine-tuning, bool [R, M]: the token is part of a response.
+      columns: signals that come with the data, by name: float32 [R, M - 1], one number per target. For example the
+        losses of a reference that ran beforehand ("reference_loss_BL"), or numbers of the user's.
     """
 
-    tokens: Any  # numpy on the host, jax on devices
+    tokens: Any
     segment_ids: Any
     responses: Any = None
-    reference_losses: Any = None
-    reference_entropies: Any = None
-    external: Any = None
+    columns: Mapping[str, Any] = {}
 
 
 def pack(documents: Iterable[Documents], seq_len: int, eos_id: int) -> Iterator[Batch]:

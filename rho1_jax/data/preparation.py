@@ -24,6 +24,7 @@ from rho1_jax.data import records, store, transcripts
 from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
+from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
@@ -196,7 +197,7 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
     except UserError:
         shutil.rmtree(partial)
         raise
-    manifest = description | counts
+    manifest = {formats.KEY: formats.FORMAT_VERSION} | description | counts
     (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     tokenizer.save(partial / TOKENIZER_DIR)
     for chunk in chunks:

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, rows):
         key = 0
         for batch in rows:
-            named = {name: rows for name, rows in batch._asdict().items() if rows is not None}
+            named = {name: rows for name, rows in batch._asdict().items() if name in self.info.features}
             for row in zip(*named.values()):
                 yield key, dict(zip(named, row))
                 key += 1
@@ -85,6 +86,7 @@ class Store:
             self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:
             raise UserError(f"{path}: no prepared data set here (tools/prepare_data.py makes one)") from None
+        formats.check_format(self.manifest, self.path)
         self._builder = tfds.builder_from_directory(self.path / _ROWS / _VERSION)
 
     @property

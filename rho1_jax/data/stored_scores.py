@@ -9,16 +9,20 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from rho1_jax.data.store import MANIFEST, Store
+from rho1_jax.method.signals import SUFFIX
+from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json, replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
 
 KEY = "config.reference.scores"
+EXTERNAL_KEY = "config.data.external"
 SPLIT = "train"
 SHARD_TOKENS = 2**22
 DTYPES = ("float16", "float32")
@@ -73,6 +77,7 @@ class ScoreWriter:
         self.finished = self._final.exists()
         if self.finished:
             found = read_json(self._final / MANIFEST)
+            formats.check_format(found, self._final)
             different = _difference(found, description)
             if different is None and any(found[key] != self._description[key] for key in ("dtype", "signals")):
                 different = f"dtype {found['dtype']} and signals {', '.join(found['signals'])}"
@@ -108,7 +113,10 @@ class ScoreWriter:
         checksums = {file: sha256(self._partial / file) for file in files}
         write_text(
             self._partial / MANIFEST,
-            json.dumps(self._description | totals | {"files": checksums}, indent=2) + "\n",
+            json.dumps(
+                {formats.KEY: formats.FORMAT_VERSION} | self._description | totals | {"files": checksums}, indent=2
+            )
+            + "\n",
         )
         (self._partial / "description.json").unlink()
         self._partial.rename(self._final)
@@ -147,6 +155,7 @@ class ScoreStore:
         if not (self.path / MANIFEST).exists():
             raise UserError(f"{KEY}={name}: no scores in {self.path}; `python -m rho1_jax.score` makes them")
         self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
+        formats.check_format(self.manifest, self.path)
         wanted = describe(store, reference or self.manifest["reference"], document_mask)
         different = _difference(self.manifest, wanted)
         if different:
@@ -185,26 +194,54 @@ class ScoreColumn:
 
 
 class ExternalColumn:
-    """Numbers that the user brings: a .npy file of [rows, seq_len], of bools, integers or floats."""
+    """A column of the user's: a .npy file of [rows, seq_len] bools, integers or floats."""
 
     def __init__(self, path: str, store: Store):
-        """Raises UserError where the file is no such array."""
+        """Raises UserError if the file holds no such array."""
         try:
             self._array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"config.data.external: {path}: {error}") from None
-        wanted = (len(store.rows(SPLIT)), store.seq_len)
-        if (
-            not isinstance(self._array, np.ndarray)
-            or self._array.shape != wanted
-            or self._array.dtype.kind not in "biuf"
-        ):
-            found = f"{self._array.dtype} {self._array.shape}" if isinstance(self._array, np.ndarray) else "no array"
-            raise UserError(f"config.data.external: {path} is {found}; {store.path} needs numbers {wanted}")
+            raise UserError(f"{EXTERNAL_KEY}: {path}: {error}") from None
+        expected = (len(store.rows(SPLIT)), store.seq_len)
+        is_array = isinstance(self._array, np.ndarray)
+        if not is_array or self._array.shape != expected or self._array.dtype.kind not in "biuf":
+            content = f"{self._array.dtype} {self._array.shape}" if is_array else "not an array"
+            raise UserError(f"{EXTERNAL_KEY}: {path} is {content}; {store.path} needs numbers {expected}")
         self._path = path
 
     def __getitem__(self, row: int) -> np.ndarray:
         values = self._array[row].astype(np.float32)
         if not np.isfinite(values).all():
-            raise UserError(f"config.data.external: {self._path}: row {row} has a number that is not finite")
+            raise UserError(f"{EXTERNAL_KEY}: {self._path}: row {row} has a number that is not finite")
         return values
+
+
+def external_columns(text: str, needed: Collection[str], stores: Sequence[Store]) -> list[dict[str, Any]]:
+    """Opens the user's columns that a run needs.
+
+    Args:
+      text: config.data.external, "FILE.npy,..." or "NAME=FILE.npy,...": for each column, one file per data set.
+      needed: signals, "NAME_BL" for each column; a file without a name is "external_BL".
+      stores: the data sets.
+
+    Returns:
+      For each data set, signal -> row number -> float32 [seq_len].
+
+    Raises:
+      UserError: a needed column has no file for each data set, or a file does not fit.
+    """
+    files: dict[str, list[str]] = {}
+    for part in filter(None, text.split(",")):
+        name, _, path = part.rpartition("=")
+        files.setdefault((name or "external") + SUFFIX, []).append(path)
+    for signal in sorted(needed):
+        name, count = signal.removesuffix(SUFFIX), len(files.get(signal, ()))
+        if count != len(stores):
+            raise UserError(
+                f"{EXTERNAL_KEY} names {count} files for the column {name!r} of {len(stores)} data sets; "
+                f"give {name}=FILE.npy for each"
+            )
+    return [
+        {signal: ExternalColumn(files[signal][number], store) for signal in sorted(needed)}
+        for number, store in enumerate(stores)
+    ]

@@ -1,4 +1,4 @@
-"""Selective Language Modeling: score every token, keep the best ones.
+"""Selective Language Modeling: score every token and keep the best.
 
 Rho-1 (arXiv 2404.07965), section 2.2 and equation 4. Everything here is a pure function of arrays.
 
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rho1_jax.configs.default import SelectionConfig
-from rho1_jax.method.token_scores import NO_SCORE, SCORES, Signals, evaluate, signals_of
+from rho1_jax.method.signals import Signals
+from rho1_jax.method.token_scores import NO_SCORE, SCORES, evaluate
 
 # Selection ratios are exact multiples of 1 / RATIO_UNITS, so that ceil(ratio * eligible) is integer arithmetic.
 RATIO_UNITS = 10_000
 
-# Up to so many tokens are sorted; above, they are counted (`python -m tools.benchmark --what=selection` measures both).
+# Up to this many tokens are sorted; more are counted (`python -m tools.benchmark --what=selection` times both).
 SORTED_TOKENS = 2**12
 
 SCOPES = ("global", "microbatch", "sequence")
@@ -31,7 +32,7 @@ Count = TypeVar("Count", int, jax.Array)
 
 
 class Term(NamedTuple):
-    """A score, and the share of the eligible tokens that it keeps: in RATIO_UNITS, None for that of the rule."""
+    """A score, and the share of the eligible tokens it keeps, in RATIO_UNITS; None: the share of the rule."""
 
     score: str
     units: int | None
@@ -49,10 +50,10 @@ class Selection(SelectionConfig):
     """
 
     def check(self) -> None:
-        """Raises ValueError, naming the field, where a value cannot be."""
+        """Raises ValueError, naming the field, if a value is not allowed."""
         for name, values in (("rule", RULES), ("schedule", SCHEDULES), ("scope", SCOPES)):
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
         for name in ("ratio", "first_ratio"):
             try:
                 ratio_units(getattr(self, name))
@@ -61,7 +62,7 @@ class Selection(SelectionConfig):
         if self.stairs < 2:
             raise ValueError(f"stairs={self.stairs} must be at least 2")
         if not 0 <= self.dense_fraction < 1:
-            raise ValueError(f"dense_fraction={self.dense_fraction} must lie in [0, 1)")
+            raise ValueError(f"dense_fraction={self.dense_fraction} must be in [0, 1)")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if len(self.terms) > 1 and self.rule != "ratio":
@@ -69,7 +70,7 @@ class Selection(SelectionConfig):
 
     @property
     def terms(self) -> list[Term]:
-        """The scores that are put together; of "none" there are none. Raises ValueError where one is not known."""
+        """The scores the rule combines; empty for "none". Raises ValueError for an unknown score."""
         if self.score == NO_SCORE:
             return []
         if "&" in self.score and "|" in self.score:
@@ -79,7 +80,7 @@ class Selection(SelectionConfig):
             name, colon, ratio = (text.strip() for text in part.partition(":"))
             if name not in SCORES:
                 known = ", ".join([NO_SCORE, *SCORES])
-                raise ValueError(f"score={self.score!r}: {name!r} is none of {known}")
+                raise ValueError(f"score={self.score!r}: {name!r} is not one of {known}")
             try:
                 terms.append(Term(name, ratio_units(float(ratio)) if colon else None))
             except ValueError as error:
@@ -88,16 +89,16 @@ class Selection(SelectionConfig):
 
     @property
     def needs(self) -> set[str]:
-        """The signals it is made from."""
-        return {name for term in self.terms for name in signals_of(term.score)}
+        """The signals that its scores are computed from."""
+        return {name for term in self.terms for name in SCORES.needs(term.score)}
 
     @property
     def ranks(self) -> bool:
-        """Whether tokens compete, so that one's weight depends on the others' scores."""
+        """True if tokens compete: the weight of each depends on the scores of the others."""
         return self.rule == "ratio" and self.score != NO_SCORE
 
     def units(self, steps: int) -> np.ndarray:
-        """The ratio at each of a run's steps, in RATIO_UNITS: int32 [steps]."""
+        """The ratio at each step of the run, int32 [steps] in RATIO_UNITS."""
         first = round(self.dense_fraction * steps)
         progress = np.clip((np.arange(steps) - first) / max(1, steps - 1 - first), 0, 1)
         share = {
@@ -110,15 +111,15 @@ class Selection(SelectionConfig):
         return np.rint(first_units + share * (last_units - first_units)).astype(np.int32)
 
     def weights(self, signals: Signals, eligible_BL: jax.Array, step: jax.Array, steps: int) -> jax.Array:
-        """What each token's loss counts.
+        """The weight of each token's loss.
 
         Args:
-          signals: of the tokens; those that `needs` names are there.
+          signals: at least those that `needs` names.
           eligible_BL: [B, L] bool.
-          step: updates done so far, of `steps` in all.
+          step: updates done so far, out of `steps`.
 
         Returns:
-          float32 [B, L]: 0 where a token is not trained on. Under "ratio" and "threshold" all others are 1.
+          float32 [B, L]: 0 for a token that is not trained on; under "ratio" and "threshold", 1 for all others.
         """
         eligible_weight_BL = eligible_BL.astype(jnp.float32)
         if self.score == NO_SCORE:
@@ -145,15 +146,15 @@ class Selection(SelectionConfig):
 
 
 def eligible_targets(segment_ids_BM: jax.Array, responses_BM: jax.Array | None = None) -> jax.Array:
-    """Which targets may be selected or counted.
+    """The targets that may be selected or counted.
 
     Args:
       segment_ids_BM: [B, L + 1] document numbers within each row; 0 is padding.
-      responses_BM: [B, L + 1] bool, in fine-tuning: the token is part of a response.
+      responses_BM: in fine-tuning, [B, L + 1] bool: the token is part of a response.
 
     Returns:
-      [B, L] bool: the target is no padding, lies in the same document as its input and, in fine-tuning, is part of a
-      response.
+      [B, L] bool: the target is not padding, belongs to the same document as its input and, in fine-tuning, is part of
+      a response.
     """
     inputs_BL, targets_BL = segment_ids_BM[:, :-1], segment_ids_BM[:, 1:]
     eligible_BL = (targets_BL != 0) & (targets_BL == inputs_BL)
@@ -164,7 +165,7 @@ def ratio_units(ratio: float) -> int:
     """The ratio as an integer count of 1 / RATIO_UNITS. Raises ValueError unless 0 < ratio <= 1."""
     units = round(ratio * RATIO_UNITS)
     if not 0 < units <= RATIO_UNITS:
-        raise ValueError(f"a selection ratio lies in [{1 / RATIO_UNITS}, 1], not {ratio}")
+        raise ValueError(f"a selection ratio must be in [{1 / RATIO_UNITS}, 1], not {ratio}")
     return units
 
 
@@ -175,41 +176,41 @@ def selected_count(eligible_count: Count, units: Any) -> Count:
 
 
 def total(mask: jax.Array) -> jax.Array:
-    """The sum. The barrier keeps the TPU compiler from fusing a mask and its sum, which fails in some shapes."""
+    """The sum of a mask. Without the barrier, the TPU compiler fuses the mask with its sum and fails on some shapes."""
     return jax.lax.optimization_barrier(mask).sum()
 
 
 def _keys(score: jax.Array, eligible: jax.Array) -> jax.Array:
-    """Scores as integers of the same order: -0.0 equals 0.0, and what is not eligible comes after minus infinity."""
+    """Scores as integers in the same order: -0.0 equals 0.0, and ineligible tokens come after minus infinity."""
     bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
     lowest = jnp.iinfo(jnp.int32).min
     bits = jnp.where(bits == lowest, 0, bits)
-    # Below zero, the magnitude's bits grow as the float falls.
+    # Among negative floats, a larger magnitude is a smaller number.
     return jnp.where(eligible, jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits), lowest)
 
 
 def select_by_sort(score: jax.Array, eligible: jax.Array, units: Any) -> jax.Array:
-    """The selection [B, L] among all tokens by `jax.lax.top_k`, for which every device gets all scores."""
+    """The selection [B, L] among all tokens by `jax.lax.top_k`, which gathers all scores on every device."""
     _, order = jax.lax.top_k(_keys(score, eligible).ravel(), score.size)
     kept = jnp.arange(score.size) < selected_count(total(eligible), units)
     return jnp.zeros(score.size, bool).at[order].set(kept).reshape(score.shape)
 
 
 def select_by_bisection(score: jax.Array, eligible: jax.Array, units: Any) -> jax.Array:
-    """The same selection without sort or gather: 64 times, tokens are counted, and only counts cross the mesh.
+    """The same selection without a sort or a gather: it counts tokens 64 times, and only the counts cross the mesh.
 
-    From the highest bit to the lowest, the largest threshold is built that k tokens still reach; then, among tokens of
-    exactly that score, the flat index below which as many lie as are still missing.
+    Two binary searches over bits, highest bit first: the largest threshold that at least k tokens reach; then, among
+    the tokens that score exactly that, the flat index below which the missing ones are found.
     """
     k = selected_count(total(eligible), units)
     key = jax.lax.bitcast_convert_type(_keys(score, eligible), jnp.uint32) ^ jnp.uint32(1 << 31)
 
     def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The largest 32-bit number for which `holds`, which is true up to some number and false after it."""
+        """The largest 32-bit number for which `holds` is true; it must be true up to a number and false above."""
 
-        def refine(n, found):
-            candidate = found | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
-            return jnp.where(holds(candidate), candidate, found)
+        def refine(n, largest_so_far):
+            candidate = largest_so_far | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
+            return jnp.where(holds(candidate), candidate, largest_so_far)
 
         return jax.lax.fori_loop(0, 32, refine, jnp.uint32(0))
 
@@ -225,13 +226,13 @@ def select(score_BL: jax.Array, eligible_BL: jax.Array, units: Any, scope: str) 
     """The top `ratio` of the eligible tokens by score (equation 4).
 
     Exactly k = ceil(ratio * eligible) tokens are selected: higher score first, ties to the lower flat index, as
-    `jax.lax.top_k` orders them. Up to SORTED_TOKENS tokens are sorted; more are selected by counting, the same ones.
+    `jax.lax.top_k` orders them. Up to SORTED_TOKENS tokens are sorted; above that, counting selects the same tokens.
 
     Args:
-      score_BL: [B, L] scores, higher is kept first.
+      score_BL: [B, L] scores; higher is kept first.
       eligible_BL: [B, L] bool.
-      units: the ratio, the share of the eligible tokens to keep, in RATIO_UNITS: an int or an integer array.
-      scope: "sequence" ranks each row by itself; otherwise all rows are ranked together.
+      units: share of the eligible tokens to keep, in RATIO_UNITS; an int or an integer array.
+      scope: "sequence" ranks each row on its own; any other scope ranks all rows together.
 
     Returns:
       [B, L] bool.

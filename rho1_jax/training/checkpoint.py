@@ -1,6 +1,6 @@
-"""Checkpoints through Orbax: asynchronous, atomic, the last few kept.
+"""Checkpoints through Orbax: written asynchronously and atomically; the newest ones are kept.
 
-A checkpoint holds parameters, optimizer state, a reference that moves, and a JSON description, each readable by itself:
+A checkpoint holds parameters, optimizer state, a moving reference and a JSON description, each readable on its own:
 
     WORKDIR/checkpoints/STEP/params  .../opt_state  [.../reference]  .../meta
 """
@@ -21,24 +21,27 @@ from jax.sharding import Mesh
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.decoder import Params, abstract_params
+from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import param_shardings, path_name
+from rho1_jax.training.config import complete
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 
 
 class Meta(NamedTuple):
-    """What a checkpoint says of its run.
+    """A checkpoint's description of its run.
 
     Attributes:
       step: updates done.
       tokens_seen: target positions that went through the policy, padding included.
-      tokens_selected: those of them that were trained on.
+      tokens_selected: target positions that were trained on.
       config: the resolved config.
       data: fingerprint and weight of each data set of the mixture.
       tokenizer: fingerprint of the tokenizer.
-      reference: path and fingerprint of the reference model, None where the run has none.
+      reference: path and fingerprint of the reference model; None if the run has none.
+      format_version: of what is on disk, see `runtime.formats`.
     """
 
     step: int
@@ -48,6 +51,17 @@ class Meta(NamedTuple):
     data: list[dict[str, Any]]
     tokenizer: str
     reference: dict[str, str] | None
+    format_version: int = formats.FORMAT_VERSION
+
+    @classmethod
+    def read(cls, stored: dict[str, Any], where: object) -> "Meta":
+        """The description as any version so far stored it.
+
+        Raises:
+          UserError: a newer version wrote it, or its config has a key that this version does not know.
+        """
+        formats.check_format(stored, where)
+        return cls(**stored | {"config": complete(stored["config"], str(where)), formats.KEY: formats.FORMAT_VERSION})
 
 
 class Checkpoints:
@@ -61,41 +75,42 @@ class Checkpoints:
         )
 
     def latest_meta(self) -> Meta | None:
-        """The description of the newest complete checkpoint, None where there is none."""
+        """The description of the newest complete checkpoint; None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        return Meta(**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return Meta.read(stored, self._manager.directory / str(step))
 
     def save(self, state: TrainState, meta: Meta) -> None:
-        """Starts to save; the arrays may be donated once this returns. What is None in the state is left out."""
+        """Starts to save. The arrays may be donated once this returns. Skips what is None in the state."""
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         self._manager.save(meta.step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta._asdict())))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of a step, in the shapes, dtypes and shardings of the abstract one."""
+        """Restores a step, in the shapes, dtypes and shardings of the abstract state."""
         items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         count = jax.device_put(jnp.int32(step), abstract.step.sharding)
         return TrainState(count, **{name: restored[name] for name in items})
 
     def close(self) -> None:
-        """Waits until everything is on the disk."""
+        """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state beside the step."""
+    """The parts of a state that are saved: all but the step."""
     return {name: item for name, item in state._asdict().items() if name != "step" and item is not None}
 
 
 def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
-    """The checkpoint directory that a run directory (its newest) or a checkpoint directory itself stands for.
+    """The checkpoint directory that a path names: the newest one of a run, or itself.
 
     Args:
       path: WORKDIR or WORKDIR/checkpoints/STEP.
-      key: the config key or flag the path came from, for the error.
+      key: the config key or flag the path came from, for errors.
 
     Raises:
       UserError: there is no checkpoint.
@@ -103,14 +118,14 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
     directory = pathlib.Path(path).absolute()
     if (directory / "meta").is_dir():
         return directory
-    found = steps(directory)
-    if not found:
+    saved_steps = steps(directory)
+    if not saved_steps:
         raise UserError(f"{key}={path}: no checkpoint here; give a run's directory or one of its checkpoints")
-    return at(directory, found[-1])
+    return at(directory, saved_steps[-1])
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """The steps that a run has checkpoints of, ascending."""
+    """The steps of a run's checkpoints, ascending."""
     return sorted(int(child.name) for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit())
 
 
@@ -120,12 +135,12 @@ def at(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def load_meta(checkpoint: pathlib.Path) -> Meta:
-    """The description of a checkpoint directory."""
-    return Meta(**ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint.absolute() / "meta"))
+    """The description of a checkpoint directory. Raises UserError if this version cannot read it."""
+    return Meta.read(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint.absolute() / "meta"), checkpoint)
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    """The parameters of a checkpoint directory in a dtype, laid on the mesh.
+    """The parameters of a checkpoint directory in a dtype, on the mesh.
 
     Raises:
       UserError: they are not those of a model of this config.
@@ -140,21 +155,22 @@ def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype
 
 
 def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
-    """The tokenizer's folder that a run keeps beside its checkpoints."""
+    """The folder of the tokenizer that a run keeps beside its checkpoints."""
     return checkpoint.parent.parent / TOKENIZER_DIR
 
 
 def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and array, as stored, of each parameter of a checkpoint directory. One is in memory at a time."""
+    """Path and array, as stored, of each parameter of a checkpoint directory; one in memory at a time."""
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     directory = checkpoint.absolute() / "params"
     stored = handler.metadata(directory).item_metadata.tree
     for path, _ in jax.tree_util.tree_flatten_with_path(stored)[0]:
-        one: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        only_this: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for key in reversed(path):
-            one = {key.key: one}
-        item = jax.tree.map(lambda _: 0, one, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
-        restored = handler.restore(directory, ocp.args.PyTreeRestore(item, restore_args=one, partial_restore=True))
+            only_this = {key.key: only_this}
+        item = jax.tree.map(lambda _: 0, only_this, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
+        arguments = ocp.args.PyTreeRestore(item, restore_args=only_this, partial_restore=True)
+        restored = handler.restore(directory, arguments)
         yield path_name(path), jax.tree.leaves(restored)[0]
 
 
@@ -170,7 +186,7 @@ def _checksums(params: Params) -> Params:
 
 
 def fingerprint(params: Params) -> str:
-    """A hash, in hex, of names, shapes, dtypes and bits of parameters, the same on every mesh.
+    """A hash, in hex, of the names, shapes, dtypes and bits of parameters, the same on every mesh.
 
     The sums are integers modulo 2**32, so their order does not matter.
     """

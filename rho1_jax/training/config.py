@@ -1,11 +1,13 @@
-"""Config files on the command line, with errors a user can act on."""
+"""A run's config: its typed sections, what is saved of it, and how configs of older versions are read."""
 
 import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 
+from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.method.selection import Selection
 from rho1_jax.models.attention import ATTENTION
@@ -14,12 +16,12 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 
 CONFIG_FILE = "config.json"
-# The fields of the `model` section that say how a model is run, not which one it is.
+# The fields of the `model` section that say how a model is computed, not which model it is.
 RUN_SETTINGS = ("compute_dtype", "attention", "remat", "unroll", "loss_chunk")
 
 
 def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The `model` section. Raises UserError where its sizes do not fit together."""
+    """The `model` section. Raises UserError if its sizes do not fit together."""
     model = ModelConfig(**config.model)
     if model.heads % model.kv_heads:
         raise UserError(f"config.model.kv_heads={model.kv_heads} does not divide config.model.heads={model.heads}")
@@ -27,12 +29,12 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
         raise UserError(f"config.model.head_width={model.head_width} is odd: rotary positions need pairs")
     for key, values in (("family", FAMILIES), ("attention", ATTENTION), ("remat", REMAT)):
         if config.model[key] not in values:
-            raise UserError(f"config.model.{key}={config.model[key]!r} is none of {', '.join(values)}")
+            raise UserError(f"config.model.{key}={config.model[key]!r} is not one of {', '.join(values)}")
     return model
 
 
 def selection_rule(config: ml_collections.ConfigDict) -> Selection:
-    """The `selection` section. Raises UserError where a value cannot be."""
+    """The `selection` section. Raises UserError if a value is not allowed."""
     rule = Selection(**config.selection)
     try:
         rule.check()
@@ -42,12 +44,12 @@ def selection_rule(config: ml_collections.ConfigDict) -> Selection:
 
 
 def run_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The fields of the `model` section that belong to a run, whatever the model."""
+    """The fields of the `model` section that belong to a run rather than to its model."""
     return {name: config.model[name] for name in RUN_SETTINGS}
 
 
 def as_saved(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as it will be read back from JSON."""
+    """The config as JSON gives it back."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -56,13 +58,49 @@ def write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
-    """The keys in which two nested dicts differ, as "config.a.b: 1 -> 2"."""
-    found = []
+def complete(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config saved by any version so far, with every key of this one.
+
+    A key that the older version lacked gets its default. By the rule of configs/default.py, that is how it behaved.
+
+    Raises:
+      UserError: a key of the saved config does not exist in this version.
+    """
+    return _complete(saved, as_saved(default.get_config()), "config", where)
+
+
+def _complete(saved: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    for key in saved:
+        if key not in defaults:
+            raise UserError(
+                f"{where}: this version of rho1_jax does not know {prefix}.{key}; use the version that wrote it"
+            )
+    return {
+        key: _complete(saved.get(key, {}), value, f"{prefix}.{key}", where)
+        if isinstance(value, dict)
+        else saved.get(key, value)
+        for key, value in defaults.items()
+    }
+
+
+class Change(NamedTuple):
+    """A key whose value differs between two configs."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} changed from {self.old!r} to {self.new!r}"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[Change]:
+    """The keys in which two nested dicts differ, as "config.a.b"."""
+    changed = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}.{key}")
+            changed += changes(before, after, f"{prefix}.{key}")
         elif before != after:
-            found.append(f"{prefix}.{key}: {before!r} -> {after!r}")
-    return found
+            changed.append(Change(f"{prefix}.{key}", before, after))
+    return changed

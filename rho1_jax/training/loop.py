@@ -1,32 +1,34 @@
-"""The loop of a training run: steps, and what is told and saved along the way."""
+"""The loop of a training run: steps, and what is logged and saved along the way."""
 
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
-import ml_collections
 
-from rho1_jax.configs.default import OptimizerConfig
+from rho1_jax.data.packing import Batch
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import MetricsWriter
 from rho1_jax.runtime.processes import is_first
 from rho1_jax.runtime.progress import Progress
-from rho1_jax.training import optimizer
 from rho1_jax.training.accounting import Ledger
 from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.setup import RunSetup
 from rho1_jax.training.state import TrainState
+
+# (state, batch=...) -> state, metrics, weights [B, L]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
 
 
 class Loop:
-    """The steps of a run, with what is told and saved along the way."""
+    """The steps of a run, with what is logged and saved along the way."""
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        setup: RunSetup,
         workdir: pathlib.Path,
         meta: Meta,
         seq_len: int,
@@ -34,23 +36,22 @@ class Loop:
         checkpoints: Checkpoints,
         ledger: Ledger,
     ):
-        self.config, self.meta, self.evaluator, self.checkpoints = config, meta, evaluator, checkpoints
-        self.workdir, self.ledger = workdir, ledger
-        self.tokens_per_step = config.batch_size * seq_len
-        self.schedule = optimizer.learning_rate_schedule(OptimizerConfig(**config.optimizer), config.steps)
+        self.config, self.schedule, self.meta = setup.config, setup.schedule, meta
+        self.workdir, self.evaluator, self.checkpoints, self.ledger = workdir, evaluator, checkpoints, ledger
+        self.tokens_per_step = self.config.batch_size * seq_len
         self.writer = MetricsWriter(workdir, meta.step) if is_first() else None
-        self.progress = Progress(workdir.name, config.steps, unit="steps", initial=meta.step)
+        self.progress = Progress(workdir.name, self.config.steps, unit="steps", initial=meta.step)
         self.clock = time.monotonic()
         self.first_step = self.clock_step = meta.step
 
-    def run(self, state: TrainState, step: Callable, next_batch: Callable) -> Params:
+    def run(self, state: TrainState, step: Step, batches: Iterator[Batch]) -> Params:
         """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs."""
         config, waiting = self.config, None
         with self.progress:
             for number in range(self.meta.step + 1, config.steps + 1):
                 if number == config.trace.first:
                     jax.profiler.start_trace(str(self.workdir / "trace"))
-                state, metrics, _ = step(state, batch=next_batch())
+                state, metrics, _ = step(state, batch=next(batches))
                 if waiting:
                     self.record(*waiting, {})
                 waiting = (number, metrics)
@@ -61,7 +62,7 @@ class Loop:
                 evaluate = last or number % config.eval.every == 0
                 save = last or number % config.checkpoint.every == 0
                 if evaluate or save:
-                    # A checkpoint's step is on the disk in metrics.jsonl before the checkpoint is.
+                    # The metrics of a checkpoint's step reach metrics.jsonl before the checkpoint is written.
                     self.record(*waiting, self.evaluate(state.params) if evaluate else {})
                     waiting = None
                 if save:
@@ -72,14 +73,14 @@ class Loop:
         return state.params
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """All evaluations, their time not counted in the rate."""
+        """All evaluations. The rate does not count their time."""
         start = time.monotonic()
         metrics = self.evaluator(params)
         self.clock += time.monotonic() - start
         return metrics
 
     def save(self, state: TrainState) -> None:
-        """Starts to save a checkpoint, the time until training can go on not counted in the rate."""
+        """Starts to save a checkpoint. The rate does not count the time until training can continue."""
         start = time.monotonic()
         self.checkpoints.save(state, self.meta)
         if self.writer:
@@ -87,12 +88,12 @@ class Loop:
         self.clock += time.monotonic() - start
 
     def record(self, number: int, device_metrics: dict[str, jax.Array], evaluations: dict[str, float]) -> None:
-        """Counts a step's tokens; writes its metrics where it is one of those that are written."""
+        """Counts a step's tokens, and writes its metrics if the step is one of those that are logged."""
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
             raise UserError(
                 f"step {number}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; no checkpoint was "
-                "written since; try a lower config.optimizer.learning_rate or more warm-up"
+                "written since. Try a lower config.optimizer.learning_rate or a longer warm-up"
             )
         self.meta = self.meta._replace(
             step=number,
@@ -108,7 +109,7 @@ class Loop:
             self.writer.write(number, totals | metrics | schedule | speed | evaluations)
 
     def speed(self, number: int, selected_fraction: float) -> dict[str, float]:
-        """Tokens a second since the last call and, on a known chip, the share of its peak that training used."""
+        """Tokens per second since the last call and, on a known chip, the share of its peak that training used."""
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         tokens = (number - self.clock_step) * self.tokens_per_step
         if self.clock_step > self.first_step:  # the first step compiles

@@ -1,19 +1,17 @@
-"""AdamW with warm-up, decay and clipping by global norm; and references that follow the parameters."""
-
-from typing import NamedTuple
+"""AdamW with warm-up, decay and clipping by global norm."""
 
 import jax
 import optax
 
 from rho1_jax.configs.default import OptimizerConfig
+from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.sharding import path_name
 
 DECAYS = ("cosine", "linear")
-MOVES = ("average", "snapshot")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from zero, then a cosine or a line down to a fraction of the peak at the last step."""
+    """Linear warm-up from zero, then a cosine or linear decay to a fraction of the peak at the last step."""
     peak, final = config.learning_rate, config.final_learning_rate_fraction
     warmup = round(config.warmup_fraction * steps)
     after = max(1, steps - warmup)
@@ -24,19 +22,19 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def _decayed(params):
-    """Weight decay applies to matrices, neither to the scales of norms nor to biases."""
+def _decayed(params: Params) -> Params:
+    """True for matrices, which decay; False for biases and the scales of norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path_name(path).endswith(("norm/scale", "_bias")), params
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` steps. Its state holds two trees of the parameters' shape."""
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW under a learning rate schedule. Its state holds two trees shaped like the parameters."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, steps),
+            schedule,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
@@ -49,29 +47,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, its state brought to the device for each update. The step says where it goes back to."""
+    """The same optimizer, with its state moved to the device for each update. The step's out_shardings move it back."""
 
     def update(updates, state, params=None):
         return optimizer.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
 
     return optax.GradientTransformation(optimizer.init, update)
-
-
-class MovingReference(NamedTuple):
-    """A reference that follows the model in training, in float32 like it.
-
-    Attributes:
-      kind: "average", of the parameters over time, or "snapshot", the parameters of some steps ago.
-      decay: of the average: what a step leaves of it.
-      every: steps from one snapshot to the next.
-    """
-
-    kind: str
-    decay: float
-    every: int
-
-    def move(self, reference, params, step: jax.Array):
-        """The reference after `step` updates, the last of which gave `params`."""
-        if self.kind == "average":
-            return optax.incremental_update(params, reference, 1 - self.decay)
-        return optax.periodic_update(params, reference, step, self.every)

@@ -1,4 +1,4 @@
-"""Trained weights to start from or to refer to: a run's checkpoint, or a Hugging Face folder."""
+"""Trained models: those a run starts from or refers to, and those that are evaluated."""
 
 import dataclasses
 import pathlib
@@ -14,18 +14,60 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.training import checkpoint
-from rho1_jax.training.config import differences, run_settings
+from rho1_jax.training.checkpoint import Meta
+from rho1_jax.training.config import changes, run_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint with what its run says of it.
+
+    Attributes:
+      directory: of the checkpoint.
+      meta: its description.
+      config: of the run; keys that its version did not have are filled in.
+      model: config of its model.
+    """
+
+    directory: pathlib.Path
+    meta: Meta
+    config: ml_collections.ConfigDict
+    model: ModelConfig
+
+    @classmethod
+    def open(cls, path: str | pathlib.Path, key: str) -> "TrainedRun":
+        """Opens a run's newest checkpoint, or one of its checkpoints.
+
+        Args:
+          path: a run directory or a checkpoint directory.
+          key: the config key or flag the path came from, for errors.
+
+        Raises:
+          UserError: there is no checkpoint, or this version cannot read it.
+        """
+        directory = checkpoint.find(path, key)
+        meta = checkpoint.load_meta(directory)
+        config = ml_collections.ConfigDict(meta.config)
+        return cls(directory, meta, config, ModelConfig(**config.model))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the run keeps beside its checkpoints."""
+        return Tokenizer(checkpoint.tokenizer_path(self.directory))
+
+    def load(self, mesh: Mesh, dtype: str) -> Params:
+        """The parameters in a dtype, on the mesh."""
+        return checkpoint.load_params(self.directory, self.model, mesh, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model on the disk.
+    """A model on disk.
 
     Attributes:
       path: checkpoint directory or Hugging Face folder.
       model: its config.
-      tokenizer_path: the folder of its tokenizer.
-      tokenizer_fingerprint: of that.
+      tokenizer_path: folder of its tokenizer.
+      tokenizer_fingerprint: of that tokenizer.
       folder: the Hugging Face folder; None for a checkpoint.
     """
 
@@ -36,28 +78,28 @@ class Pretrained:
     folder: HuggingFaceFolder | None
 
     def load(self, mesh: Mesh, dtype: str) -> Params:
-        """The parameters in a dtype, laid on the mesh. Raises UserError where they are not those of the model."""
+        """The parameters in a dtype, on the mesh. Raises UserError if they are not those of the model."""
         if self.folder is not None:
             return self.folder.load(self.model, mesh, dtype)
         return checkpoint.load_params(self.path, self.model, mesh, dtype)
 
 
 def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, store: Store) -> Pretrained:
-    """A model for use in a run on the data of `store`.
+    """Opens a model for a run on the data of `store`.
 
     Args:
       path: a run directory, one of its checkpoints, or a Hugging Face folder.
-      key: the config key it came from, for errors.
+      key: the config key the path came from, for errors.
       config: of the run.
       store: its training data.
 
     Raises:
-      UserError: there is none, or its tokenizer or vocabulary are others.
+      UserError: there is no model, or its tokenizer or vocabulary differ from the run's.
     """
     if is_hugging_face_folder(path):
         folder = HuggingFaceFolder(path)
         model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings(config))
-        found = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)
+        pretrained = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)
     else:
         try:
             directory = checkpoint.find(path, key)
@@ -66,29 +108,31 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
             raise UserError(f"{key}={path} is neither {kinds}") from None
         meta = checkpoint.load_meta(directory)
         model = ModelConfig(**meta.config["model"] | run_settings(config))
-        found = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)
-    if found.tokenizer_fingerprint != store.tokenizer_fingerprint:
+        pretrained = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)
+    theirs, ours = pretrained.tokenizer_fingerprint, store.tokenizer_fingerprint
+    if theirs != ours:
         raise UserError(
-            f"{key}={found.path} has another tokenizer ({found.tokenizer_fingerprint[:12]}) than {store.path} was "
-            f"prepared with ({store.tokenizer_fingerprint[:12]}): prepare the data with {found.tokenizer_path}"
+            f"{key}={pretrained.path} has another tokenizer ({theirs[:12]}) than {store.path} was prepared with "
+            f"({ours[:12]}); prepare the data with {pretrained.tokenizer_path}"
         )
     if model.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"{key}={found.path} has a vocabulary of {model.vocab_size}, "
+            f"{key}={pretrained.path} has a vocabulary of {model.vocab_size}, but "
             f"config.model.vocab_size is {config.model.vocab_size}"
         )
-    return found
+    return pretrained
 
 
 def open_same_model(
     path: str, key: str, config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store
 ) -> Pretrained | None:
-    """A model like the policy, if `key` names one. Raises UserError where it is another one."""
+    """Opens a model of the policy's shape; None if `path` is empty. Raises UserError if the shape differs."""
     if not path:
         return None
-    found = open_pretrained(path, key, config, store)
-    same_length = dataclasses.replace(found.model, context_length=policy_config.context_length)
-    changed = differences(dataclasses.asdict(same_length), dataclasses.asdict(policy_config), "config.model")
+    pretrained = open_pretrained(path, key, config, store)
+    same_length = dataclasses.replace(pretrained.model, context_length=policy_config.context_length)
+    changed = changes(dataclasses.asdict(same_length), dataclasses.asdict(policy_config), "config.model")
     if changed:
-        raise UserError(f"{key}={found.path} is another model: {'; '.join(changed)}")
-    return found
+        listed = "; ".join(f"{key}={old!r} there, {new!r} here" for key, old, new in changed)
+        raise UserError(f"{key}={pretrained.path} is another model: {listed}")
+    return pretrained

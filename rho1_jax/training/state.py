@@ -1,4 +1,4 @@
-"""What training changes from step to step."""
+"""The state of training."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from rho1_jax.models.decoder import Params
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives: everything that training changes."""
+    """Everything that a step changes."""
 
     step: jax.Array  # updates done so far
     params: Params  # float32 master weights
     opt_state: optax.OptState
-    reference: Params | None = None  # float32, of a reference that moves
+    reference: Params | None = None  # float32, of a reference that follows the policy

@@ -2,7 +2,7 @@
 
 Reference forward, policy forward, score, select, masked mean, gradient, update (Rho-1, arXiv 2404.07965, section 2.2).
 
-Shapes: B batch rows, L sequence, M microbatches, b = B / M rows of one microbatch.
+Shapes: B batch rows, L sequence, M microbatches, b = B / M rows of a microbatch.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,31 @@ import optax
 from flax import nnx
 
 from rho1_jax.data.packing import Batch
-from rho1_jax.method import selection
+from rho1_jax.method import objectives, selection
 from rho1_jax.method.selection import Selection
-from rho1_jax.method.token_scores import REFERENCE_SIGNALS, Signals
+from rho1_jax.method.signals import POLICY_SIGNALS, RANDOM_SIGNAL, REFERENCE_SIGNALS, WEIGHT, Signals
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import Rows, row_losses, rows_of
-from rho1_jax.training.optimizer import MovingReference
+from rho1_jax.training.reference import MovingReference
 from rho1_jax.training.state import TrainState
+
+SLM_OBJECTIVE = "cross_entropy"
+
+# (state, params of a frozen reference, batch) -> (next state, metrics, weights [B, L])
+TrainStep = Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]
 
 
 class _Tokens(NamedTuple):
-    """What the step knows of each of its tokens: [B, L] each, or None."""
+    """The tokens of a step, their signals [B, L] and, once they are known, their weights [B, L]."""
 
     rows: Rows
     signals: Signals
     weight: jax.Array | None = None
+
+
+def needed_signals(rule: Selection, objective: str) -> set[str]:
+    """The signals that a step computes or reads."""
+    return rule.needs | set(objectives.OBJECTIVES.needs(objective)) - {WEIGHT}
 
 
 def make_train_step(
@@ -37,102 +47,97 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     rule: Selection,
+    objective: str = SLM_OBJECTIVE,
     steps: int,
     microbatches: int,
     document_mask: bool,
     seed: int,
     moving: MovingReference | None = None,
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict, jax.Array]]:
-    """The train step: (state, params of a frozen reference, batch) -> (next state, metrics, weights [B, L]).
+) -> TrainStep:
+    """Builds the train step.
 
     Args:
       policy: structure of the model in training.
-      reference: structure of the reference model; None where the rule needs none, or where the batches bring its
-        losses.
-      optimizer: applied to the gradient of the selected tokens' mean loss.
-      rule: what is trained on.
-      steps: of the whole run, over which the rule's schedule goes.
-      microbatches: M parts that the rows are taken in, one after the other. The update does not depend on M, except
-        by the scope "microbatch". With M > 1 the scope "global" costs a second forward pass.
-      document_mask: attention stays within documents, positions restart at each.
+      reference: structure of the reference model; None if no signal needs it, or if the batches carry its losses.
+      optimizer: applied to the gradient of the objective.
+      rule: gives each token its weight.
+      objective: name of the objective, in `objectives.OBJECTIVES`.
+      steps: of the whole run; the rule's schedule spans them.
+      microbatches: M parts that the rows are processed in, one after the other. The update does not depend on M,
+        except under the scope "microbatch". With M > 1, the scope "global" costs a second forward pass.
+      document_mask: attention stays within documents, and positions restart at each.
       seed: of the random score.
-      moving: how the reference follows the policy; None where it is frozen.
+      moving: how the reference follows the policy; None if it is frozen.
     """
-    needs = rule.needs
-    needs_reference = bool(needs & REFERENCE_SIGNALS)
+    needs = needed_signals(rule, objective)
+    policy_entropies, reference_entropies = "policy_entropy_BL" in needs, "reference_entropy_BL" in needs
     select_ahead = rule.ranks and rule.scope == "global" and microbatches > 1
 
     def split(x_BL: jax.Array) -> jax.Array:
-        # Row r goes to microbatch r mod M: every device, which holds consecutive rows, has its share of each.
+        # Row r goes to microbatch r mod M, so every device, which holds consecutive rows, has its share of each.
         return x_BL.reshape(-1, microbatches, *x_BL.shape[1:]).swapaxes(0, 1)
 
     def join(x_MbL: jax.Array) -> jax.Array:
         return x_MbL.swapaxes(0, 1).reshape(-1, *x_MbL.shape[2:])
 
-    def policy_losses(params: Params, tokens: _Tokens):
-        return row_losses(policy, params, tokens.rows, entropies="policy_entropy_BL" in needs)
+    def policy_signals(params: Params, tokens: _Tokens) -> Signals:
+        values = row_losses(policy, params, tokens.rows, policy_entropies)
+        return {name: value for name, value in zip(POLICY_SIGNALS, values) if value is not None}
 
-    def weigh(step: jax.Array, policy_loss_BL: jax.Array, policy_entropy_BL: jax.Array | None, tokens: _Tokens):
-        signals = tokens.signals._replace(policy_loss_BL=policy_loss_BL, policy_entropy_BL=policy_entropy_BL)
+    def reference_signals(params: Params | None, tokens: _Tokens) -> Signals:
+        assert reference is not None and params is not None
+        values = jax.lax.map(lambda rows: row_losses(reference, params, rows, reference_entropies), tokens.rows)
+        return {name: value for name, value in zip(REFERENCE_SIGNALS, values) if value is not None}
+
+    def weigh(signals: Signals, tokens: _Tokens, step: jax.Array) -> jax.Array:
         with jax.named_scope("selection"):
             return rule.weights(signals, tokens.rows.eligible, step, steps)
 
-    def selected_loss(params: Params, step: jax.Array, tokens: _Tokens):
-        policy_loss_bL, policy_entropy_bL = policy_losses(params, tokens)
-        weight_bL = tokens.weight
-        if weight_bL is None:
-            weight_bL = weigh(step, policy_loss_bL, policy_entropy_bL, tokens)
-        return jnp.where(weight_bL > 0, weight_bL * policy_loss_bL, 0).sum(), (policy_loss_bL, weight_bL)
-
-    def add_reference(params: Params | None, tokens: _Tokens) -> _Tokens:
-        assert reference is not None and params is not None
-        entropies = "reference_entropy_BL" in needs
-        loss_MbL, entropy_MbL = jax.lax.map(lambda part: row_losses(reference, params, part, entropies), tokens.rows)
-        signals = tokens.signals._replace(reference_loss_BL=loss_MbL, reference_entropy_BL=entropy_MbL)
-        return tokens._replace(signals=signals)
+    def objective_sum(params: Params, step: jax.Array, tokens: _Tokens):
+        signals = {**tokens.signals, **policy_signals(params, tokens)}
+        weight_bL = weigh(signals, tokens, step) if tokens.weight is None else tokens.weight
+        return objectives.terms(objective, signals, weight_bL).sum(), (signals["policy_loss_BL"], weight_bL)
 
     def train_step(state: TrainState, reference_params: Params | None, batch: Batch):
-        tokens = _Tokens(
-            rows_of(batch, document_mask),
-            Signals(
-                reference_loss_BL=batch.reference_losses,
-                reference_entropy_BL=batch.reference_entropies,
-                external_BL=batch.external,
-            ),
-        )
-        if "random_BL" in needs:
+        rows, signals = rows_of(batch, document_mask), dict(batch.columns)
+        if RANDOM_SIGNAL in needs:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            noise_BL = jax.random.uniform(key, tokens.rows.targets.shape)
-            tokens = tokens._replace(signals=tokens.signals._replace(random_BL=noise_BL))
-        tokens = jax.tree.map(split, tokens)
-        if needs_reference and batch.reference_losses is None:
-            tokens = add_reference(reference_params if moving is None else state.reference, tokens)
+            signals[RANDOM_SIGNAL] = jax.random.uniform(key, rows.targets.shape)
+        tokens = jax.tree.map(split, _Tokens(rows, signals))
+        if needs & set(REFERENCE_SIGNALS) and "reference_loss_BL" not in signals:
+            params = reference_params if moving is None else state.reference
+            tokens = tokens._replace(signals={**tokens.signals, **reference_signals(params, tokens)})
         if select_ahead:
-            ahead = jax.lax.map(lambda part: policy_losses(state.params, part), tokens)
-            loss_BL, entropy_BL = jax.tree.map(join, ahead)
-            weight_BL = weigh(state.step, loss_BL, entropy_BL, jax.tree.map(join, tokens))
-            tokens = tokens._replace(weight=split(weight_BL))
+            ahead = jax.lax.map(lambda part: policy_signals(state.params, part), tokens)
+            whole = jax.tree.map(join, tokens._replace(signals={**tokens.signals, **ahead}))
+            tokens = tokens._replace(weight=split(weigh(whole.signals, whole, state.step)))
 
         def accumulate(gradient: Params, part: _Tokens):
-            grad = jax.value_and_grad(selected_loss, has_aux=True)
-            (_, outcome), part_gradient = grad(state.params, state.step, part)
-            return jax.tree.map(jnp.add, gradient, part_gradient), outcome
+            (value, outcome), part_gradient = jax.value_and_grad(objective_sum, has_aux=True)(
+                state.params, state.step, part
+            )
+            return jax.tree.map(jnp.add, gradient, part_gradient), (value, *outcome)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, (policy_loss_MbL, weight_MbL) = jax.lax.scan(accumulate, zeros, tokens)
+        gradient, (value_M, policy_loss_MbL, weight_MbL) = jax.lax.scan(accumulate, zeros, tokens)
         weight_sum = selection.total(weight_MbL)
-        gradient = jax.tree.map(lambda g: g / jnp.where(weight_sum > 0, weight_sum, 1), gradient)
+        divisor = jnp.where(weight_sum > 0, weight_sum, 1)
+        gradient = jax.tree.map(lambda g: g / divisor, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
-        next_reference = moving.move(state.reference, params, state.step + 1) if moving else None
+        if objective != SLM_OBJECTIVE:  # whose value is `selected_loss`
+            metrics["objective"] = value_M.sum() / divisor
+        next_reference = None
+        if moving is not None and state.reference is not None:
+            next_reference = moving.move(state.reference, params, state.step + 1)
         return TrainState(state.step + 1, params, opt_state, next_reference), metrics, join(weight_MbL)
 
     return train_step
 
 
 def _metrics(policy_loss: jax.Array, weight: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:
-    """Means over the step's tokens, in nats; `loss` and the reference's are over all eligible ones."""
+    """Means over the step's tokens, in nats; `loss`, `reference_loss` and `mean_excess` are over the eligible ones."""
     eligible_count = selection.total(tokens.rows.eligible)
     weight_sum = selection.total(weight)
 
@@ -146,7 +151,7 @@ def _metrics(policy_loss: jax.Array, weight: jax.Array, tokens: _Tokens) -> dict
         "selected_fraction": weight_sum / jnp.maximum(eligible_count, 1),
         "selected_count": selection.total(weight > 0),
     }
-    if tokens.signals.reference_loss_BL is not None:
-        metrics["reference_loss"] = mean(tokens.signals.reference_loss_BL)
+    if "reference_loss_BL" in tokens.signals:
+        metrics["reference_loss"] = mean(tokens.signals["reference_loss_BL"])
         metrics["mean_excess"] = metrics["loss"] - metrics["reference_loss"]
     return metrics

@@ -12,7 +12,7 @@ import pytest
 from helpers import selection_of
 
 from rho1_jax.method import selection
-from rho1_jax.method.token_scores import Signals
+from rho1_jax.method.signals import COMPUTED_SIGNALS
 from rho1_jax.runtime import sharding
 
 
@@ -145,7 +145,8 @@ def weights(signals, eligible, step=0, steps=10, **changes):
 def drawn():
     """Signals of 8 x 40 tokens, and which of these are eligible."""
     rng = np.random.default_rng(5)
-    signals = Signals(*(jnp.asarray(rng.normal(size=(8, 40)), jnp.float32) for _ in Signals._fields))
+    names = (*COMPUTED_SIGNALS, "external_BL")
+    signals = {name: jnp.asarray(rng.normal(size=(8, 40)), jnp.float32) for name in names}
     return signals, rng.random((8, 40)) < 0.8
 
 
@@ -156,8 +157,8 @@ def kept_by(score, eligible, ratio):
 @pytest.mark.parametrize("sign", ["&", "|"])
 def test_two_scores_together_each_with_its_ratio(drawn, sign):
     signals, eligible = drawn
-    first = kept_by(-signals.reference_loss_BL, eligible, 0.7)
-    second = kept_by(-signals.reference_entropy_BL, eligible, 0.4)
+    first = kept_by(-signals["reference_loss_BL"], eligible, 0.7)
+    second = kept_by(-signals["reference_entropy_BL"], eligible, 0.4)
     found = weights(signals, eligible, score=f"reference_loss:0.7 {sign} reference_entropy:0.4")
     np.testing.assert_array_equal(found, first & second if sign == "&" else first | second)
     both, either = (first & second).sum(), (first | second).sum()
@@ -167,22 +168,22 @@ def test_two_scores_together_each_with_its_ratio(drawn, sign):
 def test_a_score_without_a_ratio_of_its_own_has_that_of_the_run(drawn):
     signals, eligible = drawn
     found = weights(signals, eligible, score="excess & external:0.5", ratio=0.3)
-    excess = signals.policy_loss_BL - signals.reference_loss_BL
-    expected = kept_by(excess, eligible, 0.3) & kept_by(signals.external_BL, eligible, 0.5)
+    excess = signals["policy_loss_BL"] - signals["reference_loss_BL"]
+    expected = kept_by(excess, eligible, 0.3) & kept_by(signals["external_BL"], eligible, 0.5)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_threshold_keeps_scores_of_at_least_that(drawn):
     signals, eligible = drawn
-    signals = signals._replace(external_BL=jnp.round(signals.external_BL))
+    signals = signals | {"external_BL": jnp.round(signals["external_BL"])}
     found = weights(signals, eligible, score="external", rule="threshold", threshold=1.0)
-    np.testing.assert_array_equal(found, eligible & (np.asarray(signals.external_BL) >= 1.0))
+    np.testing.assert_array_equal(found, eligible & (np.asarray(signals["external_BL"]) >= 1.0))
 
 
 def test_soft_weights_are_a_sigmoid_of_the_score(drawn):
     signals, eligible = drawn
     found = weights(signals, eligible, score="external", rule="soft", threshold=0.5, temperature=2.0)
-    expected = 1 / (1 + np.exp(-(np.asarray(signals.external_BL, np.float64) - 0.5) / 2.0))
+    expected = 1 / (1 + np.exp(-(np.asarray(signals["external_BL"], np.float64) - 0.5) / 2.0))
     np.testing.assert_allclose(found, np.where(eligible, expected, 0), rtol=1e-6)
 
 
@@ -196,7 +197,7 @@ def test_soft_weights_become_the_threshold_as_the_temperature_falls(drawn):
 def test_weights_that_a_user_brings(drawn):
     signals, eligible = drawn
     found = weights(signals, eligible, score="external", rule="weight")
-    np.testing.assert_array_equal(found, np.where(eligible, np.maximum(signals.external_BL, 0), 0))
+    np.testing.assert_array_equal(found, np.where(eligible, np.maximum(signals["external_BL"], 0), 0))
 
 
 STEPS = 11
@@ -238,13 +239,13 @@ def test_at_first_everything_is_trained_on(drawn, rule):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"score": "exces"}, "score='exces': 'exces' is none of none, excess, reference_loss"),
-        ({"score": "excess &"}, "'' is none of"),
+        ({"score": "exces"}, "score='exces': 'exces' is not one of none, excess, reference_loss"),
+        ({"score": "excess &"}, "'' is not one of"),
         ({"score": "excess & random | external"}, "both & and |"),
         ({"score": "excess:1.5"}, "score='excess:1.5': a selection ratio"),
         ({"score": "excess & random", "rule": "soft"}, "needs rule='ratio', not 'soft'"),
-        ({"rule": "top"}, "rule='top' is none of ratio, threshold, soft, weight"),
-        ({"schedule": "square"}, "schedule='square' is none of constant"),
+        ({"rule": "top"}, "rule='top' is not one of ratio, threshold, soft, weight"),
+        ({"schedule": "square"}, "schedule='square' is not one of constant"),
         ({"first_ratio": 0.0}, "first_ratio: a selection ratio"),
         ({"stairs": 1}, "stairs=1"),
         ({"dense_fraction": 1.0}, "dense_fraction=1.0"),

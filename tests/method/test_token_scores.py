@@ -1,4 +1,4 @@
-"""Every score on numbers worked out by hand, and scores that users bring."""
+"""Every score on numbers worked out by hand, and scores that users add."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ import pytest
 from helpers import selection_of
 
 from rho1_jax.method import token_scores
-from rho1_jax.method.token_scores import SCORES, Signals, evaluate, register
+from rho1_jax.method.token_scores import SCORES, evaluate, register
 
-# Two tokens: the policy doubts the first more than the reference does; of the second the reverse is true.
-SIGNALS = Signals(
+# Two tokens: the policy doubts the first more than the reference does, and the second less.
+SIGNALS = dict(
     policy_loss_BL=jnp.array([[3.0, 1.0]]),
     policy_entropy_BL=jnp.array([[2.0, 0.5]]),
     reference_loss_BL=jnp.array([[1.0, 4.0]]),
@@ -40,38 +40,47 @@ def test_scores_on_hand_computed_numbers(name):
 
 def test_no_gradient_passes_through_a_score():
     def kept(policy_loss):
-        return evaluate("excess", SIGNALS._replace(policy_loss_BL=policy_loss)).sum()
+        return evaluate("excess", SIGNALS | {"policy_loss_BL": policy_loss}).sum()
 
-    np.testing.assert_array_equal(jax.grad(kept)(SIGNALS.policy_loss_BL), [[0.0, 0.0]])
+    np.testing.assert_array_equal(jax.grad(kept)(SIGNALS["policy_loss_BL"]), [[0.0, 0.0]])
 
 
 @pytest.fixture
 def added():
-    """Takes away again what a test registers."""
+    """Removes what a test registers."""
     before = dict(SCORES)
     yield
     SCORES.clear()
     SCORES.update(before)
 
 
-def test_a_score_of_ones_own(added):
+def test_a_score_of_your_own(added):
     @register
     def gain(policy_loss_BL, reference_loss_BL):
         return policy_loss_BL / reference_loss_BL
 
     assert selection_of(score="gain").needs == {"policy_loss_BL", "reference_loss_BL"}
     np.testing.assert_array_equal(evaluate("gain", SIGNALS), [[3.0, 0.25]])
-    register(gain)  # as where the config file is read again
+    register(gain)  # as when the config file is loaded twice
 
 
-def test_a_score_that_cannot_be_is_refused(added):
+def test_a_bad_score_is_refused(added):
     def excess(policy_loss_BL):
         return policy_loss_BL
 
     def typo(policy_los_BL):
         return policy_los_BL
 
-    with pytest.raises(ValueError, match="there is a score 'excess' already"):
+    def unnamed(advantage):
+        return advantage
+
+    with pytest.raises(ValueError, match="score 'excess' is built in"):
         register(excess)
-    with pytest.raises(ValueError, match="score 'typo': 'policy_los_BL' is none of the signals policy_loss_BL"):
+    with pytest.raises(
+        ValueError, match="score 'typo': 'policy_los_BL' is not one of policy_loss_BL.*did you mean policy_loss_BL"
+    ):
         register(typo)
+    with pytest.raises(
+        ValueError, match="score 'unnamed': 'advantage' is not one of .*a column of the data ends in _BL"
+    ):
+        register(unnamed)

@@ -19,7 +19,7 @@ from rho1_jax.models.hf_folder import TENSORS, HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import path_name
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 
 FAMILIES = {
@@ -220,7 +220,7 @@ def test_training_from_a_folder_as_from_the_checkpoint_it_was_imported_to(folder
         config.model.tied_embeddings = False
         config.model.context_length = TINY.context_length
         config.steps = 2
-        final[name] = jax.device_get(train(config, tmp_path / name))
+        final[name] = jax.device_get(train_model(config, tmp_path / name))
     jax.tree.map(np.testing.assert_array_equal, final["folder"], final["checkpoint"])
     metas = [checkpoint.load_meta(checkpoint.find(tmp_path / name, "run")) for name in final]
     assert metas[0].reference["fingerprint"] == metas[1].reference["fingerprint"]
@@ -231,5 +231,5 @@ def test_a_folder_with_another_tokenizer_is_refused(copy, data, tmp_path):
     (copy / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
     config = config_of("slm", data, copy)
     with pytest.raises(UserError, match=r"copy has another tokenizer \(.*prepare the data with .*copy"):
-        train(config, tmp_path / "run")
+        train_model(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ from rho1_jax.import_hf import config_of as config_of_folder
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.training.config import model_config
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
@@ -106,7 +106,7 @@ def test_an_exported_model_after_twenty_steps_of_slm_is_the_one_that_was_trained
         context_length=128,
     )
     config.steps = 20
-    params = jax.device_get(train(config, tmp_path / "run"))
+    params = jax.device_get(train_model(config, tmp_path / "run"))
     export_hf(str(tmp_path / "run"), tmp_path / "exported", dtype=None)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
     graphdef, exported = load(tmp_path / "exported")

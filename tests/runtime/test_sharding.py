@@ -13,8 +13,6 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.training.optimizer import make_optimizer
 
-ADAMW = OptimizerConfig(learning_rate=1e-2)
-
 
 def test_one_axis_takes_what_the_others_leave():
     assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -32,7 +30,7 @@ def test_parameters_and_optimizer_state_lie_alike():
     placed = sharding.param_shardings(params, mesh)
     assert placed["layers"]["attention"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert placed["head"].spec == PartitionSpec("tensor", "fsdp")
-    state = sharding.param_shardings(jax.eval_shape(make_optimizer(ADAMW, 10).init, params), mesh)
+    state = sharding.param_shardings(jax.eval_shape(make_optimizer(OptimizerConfig(), 1e-2).init, params), mesh)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.spec == PartitionSpec(None, "fsdp", "tensor", None)]
     assert len(moments) == 6  # q, k and v, in both moments
 

@@ -11,7 +11,7 @@ from helpers import config_of, random_batch, tiny
 from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime.metrics import read_metrics
-from rho1_jax.train import train
+from rho1_jax.train import train_model
 from rho1_jax.training import accounting
 from rho1_jax.training.accounting import ForwardFlops, training_flops
 
@@ -51,7 +51,7 @@ def test_ledger_and_trace_of_a_run(data, reference, tmp_path, monkeypatch):
     monkeypatch.setitem(accounting.CHIPS, kind, accounting.Chip(1e12, 1e9, 1e9, 1e9))
     config = config_of("slm", data, reference)
     config.trace.update(first=3, last=4)
-    train(config, tmp_path / "run")
+    train_model(config, tmp_path / "run")
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     last = read_metrics(tmp_path / "run")[-1]
     assert ledger["chips"] == 8 and ledger["chip"] == kind

@@ -15,7 +15,7 @@ from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.optimizer import make_optimizer
 from rho1_jax.training.state import TrainState
 
-ADAMW = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+ADAMW = make_optimizer(OptimizerConfig(), 1e-2)
 
 
 def meta(step):

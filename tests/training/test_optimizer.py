@@ -16,6 +16,10 @@ CONFIG = OptimizerConfig(
 )
 
 
+def optimizer_of(config, steps=10):
+    return make_optimizer(config, learning_rate_schedule(config, steps))
+
+
 def test_schedule_warms_up_and_ends_at_the_fraction():
     schedule = learning_rate_schedule(CONFIG, 110)
     assert float(schedule(0)) == 0
@@ -35,7 +39,7 @@ def test_a_run_without_warm_up_starts_at_the_peak():
 
 
 def test_weight_decay_leaves_norms_alone():
-    optimizer = make_optimizer(dataclasses.replace(CONFIG, warmup_fraction=0.0, final_learning_rate_fraction=1.0), 10)
+    optimizer = optimizer_of(dataclasses.replace(CONFIG, warmup_fraction=0.0, final_learning_rate_fraction=1.0))
     params = {"norm": {"scale": jnp.ones(3)}, "layers": {"attention_norm": {"scale": jnp.ones(3)}}, "head": jnp.ones(3)}
     params["layers"]["attention"] = {"q_bias": jnp.ones(3)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -47,7 +51,7 @@ def test_weight_decay_leaves_norms_alone():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    optimizer = make_optimizer(CONFIG, 10)
+    optimizer = optimizer_of(CONFIG)
     params = {"head": jnp.zeros(4)}
     state = optimizer.init(params)
     small, large = ({"head": jnp.full(4, size)} for size in (0.5, 50.0))

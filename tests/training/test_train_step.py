@@ -11,10 +11,11 @@ from helpers import TINY, random_batch, selection_of, tiny
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.method import selection
+from rho1_jax.method.objectives import OBJECTIVES, register_objective
 from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
-from rho1_jax.training.optimizer import MovingReference
+from rho1_jax.training.reference import MovingReference
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
 
@@ -24,8 +25,11 @@ SGD = optax.sgd(1.0)
 DEFAULTS = {"rule": selection_of(), "steps": 10, "microbatches": 1, "document_mask": True, "seed": 0}
 
 
-def make_step(optimizer=SGD, microbatches=1, document_mask=True, seed=0, moving=None, **changes):
+def make_step(
+    optimizer=SGD, microbatches=1, document_mask=True, seed=0, moving=None, objective="cross_entropy", **changes
+):
     settings = {"microbatches": microbatches, "document_mask": document_mask, "seed": seed, "moving": moving}
+    settings["objective"] = objective
     return jax.jit(make_train_step(GRAPHDEF, GRAPHDEF, optimizer, rule=selection_of(**changes), steps=10, **settings))
 
 
@@ -228,7 +232,7 @@ COMPOSED = "excess:0.8 & policy_entropy:0.7"
 def test_accumulation_and_meshes_give_the_same_update_for_every_rule(params, batch, changes):
     """One device, four microbatches, and eight devices; and the update is that of the weighted mean loss."""
     noise = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    batch = batch._replace(external=noise)
+    batch = batch._replace(columns={"external_BL": noise})
     whole, metrics, weight = make_step(**changes)(start(params[0]), params[1], batch)
     parts, _, weight_parts = make_step(**changes, microbatches=4)(start(params[0]), params[1], batch)
     mesh = sharding.make_mesh(2, 2, 2)
@@ -245,6 +249,42 @@ def test_accumulation_and_meshes_give_the_same_update_for_every_rule(params, bat
     np.testing.assert_allclose(metrics["selected_loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["selected_fraction"], weight.sum() / eligible.sum(), rtol=1e-5)
     assert int(metrics["selected_count"]) == int((np.asarray(weight) > 0).sum())
+
+
+@pytest.fixture
+def advantage_objective():
+    """A made-up objective over a column of the data, as a user registers it."""
+
+    @register_objective
+    def advantage_weighted(policy_loss_BL, reference_loss_BL, advantage_BL, weight_BL):
+        return weight_BL * (advantage_BL * policy_loss_BL + 0.1 * (policy_loss_BL - reference_loss_BL) ** 2)
+
+    yield "advantage_weighted"
+    del OBJECTIVES["advantage_weighted"]
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_an_objective_of_your_own_over_a_column_of_the_data(params, batch, advantage_objective, microbatches):
+    """Against the gradient of its formula, and on eight devices."""
+    advantage = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
+    batch = batch._replace(columns={"advantage_BL": advantage})
+    step = make_step(objective=advantage_objective, microbatches=microbatches)
+    state, metrics, weight = step(start(params[0]), params[1], batch)
+    reference_loss = make_token_losses(GRAPHDEF, True)(params[1], batch)[0]
+
+    @jax.value_and_grad
+    def formula(policy):
+        loss = make_token_losses(GRAPHDEF, True)(policy, batch)[0]
+        return (weight * (advantage * loss + 0.1 * (loss - reference_loss) ** 2)).sum() / weight.sum()
+
+    value, expected = formula(params[0])
+    np.testing.assert_allclose(metrics["objective"], value, rtol=1e-5)
+    assert_trees_close(gradient(params[0], state), expected, atol=1e-5)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+        split, _, _ = step(start(params[0]), params[1], rows)
+    assert_trees_close(jax.device_get(split.params), jax.device_get(state.params))
 
 
 def test_entropies_are_those_of_the_two_models(params, batch):
@@ -310,7 +350,9 @@ def test_no_buffer_of_the_step_holds_the_logits_of_all_tokens(microbatches):
 def test_losses_that_come_with_the_batch_stand_for_the_reference(params, batch, slm):
     reference_losses, _ = jax.jit(make_token_losses(GRAPHDEF, True))(params[1], batch)
     step = jax.jit(make_train_step(GRAPHDEF, None, SGD, **DEFAULTS))
-    state, metrics, selected = step(start(params[0]), None, batch._replace(reference_losses=reference_losses))
+    state, metrics, selected = step(
+        start(params[0]), None, batch._replace(columns={"reference_loss_BL": reference_losses})
+    )
     np.testing.assert_array_equal(selected, slm[2])
     assert_trees_close(state.params, slm[0].params)
     np.testing.assert_allclose(metrics["reference_loss"], slm[1]["reference_loss"], rtol=1e-5)

@@ -1,0 +1,268 @@
+"""Everything a run needs before its first step: config, data, model, optimizer, state, and the jitted step."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from rho1_jax.configs.default import ModelConfig, OptimizerConfig
+from rho1_jax.data.loader import open_mixture
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.method.objectives import OBJECTIVES
+from rho1_jax.method.selection import Selection
+from rho1_jax.models import decoder
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.processes import say
+from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, model_config, selection_rule
+from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
+from rho1_jax.training.pretrained import Pretrained
+from rho1_jax.training.reference import Reference
+from rho1_jax.training.state import TrainState
+from rho1_jax.training.train_step import make_train_step, needed_signals
+
+# Resuming with another value of one of these would train on other batches, or train another model.
+FIXED_ON_RESUME = (
+    "config.model.",
+    "config.seed",
+    "config.batch_size",
+    "config.objective",
+    "config.data.document_mask",
+    "config.selection.",
+    "config.reference.moves",
+    "config.reference.decay",
+    "config.reference.every",
+)
+# Except these, which may change with the machine.
+FREE_ON_RESUME = tuple(f"config.model.{name}" for name in RUN_SETTINGS)
+
+
+class TrainingData(NamedTuple):
+    """The prepared data sets of a mixture, and the tokenizer they share."""
+
+    stores: list[Store]
+    weights: list[float]
+    tokenizer: Tokenizer
+
+    @property
+    def seq_len(self) -> int:
+        """Targets per row."""
+        return self.stores[0].seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSetup:
+    """A resolved config and what is built from it, once.
+
+    Attributes:
+      config: every key filled in.
+      mesh: the devices.
+      model: config of the policy.
+      policy: structure of the policy.
+      rule: selection rule.
+      needs: signals that the rule and the objective are computed from.
+      schedule: learning rate by step.
+      optimizer: AdamW under that schedule.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    model: ModelConfig
+    policy: nnx.GraphDef
+    rule: Selection
+    needs: set[str]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+
+def open_run(config: ml_collections.ConfigDict) -> tuple[RunSetup, TrainingData]:
+    """Checks a config, opens its data, and builds what both decide. Nothing is written.
+
+    Raises:
+      UserError: a value is not allowed, the devices do not fit, or the data cannot be opened.
+    """
+    check(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    check_batch_size(config, mesh)
+    stores, weights = open_mixture(config.data.train)
+    data = TrainingData(stores, weights, stores[0].tokenizer())
+    return build_setup(resolve(config, data), mesh), data
+
+
+def build_setup(config: ml_collections.ConfigDict, mesh: Mesh) -> RunSetup:
+    """Builds what a resolved config decides. Raises UserError if the model's sizes do not fit together."""
+    model, rule = model_config(config), selection_rule(config)
+    settings = OptimizerConfig(**config.optimizer)
+    schedule = learning_rate_schedule(settings, config.steps)
+    return RunSetup(
+        config,
+        mesh,
+        model,
+        decoder.build(model),
+        rule,
+        needed_signals(rule, config.objective),
+        schedule,
+        make_optimizer(settings, schedule),
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the key, if a value is not allowed."""
+    selection_rule(config)
+    for key, value, values in (
+        ("objective", config.objective, OBJECTIVES),
+        ("optimizer.decay", config.optimizer.decay, DECAYS),
+    ):
+        if value not in values:
+            raise UserError(f"config.{key}={value!r} is not one of {', '.join(values)}")
+    if not 0 <= config.optimizer.warmup_fraction < 1:
+        raise UserError(f"config.optimizer.warmup_fraction={config.optimizer.warmup_fraction} must be in [0, 1)")
+    if config.epochs < 0:
+        raise UserError(f"config.epochs={config.epochs} must not be negative")
+    for key in ("steps", "batch_size", "microbatches", "log_every"):
+        if config[key] < 1:
+            raise UserError(f"config.{key}={config[key]} must be at least 1")
+    if not 0 <= config.trace.first <= config.trace.last:
+        raise UserError(
+            f"config.trace.last={config.trace.last} must not be below config.trace.first={config.trace.first} or 0"
+        )
+    for section in ("eval", "checkpoint"):
+        if config[section].every < 1:
+            raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
+
+
+def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the rows of a microbatch cannot be spread evenly over the devices."""
+    parts = config.microbatches * math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a multiple of {parts}: "
+            "config.microbatches times the devices that rows are spread over"
+        )
+
+
+def resolve(config: ml_collections.ConfigDict, data: TrainingData) -> ml_collections.ConfigDict:
+    """A copy of the config with the keys that the data decide filled in. Raises UserError if the model is too small."""
+    config = config.copy_and_resolve_references()
+    if config.epochs:
+        rows = sum(len(store.rows("train")) for store in data.stores)
+        config.steps = math.ceil(config.epochs * rows / config.batch_size)
+    config.model.context_length = config.model.context_length or data.seq_len
+    if config.model.context_length < data.seq_len:
+        raise UserError(
+            f"config.model.context_length={config.model.context_length} is below the {data.seq_len} tokens of a row "
+            f"of {data.stores[0].path}"
+        )
+    config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    if config.model.vocab_size < data.tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}"
+        )
+    return config
+
+
+def describe_run(setup: RunSetup, data: TrainingData, reference: Reference) -> Meta:
+    """The description of a run that has not made a step."""
+    return Meta(
+        step=0,
+        tokens_seen=0,
+        tokens_selected=0,
+        config=as_saved(setup.config),
+        data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(data.stores, data.weights)],
+        tokenizer=data.tokenizer.fingerprint,
+        reference=reference.description,
+    )
+
+
+def first_state(
+    setup: RunSetup, checkpoints: Checkpoints, meta: Meta, initial: Pretrained | None, reference: Reference
+) -> tuple[TrainState, Meta]:
+    """The state to train from, on the mesh, and how far the run is: its newest checkpoint, `initial`, or new weights.
+
+    Raises:
+      UserError: the work directory holds a different run.
+    """
+    abstract = abstract_state(setup, moving=reference.moving is not None)
+    saved = checkpoints.latest_meta()
+    if saved is not None:
+        check_resume(saved, meta)
+        state = checkpoints.restore(saved.step, abstract)
+        say(f"resumed from step {saved.step}")
+        return state, meta._replace(
+            step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected
+        )
+    if initial is not None:
+        params = initial.load(setup.mesh, "float32")
+    else:
+        init = functools.partial(decoder.init_params, setup.model, setup.config.seed)
+        params = jax.jit(init, out_shardings=placement(abstract.params))()
+    opt_state = jax.jit(setup.optimizer.init, out_shardings=placement(abstract.opt_state))(params)
+    moving_params = None
+    if reference.moving:
+        start = reference.start
+        moving_params = start.load(setup.mesh, "float32") if start else jax.tree.map(jnp.copy, params)
+    step = jax.device_put(jnp.int32(0), sharding.replicated(setup.mesh))
+    return TrainState(step, params, opt_state, moving_params), meta
+
+
+def abstract_state(setup: RunSetup, moving: bool = False) -> TrainState:
+    """Shapes, dtypes and shardings of the state. `moving` adds a reference that follows the policy."""
+    mesh = setup.mesh
+    params = decoder.abstract_params(setup.model)
+    opt_state = jax.eval_shape(setup.optimizer.init, params)
+    opt_shardings = sharding.param_shardings(opt_state, mesh)
+    if setup.config.optimizer.host_offload:
+        opt_shardings = sharding.on_host(opt_shardings)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    params = placed(params, sharding.param_shardings(params, mesh))
+    return TrainState(step, params, placed(opt_state, opt_shardings), params if moving else None)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays with shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def placement(tree: Any) -> Any:
+    """The sharding of each array in a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def check_resume(saved: Meta, meta: Meta) -> None:
+    """Raises UserError if a checkpoint belongs to a different run than `meta` describes; says what else changed."""
+    parts = {"data": "config.data.train", "tokenizer": "the tokenizer", "reference": "the reference model"}
+    for part, name in parts.items():
+        if getattr(saved, part) != getattr(meta, part):
+            raise UserError(f"cannot resume this run: the content of {name} changed. Use a new --workdir")
+    for change in changes(saved.config, meta.config):
+        if change.key.startswith(FIXED_ON_RESUME) and change.key not in FREE_ON_RESUME:
+            raise UserError(f"cannot resume this run: {change}. Use a new --workdir, or change it back")
+        say(f"since the last start, {change}")
+
+
+def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax.stages.Wrapped:
+    """The train step, compiled for the mesh. It donates the state, and not a frozen reference."""
+    config = setup.config
+    step = make_train_step(
+        setup.policy,
+        decoder.build(reference.model) if reference.model else None,
+        setup.optimizer,
+        rule=setup.rule,
+        objective=config.objective,
+        steps=config.steps,
+        microbatches=config.microbatches,
+        document_mask=config.data.document_mask,
+        seed=config.seed,
+        moving=reference.moving,
+    )
+    rows, everywhere = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))
