@@ -1,4 +1,4 @@
-"""Scoring once: what is stored, that it trains like a reference in the step, and what is refused."""
+"""Scoring once: what is stored, training from it like from a reference in the step, and what is refused."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def scoring_config(data, reference, name="scores", /, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shards():
-    """Several shards of 16 rows, as a large data set has them."""
+    """Several shards of 16 rows, as in a large data set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_scores, "SHARD_TOKENS", 16 * SEQ_LEN)
         yield
@@ -56,7 +56,7 @@ def scored(data, reference, tmp_path_factory):
 
 
 def reference_signals(reference, rows):
-    """Losses and entropies of the reference, all rows at once on one device."""
+    """Losses and entropies of the reference, for all rows at once on one device."""
     directory = checkpoint.find(reference, "reference")
     config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
     params = checkpoint.load_params(directory, config, sharding.make_mesh(8, 1, 1), "float32")
@@ -70,7 +70,7 @@ def stored(path, name):
     return np.concatenate(arrays)
 
 
-def test_what_is_stored_is_what_the_reference_says(scored, reference):
+def test_the_stored_numbers_are_those_of_the_reference(scored, reference):
     rows = Store(scored).rows("train")
     losses, entropies = reference_signals(reference, rows)
     assert len(list((scored / "scores" / "half").glob("losses-*.npy"))) == -(-len(rows) // 16) > 2
@@ -87,7 +87,7 @@ def online(data, reference, tmp_path_factory):
     return workdir, jax.device_get(train_model(config_of("slm", data, reference), workdir))
 
 
-def test_training_from_the_store_equals_training_with_the_reference(scored, reference, online, tmp_path):
+def test_training_from_stored_losses_equals_training_with_the_reference(scored, reference, online, tmp_path):
     config = scoring_config(scored, "", "single")
     params = jax.device_get(train_model(config, tmp_path / "cached"))
     ours, theirs = read_metrics(tmp_path / "cached"), read_metrics(online[0])
@@ -103,8 +103,8 @@ def test_training_from_the_store_equals_training_with_the_reference(scored, refe
     assert ledger["flops"]["scoring"] == manifest["flops"] > 0 and ledger["flops"]["reference_forward"] == 0
 
 
-def test_the_store_selects_what_the_reference_does(scored, reference, online):
-    """All tokens at once: the same ones from float32 scores; from float16 ones, almost."""
+def test_stored_losses_select_the_same_tokens_as_the_reference(scored, reference, online):
+    """Over all tokens at once: exactly the same from float32, almost the same from float16."""
     rows = Store(scored).rows("train")
     batch = next(eval_batches(rows, len(rows), np.arange(len(rows))))
     config = ModelConfig(**checkpoint.load_meta(checkpoint.find(online[0], "workdir")).config["model"])
@@ -116,14 +116,14 @@ def test_the_store_selects_what_the_reference_does(scored, reference, online):
 
     expected = chosen(exact)
     for name, most in (("single", 0.0), ("half", 0.01)):
-        found = chosen(stored(scored, f"{name}/losses-*.npy").astype(np.float32))
-        share = float((found & ~expected).sum() / expected.sum())
+        selected = chosen(stored(scored, f"{name}/losses-*.npy").astype(np.float32))
+        share = float((selected & ~expected).sum() / expected.sum())
         print(f"{name}: {share:.3%} of the selected tokens are others")
         assert share <= most
 
 
-def test_no_reference_is_in_the_program(scored, reference, tmp_path, monkeypatch):
-    """Its checkpoint may even be gone."""
+def test_the_program_contains_no_reference(scored, reference, tmp_path, monkeypatch):
+    """Not even the reference's checkpoint is needed."""
     monkeypatch.setattr("rho1_jax.training.reference.open_pretrained", None)
     config = scoring_config(scored, "", "half")
     config.steps = 2
@@ -133,7 +133,7 @@ def test_no_reference_is_in_the_program(scored, reference, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "score_name", ["reference_loss", "reference_entropy", "reference_loss:0.7 & reference_entropy"]
 )
-def test_rules_without_the_policy_train_from_the_store(scored, score_name, tmp_path):
+def test_rules_that_need_no_policy_train_from_stored_scores(scored, score_name, tmp_path):
     config = scoring_config(scored, "", "single")
     config.selection.score = score_name
     config.steps = 2
@@ -142,7 +142,7 @@ def test_rules_without_the_policy_train_from_the_store(scored, score_name, tmp_p
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}])
-def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, reference, mesh, monkeypatch):
+def test_interrupted_scoring_resumes_to_the_same_scores_on_any_mesh(scored, reference, mesh, monkeypatch):
     # A shard is two batches, or two thirds of one.
     config = scoring_config(scored, reference, f"again{mesh['data']}", mesh=mesh)
     config.batch_size = 8 if mesh["data"] == 8 else 24
@@ -177,14 +177,14 @@ def test_interrupted_and_gone_on_with_equals_uninterrupted_on_any_mesh(scored, r
         assert ours["files"] == theirs["files"]
 
 
-def test_scored_already(scored, reference, capsys):
+def test_scoring_twice_does_nothing(scored, reference, capsys):
     score.score_data(scoring_config(scored, reference, "half"), "float16", entropies=False)
     assert "already scored" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with dtype float16 and signals losses"):
         score.score_data(scoring_config(scored, reference, "half"), "float32", entropies=False)
 
 
-def test_a_config_that_cannot_be_is_refused_as_in_training(scored, reference):
+def test_bad_settings_are_refused_as_in_training(scored, reference):
     with pytest.raises(UserError, match="config.microbatches=0 must be at least 1"):
         score.score_data(scoring_config(scored, reference, "new", microbatches=0), "float16", entropies=False)
     assert not (scored / "scores" / "new.partial").exists()
@@ -246,8 +246,8 @@ def test_other_rows_and_another_tokenizer_are_refused(copy, corpus, tokenizer, t
         shutil.copytree(copy / "scores", tmp_path / str(number) / "scores")
         refused(tmp_path / str(number), "half", "", message)
     manifest = tmp_path / "1" / "scores" / "half" / "manifest.json"
-    found = json.loads(manifest.read_text()) | {"data": Store(tmp_path / "1").fingerprint}
-    manifest.write_text(json.dumps(found))
+    edited = json.loads(manifest.read_text()) | {"data": Store(tmp_path / "1").fingerprint}
+    manifest.write_text(json.dumps(edited))
     refused(tmp_path / "1", "half", "", "another tokenizer")
 
 
@@ -256,7 +256,7 @@ def test_a_moving_reference_has_no_scores(copy, reference):
 
 
 @pytest.mark.parametrize("rule, dtype", [("threshold", bool), ("weight", np.float32), ("ratio", np.int32)])
-def test_numbers_that_the_user_brings(data, tmp_path, rule, dtype):
+def test_a_column_of_your_own(data, tmp_path, rule, dtype):
     rows = len(Store(data).rows("train"))
     values = np.random.default_rng(0).integers(0, 2, (rows, SEQ_LEN)).astype(dtype)
     np.save(tmp_path / "mask.npy", values)
@@ -269,8 +269,8 @@ def test_numbers_that_the_user_brings(data, tmp_path, rule, dtype):
     assert fraction == pytest.approx(0.6 if rule == "ratio" else 0.5, abs=0.12)
 
 
-def test_rows_and_their_numbers_stay_together(data):
-    """The row's number stands in for its scores: through shuffle and mixture it must come with that row."""
+def test_rows_and_their_columns_stay_together(data):
+    """Uses the row number as the column: it must follow its row through shuffling and mixing."""
     from rho1_jax.data.loader import batches
 
     store = Store(data)
@@ -296,7 +296,7 @@ def test_rows_and_their_numbers_stay_together(data):
         (None, "no-such.npy"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(data, tmp_path, array, message):
+def test_columns_that_do_not_fit_are_refused(data, tmp_path, array, message):
     path = tmp_path / "no-such.npy"
     if array is not None:
         path = tmp_path / "bad.npy"
@@ -307,7 +307,7 @@ def test_numbers_that_do_not_fit_are_refused(data, tmp_path, array, message):
         train_model(config, tmp_path / "run")
 
 
-def test_the_command_tells_rate_and_size(data, reference, tmp_path):
+def test_the_command_reports_rate_and_size(data, reference, tmp_path):
     shutil.copytree(data, tmp_path / "rows")
     arguments = ["--config=configs/default.py:slm", f"--config.data.train={tmp_path / 'rows'}"]
     arguments += [f"--config.reference.checkpoint={reference}", "--config.reference.scores=r", "--config.batch_size=8"]

@@ -1,4 +1,4 @@
-"""The loop: resuming, and refusing what does not fit. Errors are looked at as a user sees them."""
+"""Training: resuming, refusing what does not fit, and errors as a user sees them."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ from rho1_jax.training.loop import Loop
 
 
 def command_line(config, workdir):
-    """The arguments of `rho1_jax.train` that give this config."""
+    """The command-line arguments that produce this config."""
     changed = []
     base = default.get_config("slm")
 
@@ -45,7 +45,7 @@ def command_line(config, workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, reference, tmp_path_factory):
-    """An SLM run that was never stopped: its directory and final parameters."""
+    """An SLM run without interruption: its directory and final parameters."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
     return workdir, jax.device_get(train_model(config_of("slm", data, reference), workdir))
 
@@ -74,7 +74,9 @@ def test_metrics_of_a_run(undisturbed):
     assert lines[-1]["eval/held_out/loss"] < lines[2]["eval/held_out/loss"]
 
 
-def test_kill_9_and_the_same_command_again_equals_no_interruption(data, reference, undisturbed, tmp_path):
+def test_a_run_killed_with_sigkill_and_restarted_equals_one_without_interruption(
+    data, reference, undisturbed, tmp_path
+):
     workdir = tmp_path / "killed"
     root = pathlib.Path(__file__).parent.parent
     command = [sys.executable, "-m", "rho1_jax.train", *command_line(config_of("slm", data, reference), workdir)]
@@ -92,14 +94,14 @@ def test_kill_9_and_the_same_command_again_equals_no_interruption(data, referenc
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), undisturbed[1])
 
 
-def test_a_finished_run_started_again_does_nothing(data, reference, undisturbed, capsys):
+def test_restarting_a_finished_run_does_nothing(data, reference, undisturbed, capsys):
     kept = [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")]
     train_model(config_of("slm", data, reference), undisturbed[0])
     assert [(undisturbed[0] / name).read_text() for name in ("metrics.jsonl", "ledger.json")] == kept
     assert "changed" not in capsys.readouterr().out
 
 
-def test_what_changed_since_the_last_start_is_said(data, reference, undisturbed, tmp_path, capsys):
+def test_changes_since_the_last_start_are_reported(data, reference, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     config = config_of("slm", data, reference)
     config.log_every = 3
@@ -135,7 +137,7 @@ def test_first_weights_of_another_model_are_refused(data, reference, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
+def test_a_non_finite_loss_stops_the_run(data, tmp_path):
     config = config_of("clm", data)
     config.optimizer.update(learning_rate=1e30, clip_norm=1e30, warmup_fraction=0.0)
     with pytest.raises(UserError, match=r"step \d+: loss .*learning_rate"):
@@ -151,14 +153,14 @@ def test_the_loss_turning_infinite_stops_the_run(data, tmp_path):
         ({"data": {"document_mask": False}}, "config.data.document_mask changed from True to False"),
     ],
 )
-def test_a_run_does_not_go_on_as_another(data, reference, undisturbed, change, message):
+def test_resuming_with_other_settings_is_refused(data, reference, undisturbed, change, message):
     config = config_of("slm", data, reference)
     config.update(change)
     with pytest.raises(UserError, match=f"cannot resume this run: {message}. Use a new --workdir, or change it back"):
         train_model(config, undisturbed[0])
 
 
-def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undisturbed, tmp_path):
+def test_resuming_with_other_data_is_refused(corpus, tokenizer, reference, undisturbed, tmp_path):
     other = type(OPTIONS)(**OPTIONS.__dict__ | {"eval_fraction": 0.2})
     prepare([corpus], tokenizer, tmp_path / "other", other, workers=1)
     with pytest.raises(UserError, match="cannot resume this run: the content of config.data.train changed"):
@@ -190,7 +192,7 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tokenizer, reference, undi
         ({"eval": {"questions": "q=nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(data, reference, tmp_path, change, message):
+def test_bad_settings_are_refused_and_nothing_is_written(data, reference, tmp_path, change, message):
     config = config_of("slm", data, reference)
     config.update(change)
     with pytest.raises(UserError, match=message):
@@ -222,7 +224,7 @@ def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path
         (["--config=configs/default.py:sml"], "unknown stage 'sml'; .* reference, clm, random, slm"),
     ],
 )
-def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, message):
+def test_a_mistyped_command_prints_one_line_and_exits_with_status_2(tmp_path, arguments, message):
     result = run_command(
         "rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={tmp_path / 'run'}", *arguments
     )
@@ -233,7 +235,7 @@ def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, messag
     assert not (tmp_path / "run").exists()
 
 
-def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_path):
+def test_a_bfloat16_first_moment_trains_about_the_same(data, undisturbed, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.optimizer.first_moment_dtype = "bfloat16"
     train_model(config, tmp_path / "run")
@@ -242,8 +244,8 @@ def test_a_smaller_first_moment_trains_alike(data, undisturbed, reference, tmp_p
 
 
 @pytest.mark.parametrize("moves", ["average", "snapshot"])
-def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, moves):
-    """A run that is stopped and goes on equals one that is not, and its reference is no longer where it started."""
+def test_a_moving_reference_resumes(data, reference, tmp_path, moves):
+    """A run that is stopped and resumed equals one that is not, and its reference has moved."""
     config = config_of("slm", data, reference)
     config.reference.update(moves=moves, decay=0.9, every=3)
     config.steps = 8
@@ -264,8 +266,8 @@ def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, 
         patch.setattr(Loop, "record", record)
         with pytest.raises(Stop):
             train_model(stopped, tmp_path / "run")
-    found = checkpoint.find(tmp_path / "run", "workdir")
-    assert found.name == "4" and (found / "reference").is_dir()
+    directory = checkpoint.find(tmp_path / "run", "workdir")
+    assert directory.name == "4" and (directory / "reference").is_dir()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(train_model(stopped, tmp_path / "run")), whole)
 
 
@@ -277,7 +279,7 @@ def test_a_reference_that_moves_goes_on_where_it_was(data, reference, tmp_path, 
         ({"moves": "snapshot", "every": 0}, "config.reference.every=0 must be at least 1"),
     ],
 )
-def test_a_move_that_cannot_be_is_refused(data, tmp_path, change, message):
+def test_bad_settings_of_a_moving_reference_are_refused(data, tmp_path, change, message):
     config = config_of("slm", data)
     config.reference.update(change)
     with pytest.raises(UserError, match=message):
@@ -285,7 +287,7 @@ def test_a_move_that_cannot_be_is_refused(data, tmp_path, change, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):
+def test_a_run_resumes_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):
     config = config_of("slm", data, reference)
     config.steps = 4
     train_model(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The selection against plain numpy and exact fractions."""
+"""The selection compared with plain NumPy and exact fractions."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from rho1_jax.runtime import sharding
 
 
 def numpy_selection(score, eligible, ratio):
-    """Eligible tokens by falling score, ties by index, the first ceil(ratio * eligible) of them."""
+    """The first ceil(ratio * eligible) eligible tokens by descending score, ties by index."""
     order = [i for i in np.argsort(-score, kind="stable") if eligible[i]]
     chosen = np.zeros(score.shape, bool)
     chosen[order[: math.ceil(Fraction(str(ratio)) * int(eligible.sum()))]] = True
@@ -54,7 +54,7 @@ def mesh():
 
 @pytest.mark.parametrize("select", BOTH)
 @pytest.mark.parametrize("kind", ["normal", "all equal", "one eligible", "empty shards"])
-def test_on_a_mesh_it_is_the_same(select, kind, mesh):
+def test_a_mesh_selects_the_same_tokens(select, kind, mesh):
     rng = np.random.default_rng(3)
     score = np.zeros((16, 40), np.float32) if kind == "all equal" else rng.normal(size=(16, 40)).astype(np.float32)
     eligible = rng.random((16, 40)) < 0.8
@@ -70,19 +70,19 @@ def test_on_a_mesh_it_is_the_same(select, kind, mesh):
 
 
 def moved(select, mesh):
-    """The number of elements that each collective of the compiled selection hands to each device."""
+    """The number of elements each device receives in each collective of the compiled selection."""
     rows = sharding.batch_sharding(mesh)
     arguments = (jax.ShapeDtypeStruct((64, 1024), dtype, sharding=rows) for dtype in (jnp.float32, bool))
     with jax.set_mesh(mesh):
         hlo = jax.jit(functools.partial(select, units=6000), out_shardings=rows).lower(*arguments).compile().as_text()
-    found = re.findall(
+    collectives = re.findall(
         r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", hlo
     )
-    sizes = re.findall(r"\[([\d,]*)\]", " ".join(shape for shape, _ in found))
+    sizes = re.findall(r"\[([\d,]*)\]", " ".join(shape for shape, _ in collectives))
     return [math.prod(int(size) for size in text.split(",") if size) for text in sizes]
 
 
-def test_bisection_moves_nothing_but_counts(mesh):
+def test_bisection_communicates_only_counts(mesh):
     assert set(moved(selection.select_by_bisection, mesh)) == {1}
     assert max(moved(selection.select_by_sort, mesh)) <= 64 * 1024
 
@@ -108,7 +108,7 @@ def test_count_is_the_exact_ceiling(ratio):
         assert int(traced) == expected
 
 
-def test_at_least_one_is_selected_when_one_is_eligible():
+def test_at_least_one_token_is_selected_if_one_is_eligible():
     eligible = np.zeros((2, 8), bool)
     assert not selection.select(np.zeros((2, 8), np.float32), eligible, 1, "global").any()
     eligible[1, 3] = True
@@ -131,7 +131,7 @@ def test_scope_sequence_ranks_each_row_by_itself():
         np.testing.assert_array_equal(selected[row], numpy_selection(score[row], eligible[row], 0.5))
 
 
-def test_eligible_targets_lie_in_their_inputs_document():
+def test_eligible_targets_belong_to_the_document_of_their_input():
     segment_ids = np.array([[1, 1, 2, 2, 2, 0, 0], [1, 2, 3, 3, 4, 4, 4]])
     expected = [[True, False, True, True, False, False], [False, False, True, False, True, True]]
     np.testing.assert_array_equal(selection.eligible_targets(segment_ids), expected)
@@ -143,7 +143,7 @@ def weights(signals, eligible, step=0, steps=10, **changes):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Signals of 8 x 40 tokens, and which of these are eligible."""
+    """Signals of 8 x 40 tokens, and which of them are eligible."""
     rng = np.random.default_rng(5)
     names = (*COMPUTED_SIGNALS, "external_BL")
     signals = {name: jnp.asarray(rng.normal(size=(8, 40)), jnp.float32) for name in names}
@@ -159,32 +159,32 @@ def test_two_scores_together_each_with_its_ratio(drawn, sign):
     signals, eligible = drawn
     first = kept_by(-signals["reference_loss_BL"], eligible, 0.7)
     second = kept_by(-signals["reference_entropy_BL"], eligible, 0.4)
-    found = weights(signals, eligible, score=f"reference_loss:0.7 {sign} reference_entropy:0.4")
-    np.testing.assert_array_equal(found, first & second if sign == "&" else first | second)
+    kept = weights(signals, eligible, score=f"reference_loss:0.7 {sign} reference_entropy:0.4")
+    np.testing.assert_array_equal(kept, first & second if sign == "&" else first | second)
     both, either = (first & second).sum(), (first | second).sum()
-    assert both + either == first.sum() + second.sum() and found.sum() == (both if sign == "&" else either)
+    assert both + either == first.sum() + second.sum() and kept.sum() == (both if sign == "&" else either)
 
 
-def test_a_score_without_a_ratio_of_its_own_has_that_of_the_run(drawn):
+def test_a_score_without_a_ratio_uses_that_of_the_run(drawn):
     signals, eligible = drawn
-    found = weights(signals, eligible, score="excess & external:0.5", ratio=0.3)
+    kept = weights(signals, eligible, score="excess & external:0.5", ratio=0.3)
     excess = signals["policy_loss_BL"] - signals["reference_loss_BL"]
     expected = kept_by(excess, eligible, 0.3) & kept_by(signals["external_BL"], eligible, 0.5)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(kept, expected)
 
 
-def test_threshold_keeps_scores_of_at_least_that(drawn):
+def test_threshold_keeps_scores_at_or_above_it(drawn):
     signals, eligible = drawn
     signals = signals | {"external_BL": jnp.round(signals["external_BL"])}
-    found = weights(signals, eligible, score="external", rule="threshold", threshold=1.0)
-    np.testing.assert_array_equal(found, eligible & (np.asarray(signals["external_BL"]) >= 1.0))
+    kept = weights(signals, eligible, score="external", rule="threshold", threshold=1.0)
+    np.testing.assert_array_equal(kept, eligible & (np.asarray(signals["external_BL"]) >= 1.0))
 
 
 def test_soft_weights_are_a_sigmoid_of_the_score(drawn):
     signals, eligible = drawn
-    found = weights(signals, eligible, score="external", rule="soft", threshold=0.5, temperature=2.0)
+    kept = weights(signals, eligible, score="external", rule="soft", threshold=0.5, temperature=2.0)
     expected = 1 / (1 + np.exp(-(np.asarray(signals["external_BL"], np.float64) - 0.5) / 2.0))
-    np.testing.assert_allclose(found, np.where(eligible, expected, 0), rtol=1e-6)
+    np.testing.assert_allclose(kept, np.where(eligible, expected, 0), rtol=1e-6)
 
 
 def test_soft_weights_become_the_threshold_as_the_temperature_falls(drawn):
@@ -194,10 +194,10 @@ def test_soft_weights_become_the_threshold_as_the_temperature_falls(drawn):
     np.testing.assert_allclose(soft, hard, atol=1e-6)
 
 
-def test_weights_that_a_user_brings(drawn):
+def test_weights_from_a_column(drawn):
     signals, eligible = drawn
-    found = weights(signals, eligible, score="external", rule="weight")
-    np.testing.assert_array_equal(found, np.where(eligible, np.maximum(signals["external_BL"], 0), 0))
+    kept = weights(signals, eligible, score="external", rule="weight")
+    np.testing.assert_array_equal(kept, np.where(eligible, np.maximum(signals["external_BL"], 0), 0))
 
 
 STEPS = 11
@@ -212,7 +212,7 @@ STEPS = 11
         ({"schedule": "cosine"}, [10_000, 9902, 9618, 9176, 8618, 8000, 7382, 6824, 6382, 6098, 6000]),
         ({"schedule": "stepwise", "stairs": 2}, [10_000] * 5 + [6000] * 6),
         ({"schedule": "stepwise", "stairs": 5}, [10_000] * 2 + [9000] * 2 + [8000] * 2 + [7000] * 2 + [6000] * 3),
-        # Two steps of everything come before the schedule, which then has nine.
+        # Two dense steps come before the schedule, which then has nine.
         (
             {"schedule": "linear", "dense_fraction": 0.2},
             [10_000] * 3 + [9500, 9000, 8500, 8000, 7500, 7000, 6500, 6000],
@@ -224,12 +224,12 @@ def test_schedules_of_the_ratio(drawn, changes, expected):
     assert rule.units(STEPS).tolist() == expected
     signals, eligible = drawn
     for step in (0, 3, STEPS - 1):
-        found = np.asarray(rule.weights(signals, jnp.asarray(eligible), jnp.int32(step), STEPS))
-        assert found.sum() == math.ceil(Fraction(expected[step], 10_000) * int(eligible.sum()))
+        kept = np.asarray(rule.weights(signals, jnp.asarray(eligible), jnp.int32(step), STEPS))
+        assert kept.sum() == math.ceil(Fraction(expected[step], 10_000) * int(eligible.sum()))
 
 
 @pytest.mark.parametrize("rule", ["ratio", "threshold", "soft", "weight"])
-def test_at_first_everything_is_trained_on(drawn, rule):
+def test_dense_steps_train_on_everything(drawn, rule):
     signals, eligible = drawn
     changes = {"score": "external", "rule": rule, "threshold": 3.0, "dense_fraction": 0.3}
     np.testing.assert_array_equal(weights(signals, eligible, step=2, **changes), eligible)
@@ -252,7 +252,7 @@ def test_at_first_everything_is_trained_on(drawn, rule):
         ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused(changes, message):
+def test_bad_rules_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         selection_of(**changes).check()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the fingerprint of parameters."""
+"""The contents of a checkpoint, and the fingerprint of parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def saved(params, tmp_path):
     return tmp_path
 
 
-def test_what_was_saved_comes_back_on_any_mesh(saved, params):
+def test_a_checkpoint_restores_on_any_mesh(saved, params):
     mesh = sharding.make_mesh(1, 4, 2)
     shapes = decoder.abstract_params(TINY), jax.eval_shape(ADAMW.init, params[0])
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), *shapes)
@@ -59,7 +59,7 @@ def test_only_parameters_optimizer_state_and_description_are_stored(saved):
     assert items == {"params", "opt_state", "meta"}
 
 
-def test_a_run_stands_for_its_newest_checkpoint(saved):
+def test_a_run_directory_means_its_newest_checkpoint(saved):
     assert checkpoint.find(saved, "--checkpoint") == (saved / "checkpoints" / "3").absolute()
     assert checkpoint.find(saved / "checkpoints" / "2", "--checkpoint").name == "2"
     assert checkpoint.load_meta(checkpoint.find(saved, "--checkpoint")) == meta(3)
@@ -67,7 +67,7 @@ def test_a_run_stands_for_its_newest_checkpoint(saved):
         checkpoint.find(saved / "nothing", "--checkpoint")
 
 
-def test_parameters_come_in_the_dtype_asked_for(saved, params):
+def test_parameters_load_in_the_requested_dtype(saved, params):
     mesh = sharding.make_mesh(8, 1, 1)
     loaded = checkpoint.load_params(checkpoint.find(saved, "x"), TINY, mesh, "bfloat16")
     np.testing.assert_array_equal(loaded["embedding"], (3 * params[0]["embedding"]).astype(jnp.bfloat16))

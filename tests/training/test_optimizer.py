@@ -1,4 +1,4 @@
-"""The schedule at its ends, and what weight decay and clipping touch."""
+"""The ends of the learning rate schedule, and what weight decay and clipping apply to."""
 
 import dataclasses
 

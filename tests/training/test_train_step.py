@@ -1,4 +1,4 @@
-"""The step: what it selects, what moves the gradient, and that neither depends on how the work is split."""
+"""The step: what it selects, what contributes to the gradient, and that splitting the work changes neither."""
 
 import re
 
@@ -20,7 +20,7 @@ from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
 
 GRAPHDEF = decoder.build(TINY)
-# Plain gradient descent: the change of a parameter is its gradient.
+# Under plain gradient descent, the change of a parameter is its gradient.
 SGD = optax.sgd(1.0)
 DEFAULTS = {"rule": selection_of(), "steps": 10, "microbatches": 1, "document_mask": True, "seed": 0}
 
@@ -97,7 +97,7 @@ def test_ratio_one_is_clm_to_the_bit(params, batch):
 
 
 def test_padding_and_first_tokens_of_documents_are_never_selected(params, batch, slm):
-    # Not even where they would be the only way to reach the ratio.
+    # Not even when the ratio cannot be reached without them.
     _, _, everything = make_step(ratio=1.0)(start(params[0]), params[1], batch)
     segment_ids = batch.segment_ids
     barred = (segment_ids[:, 1:] == 0) | (segment_ids[:, 1:] != segment_ids[:, :-1])
@@ -106,7 +106,7 @@ def test_padding_and_first_tokens_of_documents_are_never_selected(params, batch,
 
 
 def test_the_target_of_an_unselected_token_does_not_move_the_gradient(params):
-    """The last target of a row is the input of none, so only its loss could matter."""
+    """The last target of a row is no input, so only its loss could have an effect."""
     rows = Batch(random_batch(8, 16, seed=3).tokens, np.ones((8, 17), np.int32))
     step = make_step(score="random", ratio=0.5)
     state, _, selected = step(start(params[0]), params[1], rows)
@@ -124,7 +124,7 @@ def test_the_target_of_an_unselected_token_does_not_move_the_gradient(params):
 
 @pytest.mark.parametrize("score", ["none", "excess"])
 def test_prompt_and_tool_output_tokens_give_no_gradient(params, score):
-    """Fine-tuning: the last target of a row moves the gradient where it is part of a response, and only there."""
+    """In fine-tuning, the last target of a row contributes to the gradient only if it is part of a response."""
     rows = Batch(random_batch(8, 16, seed=3).tokens, np.ones((8, 17), np.int32), np.zeros((8, 17), bool))
     rows.responses[:, 5:9] = True
     rows.responses[0, -1] = True
@@ -151,7 +151,7 @@ def test_among_response_tokens_the_highest_excess_is_selected(params):
 
 
 def test_no_gradient_through_scores_or_reference(params, batch, slm):
-    """The reference moves the update only through which tokens are selected."""
+    """The reference affects the update only through the choice of tokens."""
     selected = np.asarray(slm[2])
     shifted = jax.tree.map(lambda x: x + 1e-7, params[1])
     state, _, again = make_step()(start(params[0]), shifted, batch)
@@ -197,7 +197,7 @@ def test_scope_microbatch_ranks_each_microbatch_by_itself(params, batch):
         assert selected[part::4].sum() == -(-6 * int(eligible[part::4].sum()) // 10)
 
 
-def test_random_draws_anew_each_step_and_by_seed(params, batch):
+def test_random_selection_differs_by_step_and_seed(params, batch):
     step, other_seed = make_step(score="random", ratio=0.3), make_step(score="random", ratio=0.3, seed=1)
     state, metrics, first = step(start(params[0]), None, batch)
     _, _, second = step(state, None, batch)
@@ -230,7 +230,7 @@ COMPOSED = "excess:0.8 & policy_entropy:0.7"
     ids=str,
 )
 def test_accumulation_and_meshes_give_the_same_update_for_every_rule(params, batch, changes):
-    """One device, four microbatches, and eight devices; and the update is that of the weighted mean loss."""
+    """On one device, in four microbatches and on eight devices; the update is that of the weighted mean loss."""
     noise = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     batch = batch._replace(columns={"external_BL": noise})
     whole, metrics, weight = make_step(**changes)(start(params[0]), params[1], batch)
@@ -265,7 +265,7 @@ def advantage_objective():
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_an_objective_of_your_own_over_a_column_of_the_data(params, batch, advantage_objective, microbatches):
-    """Against the gradient of its formula, and on eight devices."""
+    """Compared with the gradient of its formula, and on eight devices."""
     advantage = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
     batch = batch._replace(columns={"advantage_BL": advantage})
     step = make_step(objective=advantage_objective, microbatches=microbatches)
@@ -300,8 +300,8 @@ def test_entropies_are_those_of_the_two_models(params, batch):
 
 @pytest.mark.parametrize("kind", ["average", "snapshot"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_reference_that_moves(params, batch, kind, microbatches):
-    """Against the same steps with a reference that is moved by hand between them."""
+def test_a_moving_reference(params, batch, kind, microbatches):
+    """Compared with the same steps when the reference is moved by hand between them."""
     moving = MovingReference(kind, decay=0.9, every=2)
     step = make_step(moving=moving, microbatches=microbatches)
     by_hand = make_step(microbatches=microbatches)
@@ -326,7 +326,7 @@ def test_an_empty_batch_changes_nothing(params):
 
 
 @pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}], ids=str)
-def test_computing_layers_again_or_unrolled_gives_the_same_update(params, batch, slm, changes):
+def test_remat_and_unrolled_layers_give_the_same_update(params, batch, slm, changes):
     graphdef = decoder.build(tiny(**changes))
     state, _, selected = jax.jit(make_train_step(graphdef, graphdef, SGD, **DEFAULTS))(
         start(params[0]), params[1], batch
@@ -347,7 +347,7 @@ def test_no_buffer_of_the_step_holds_the_logits_of_all_tokens(microbatches):
     assert max(np.prod([int(d) for d in dims.split(",")]) for dims in with_vocabulary) < 8 * 16 * 509 / 2
 
 
-def test_losses_that_come_with_the_batch_stand_for_the_reference(params, batch, slm):
+def test_losses_in_the_batch_replace_the_reference(params, batch, slm):
     reference_losses, _ = jax.jit(make_token_losses(GRAPHDEF, True))(params[1], batch)
     step = jax.jit(make_train_step(GRAPHDEF, None, SGD, **DEFAULTS))
     state, metrics, selected = step(
@@ -363,7 +363,7 @@ MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 
 
 @pytest.fixture(scope="module")
 def runs(params, batch):
-    """Three AdamW steps of SLM on each mesh: the parameters, and each step's selection."""
+    """Three AdamW steps of SLM on each mesh: the parameters and the selection of each step."""
     optimizer = optax.adamw(1e-2)
     results = {}
     for sizes in MESHES:
