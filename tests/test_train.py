@@ -74,9 +74,7 @@ def test_metrics_of_a_run(undisturbed):
     assert lines[-1]["eval/held_out/loss"] < lines[2]["eval/held_out/loss"]
 
 
-def test_a_run_killed_with_sigkill_and_restarted_equals_one_without_interruption(
-    data, reference, undisturbed, tmp_path
-):
+def test_a_run_killed_with_sigkill_and_restarted_equals_an_undisturbed_one(data, reference, undisturbed, tmp_path):
     workdir = tmp_path / "killed"
     root = pathlib.Path(__file__).parent.parent
     command = [sys.executable, "-m", "rho1_jax.train", *command_line(config_of("slm", data, reference), workdir)]

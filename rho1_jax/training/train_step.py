@@ -71,6 +71,7 @@ def make_train_step(
     """
     needs = needed_signals(rule, objective)
     policy_entropies, reference_entropies = "policy_entropy_BL" in needs, "reference_entropy_BL" in needs
+    is_slm = objective == SLM_OBJECTIVE  # its value is the metric `selected_loss`
     select_ahead = rule.ranks and rule.scope == "global" and microbatches > 1
 
     def split(x_BL: jax.Array) -> jax.Array:
@@ -96,7 +97,8 @@ def make_train_step(
     def objective_sum(params: Params, step: jax.Array, tokens: _Tokens):
         signals = {**tokens.signals, **policy_signals(params, tokens)}
         weight_bL = weigh(signals, tokens, step) if tokens.weight is None else tokens.weight
-        return objectives.terms(objective, signals, weight_bL).sum(), (signals["policy_loss_BL"], weight_bL)
+        terms_bL = objectives.terms(objective, signals, weight_bL)
+        return terms_bL.sum(), (signals["policy_loss_BL"], weight_bL, None if is_slm else terms_bL)
 
     def train_step(state: TrainState, reference_params: Params | None, batch: Batch):
         rows, signals = rows_of(batch, document_mask), dict(batch.columns)
@@ -113,21 +115,19 @@ def make_train_step(
             tokens = tokens._replace(weight=split(weigh(whole.signals, whole, state.step)))
 
         def accumulate(gradient: Params, part: _Tokens):
-            (value, outcome), part_gradient = jax.value_and_grad(objective_sum, has_aux=True)(
-                state.params, state.step, part
-            )
-            return jax.tree.map(jnp.add, gradient, part_gradient), (value, *outcome)
+            grad = jax.value_and_grad(objective_sum, has_aux=True)
+            (_, outcome), part_gradient = grad(state.params, state.step, part)
+            return jax.tree.map(jnp.add, gradient, part_gradient), outcome
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, (value_M, policy_loss_MbL, weight_MbL) = jax.lax.scan(accumulate, zeros, tokens)
+        gradient, (policy_loss_MbL, weight_MbL, terms_MbL) = jax.lax.scan(accumulate, zeros, tokens)
         weight_sum = selection.total(weight_MbL)
-        divisor = jnp.where(weight_sum > 0, weight_sum, 1)
-        gradient = jax.tree.map(lambda g: g / divisor, gradient)
+        gradient = jax.tree.map(lambda g: g / jnp.where(weight_sum > 0, weight_sum, 1), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
-        if objective != SLM_OBJECTIVE:  # whose value is `selected_loss`
-            metrics["objective"] = value_M.sum() / divisor
+        if not is_slm:
+            metrics["objective"] = terms_MbL.sum() / jnp.where(weight_sum > 0, weight_sum, 1)
         next_reference = None
         if moving is not None and state.reference is not None:
             next_reference = moving.move(state.reference, params, state.step + 1)
