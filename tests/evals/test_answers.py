@@ -41,7 +41,7 @@ def test_records_become_prompts_and_answers(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"question": "x"}', ":2: lacks the key 'answer'"),
+        ('{"question": "x"}', ":2: missing keys: needs 'answer'; has 'question'"),
         ('{"question": "x", "answer": "4"}', ":2: config.eval.answer_pattern=.* finds no answer in '4'"),
     ],
 )
