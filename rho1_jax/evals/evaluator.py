@@ -48,7 +48,9 @@ class Evaluator:
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
         self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
         if self._answers.tool_use and jax.process_count() > 1:
-            raise UserError("config.eval.tool_use runs programs on one host only: start it there without --distributed")
+            raise UserError(
+                "config.eval.tool_use runs programs on one host only: evaluate there, without --distributed"
+            )
         self._rows = {}
         for name, path in parse_named(config.eval.data, "config.eval.data").items():
             store = Store(path)

@@ -9,7 +9,6 @@ import multiprocessing
 import re
 import resource
 import time
-from types import TracebackType
 from typing import Any
 
 from rho1_jax.runtime.errors import UserError
@@ -102,9 +101,7 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop()
 
     def equal(self, answer: str | None, right: str, kind: str = "math") -> bool:

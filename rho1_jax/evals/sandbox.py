@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from types import TracebackType
 from typing import Any
 
 from rho1_jax.runtime.errors import UserError
@@ -46,9 +45,7 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(self, code: str) -> str:

@@ -79,8 +79,8 @@ class Task:
     def prompt(self, question: str, exemplars: list[Exemplar]) -> str:
         """A few-shot prompt: the exemplars, then the question. It does not end in a space."""
         head, middle = self.form
-        shown = "".join(f"{head}{exemplar.question}{middle}{exemplar.solution}\n\n" for exemplar in exemplars)
-        return f"{shown}{head}{question}{middle}".rstrip(" ")
+        shots = "".join(f"{head}{exemplar.question}{middle}{exemplar.solution}\n\n" for exemplar in exemplars)
+        return f"{shots}{head}{question}{middle}".rstrip(" ")
 
 
 def _gsm8k(record: Record) -> Item:
@@ -200,7 +200,7 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
     task, option = TASKS[name], f"--exemplars={name}=FILE"
     if not file and not task.exemplars:
         if task.shots:
-            raise UserError(f"task {name} needs {task.shots} exemplars and has no set of its own; give {option}")
+            raise UserError(f"task {name} has no exemplars of its own and needs {task.shots}; give {option}")
         return []
     try:
         if file:

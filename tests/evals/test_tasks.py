@@ -152,7 +152,7 @@ def test_task_from_outside_the_package(tmp_path, monkeypatch):
     own = Task("items.jsonl", "math", lambda record: Item(record["q"], record["a"]), shots=1, form=PROBLEM_SOLUTION)
     monkeypatch.setitem(TASKS, "own", own)
     (item,) = read_items("own", tmp_path)
-    with pytest.raises(UserError, match="task own needs 1 exemplars and has no set of its own; give --exemplars=own="):
+    with pytest.raises(UserError, match="task own has no exemplars of its own and needs 1; give --exemplars=own=FILE"):
         read_exemplars("own", None)
     (tmp_path / "shots.jsonl").write_text('{"question": "1+1?", "solution": "The answer is 2."}\n')
     shots = read_exemplars("own", str(tmp_path / "shots.jsonl"))
