@@ -84,9 +84,7 @@ class Store:
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:
-            raise UserError(
-                f"{path}: no prepared data set here; make one with `python -m tools.prepare_data`"
-            ) from None
+            raise UserError(f"{path}: no prepared data set here; make one with `rho1 prepare`") from None
         self._builder = tfds.builder_from_directory(self.path / _ROWS / _VERSION)
 
     @property

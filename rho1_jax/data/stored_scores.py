@@ -151,7 +151,7 @@ class ScoreStore:
         """
         self.path = scores_path(store, name)
         if not (self.path / MANIFEST).exists():
-            raise UserError(f"{KEY}={name}: no scores in {self.path}; `python -m rho1_jax.score` makes them")
+            raise UserError(f"{KEY}={name}: no scores in {self.path}; make them with `rho1 score`")
         self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
         expected = describe(store, reference or self.manifest["reference"], document_mask)
         difference = _difference(self.manifest, expected)

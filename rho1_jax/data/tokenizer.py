@@ -55,7 +55,7 @@ class Tokenizer:
                 raise UserError(f"{path}: holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}")
             self.path /= names[0]
         if not self.path.is_file():
-            raise UserError(f"{path}: no such tokenizer file; train one with `python -m tools.train_tokenizer`")
+            raise UserError(f"{path}: no such tokenizer file; train one with `rho1 tokenizer`")
         settings = _settings(self.path.parent)
         backend = _Json if self.path.suffix == ".json" else _SentencePiece
         self._model = backend(self.path, settings)
