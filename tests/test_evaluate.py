@@ -156,7 +156,7 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tasks": "gsm9k"}, "config.eval.tasks: 'gsm9k' is none of gsm8k"),
+        ({"tasks": "gsm9k"}, "config.eval.tasks: 'gsm9k' is not one of gsm8k"),
         ({"tasks": "gsm8k"}, "gsm8k/test.jsonl: no such file"),
         ({"exemplars": "svamp=nowhere"}, "--exemplars=svamp=nowhere"),
     ],
@@ -228,7 +228,7 @@ def test_no_sandbox_outlives_its_answer(reference, data_dir, tmp_path, monkeypat
 def test_programs_are_not_run_by_several_processes(reference, data_dir, monkeypatch):
     monkeypatch.setattr("rho1_jax.evals.evaluator.jax", types.SimpleNamespace(process_count=lambda: 2))
     overrides = TASKS | {"data_dir": str(data_dir), "tool_use": True}
-    with pytest.raises(UserError, match="config.eval.tool_use: programs run on one host"):
+    with pytest.raises(UserError, match="config.eval.tool_use runs programs on one host only"):
         evaluate_model(str(reference), overrides, None, temperature=0.0, seed=0)
 
 

@@ -216,7 +216,7 @@ def test_a_missing_shard_is_refused(copy):
 
 
 def test_missing_scores_are_refused(copy):
-    refused(copy, "nothing", "", "config.reference.scores=nothing: no scores in .*; `python -m rho1_jax.score`")
+    refused(copy, "nothing", "", "config.reference.scores=nothing: no scores in .*; make them with `rho1 score`")
     refused(copy, "../half", "", "must be the name of a directory")
 
 

@@ -1,4 +1,4 @@
-"""How the loss of each token moves through training (Rho-1, arXiv 2404.07965, section 2.1 and appendix D.1).
+"""Classify tokens by how their loss changes in training (Rho-1, arXiv 2404.07965, section 2.1 and appendix D.1).
 
 Shapes: n checkpoints, T tokens.
 """
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-# From a high or low loss at first to a high or low one at the end, as the paper draws them.
+# From a high or low loss early in training to a high or low loss at its end, in the paper's notation.
 CLASSES = ("H->H", "L->H", "H->L", "L->L")
-CHANGE = 0.2  # nats, along the fitted line, from which a loss counts as moved
+CHANGE = 0.2  # nats; a loss has changed if its fitted line rises or falls by more
 
 
 class Dynamics(NamedTuple):
-    """What became of each token.
+    """The change and the class of each token.
 
     Attributes:
-      change_T: nats by which the fitted line rises over all checkpoints.
+      change_T: rise of the fitted line over all checkpoints, in nats.
       class_T: index into CLASSES.
     """
 
@@ -25,15 +25,21 @@ class Dynamics(NamedTuple):
 
 
 def classify(loss_nT: np.ndarray) -> Dynamics:
-    """The class of each token from its losses, in nats, at n >= 2 checkpoints that lie equally far apart.
+    """Classifies each token by its losses at n evenly spaced checkpoints.
 
-    A line is fitted to each token's losses by least squares; its slope times n is the change. Below -0.2 the loss fell
-    (H->L), above 0.2 it rose (L->H). Otherwise it stayed: low (L->L) where the last one is at most the mean of all
-    tokens' last ones, high (H->H) elsewhere.
+    A line is fitted to each token's losses by least squares. The token's change is the line's slope times n. If the
+    change is below -0.2, the loss fell (H->L); above 0.2, it rose (L->H). Otherwise the loss stayed low (L->L) if the
+    token's last loss is at most the mean of all last losses, and high (H->H) if it is above that mean.
+
+    Args:
+      loss_nT: losses in nats, at n >= 2 checkpoints.
+
+    Raises:
+      ValueError: there are fewer than two checkpoints.
     """
     n = len(loss_nT)
     if n < 2:
-        raise ValueError(f"a line needs at least two checkpoints, not {n}")
+        raise ValueError(f"fitting a line needs at least two checkpoints, not {n}")
     slope_T, _ = np.polyfit(np.arange(n), loss_nT.astype(np.float64), 1)
     change_T = slope_T * n
     last_T = loss_nT[-1]
@@ -53,5 +59,5 @@ def class_means(loss_nT: np.ndarray, class_T: np.ndarray) -> dict[str, list[floa
 
 
 def shares(class_T: np.ndarray) -> dict[str, float]:
-    """The share of each class."""
+    """The fraction of tokens in each class."""
     return {name: float((class_T == number).mean()) for number, name in enumerate(CLASSES)}

@@ -1,4 +1,4 @@
-"""Curves of several runs side by side."""
+"""Plot training curves and token dynamics."""
 
 import dataclasses
 import pathlib
@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One run's evaluations over its tokens."""
+    """The evaluations of one run, over the tokens it has seen."""
 
     label: str
     tokens: Sequence[float]
-    loss: Sequence[float]  # nats a token
+    loss: Sequence[float]  # nats per token
     accuracy: Sequence[float]  # in [0, 1]
 
 
@@ -25,16 +25,16 @@ STYLES = {"color": ("#1b6ca8", "#8a8a8a", "#c8512b", "#5d8a3a"), "marker": ("o",
 
 
 def plot_curves(curves: Sequence[Curve], path: pathlib.Path) -> None:
-    """Writes a PNG: accuracy and held-out loss over tokens seen, a line for each run."""
+    """Writes a PNG: accuracy and held-out loss against tokens seen, with one line for each run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for number, curve in enumerate(curves):
         style = {name: values[number % len(values)] for name, values in STYLES.items()}
         millions = [tokens / 1e6 for tokens in curve.tokens]
         left.plot(millions, [100 * value for value in curve.accuracy], label=curve.label, markersize=4, **style)
         right.plot(millions, curve.loss, label=curve.label, markersize=4, **style)
-    left.set_ylabel("answers right, %")
+    left.set_ylabel("right answers, %")
     left.set_ylim(bottom=0)
-    right.set_ylabel("loss on clean text, nats a token")
+    right.set_ylabel("loss on clean text, nats per token")
     for axes in (left, right):
         axes.set_xlabel("tokens seen, millions")
         axes.grid(alpha=0.3)
@@ -44,19 +44,25 @@ def plot_curves(curves: Sequence[Curve], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def plot_dynamics(found: dict[str, Any], colours: dict[str, str], path: pathlib.Path) -> None:
-    """Writes a PNG: mean losses over training, of each class and, where told, of selected and unselected tokens."""
-    both = "selected_loss" in found
+def plot_dynamics(summary: dict[str, Any], colours: dict[str, str], path: pathlib.Path) -> None:
+    """Writes a PNG: the mean loss of each class over training, and of selected and unselected tokens if it is known.
+
+    Args:
+      summary: "steps", "shares" and "class_loss"; "selected_loss" and "unselected_loss" are optional.
+      colours: class -> colour.
+      path: the file to write.
+    """
+    both = "selected_loss" in summary
     figure, panels = plt.subplots(1, 1 + both, figsize=(11 if both else 6, 4.2), constrained_layout=True, squeeze=False)
-    for name, losses in found["class_loss"].items():
+    for name, losses in summary["class_loss"].items():
         if losses is not None:
-            label = f"{name}, {found['shares'][name]:.0%}"
-            panels[0, 0].plot(found["steps"], losses, label=label, color=colours[name], marker="o", markersize=4)
-    panels[0, 0].set_title("classes of tokens")
+            label = f"{name}, {summary['shares'][name]:.0%}"
+            panels[0, 0].plot(summary["steps"], losses, label=label, color=colours[name], marker="o", markersize=4)
+    panels[0, 0].set_title("token classes")
     if both:
         for name, style in (("selected", "-"), ("unselected", "--")):
-            panels[0, 1].plot(found["steps"], found[f"{name}_loss"], style, label=name, color="#444444", marker="o")
-        panels[0, 1].set_title("by excess loss at the first checkpoint")
+            panels[0, 1].plot(summary["steps"], summary[f"{name}_loss"], style, label=name, color="#444444", marker="o")
+        panels[0, 1].set_title("selected by excess loss at the first checkpoint")
     for axes in panels[0]:
         axes.set(xlabel="step", ylabel="mean loss, nats")
         axes.set_ylim(bottom=0)

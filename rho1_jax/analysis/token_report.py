@@ -1,6 +1,6 @@
-"""Which tokens a run trains on: documents as HTML, each token coloured by its excess loss.
+"""Show which tokens a run trains on: documents as HTML, with each token coloured by its excess loss.
 
-Shapes: B rows, L sequence.
+Shapes: B rows, L sequence, M = L + 1.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ from rho1_jax.method import selection
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
 
-# Excess loss, in nats, at which the colour is full.
-FULL_COLOUR = 4.0
+FULL_COLOUR = 4.0  # excess loss with the strongest colour, in nats
 
 CSS = """
 .row { white-space: pre-wrap; font: 14px/2 ui-monospace, monospace; border: 1px solid #ddd; border-radius: 6px;
@@ -32,7 +31,7 @@ CSS = """
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """Packed rows with what the two models make of their targets; [B, L] each, losses in nats."""
+    """Packed rows, with both models' losses in nats, the eligible targets and the selected ones, [B, L] each."""
 
     batch: Batch
     policy_loss_BL: np.ndarray
@@ -42,7 +41,7 @@ class TokenScores:
 
 
 class Mark(NamedTuple):
-    """How a token is shown: its background in CSS, what hovering tells, and whether it is underlined."""
+    """How to show a token: its CSS background colour, its tooltip, and whether to underline it."""
 
     colour: str
     title: str
@@ -56,7 +55,15 @@ def score_tokens(
     ratio: float,
     document_mask: bool,
 ) -> TokenScores:
-    """Losses of both models on a batch, and the tokens that SLM would select from it by excess loss."""
+    """Computes both models' losses on a batch, and the tokens that SLM would select from it by excess loss.
+
+    Args:
+      policy: structure and parameters of the model in training.
+      reference: structure and parameters of the reference model.
+      batch: packed rows.
+      ratio: fraction of eligible tokens to select.
+      document_mask: keep attention within documents.
+    """
     losses = []
     for graphdef, params in (policy, reference):
         loss_BL, eligible_BL = jax.jit(make_token_losses(graphdef, document_mask))(params, batch)
@@ -66,19 +73,19 @@ def score_tokens(
 
 
 def _colour(excess: float) -> str:
-    """Warm above zero (the reference knows better), cold below (noise to the reference)."""
+    """Warm if the reference predicts the token better than the policy, cold if it predicts it worse."""
     strength = min(abs(excess) / FULL_COLOUR, 1.0)
     red, green, blue = (255, 140, 60) if excess > 0 else (90, 150, 255)
     return f"rgba({red},{green},{blue},{0.85 * strength:.2f})"
 
 
 def excess_marks(scores: TokenScores) -> Callable[[int, int], Mark]:
-    """Colour is excess loss, an underline marks selected tokens, the losses show on hovering."""
+    """Marks for `rows_html`: colour shows excess loss, underlines show selected tokens, tooltips show the losses."""
 
-    def mark(row: int, at: int) -> Mark:
-        policy, reference = scores.policy_loss_BL[row, at], scores.reference_loss_BL[row, at]
+    def mark(row: int, position: int) -> Mark:
+        policy, reference = scores.policy_loss_BL[row, position], scores.reference_loss_BL[row, position]
         title = f"policy {policy:.2f}, reference {reference:.2f}, excess {policy - reference:+.2f}"
-        return Mark(_colour(policy - reference), title, bool(scores.selected_BL[row, at]))
+        return Mark(_colour(policy - reference), title, bool(scores.selected_BL[row, position]))
 
     return mark
 
@@ -90,19 +97,27 @@ def rows_html(
     rows: Sequence[int],
     mark: Callable[[int, int], Mark],
 ) -> str:
-    """Rows as HTML, each eligible target with what `mark` says of it, by row and position; the others are grey."""
+    """Rows as HTML.
+
+    Args:
+      tokens_BM: token ids.
+      eligible_BL: the targets to mark; all other tokens are grey.
+      tokenizer: the tokenizer of the ids.
+      rows: the rows to show.
+      mark: (row, position) -> how to show the target there.
+    """
     lines = []
     for row in rows:
         pieces = tokenizer.pieces(tokens_BM[row])
         spans = [f'<span class="context">{html.escape(pieces[0])}</span>']
-        for at, piece in enumerate(pieces[1:]):
-            if not eligible_BL[row, at]:
+        for position, piece in enumerate(pieces[1:]):
+            if not eligible_BL[row, position]:
                 spans.append(f'<span class="context">{html.escape(piece)}</span>')
                 continue
-            colour, title, chosen = mark(row, at)
-            selected = ' class="selected"' if chosen else ""
+            colour, title, underlined = mark(row, position)
+            css_class = ' class="selected"' if underlined else ""
             spans.append(
-                f'<span{selected} style="background:{colour}" title="{html.escape(title)}">{html.escape(piece)}</span>'
+                f'<span{css_class} style="background:{colour}" title="{html.escape(title)}">{html.escape(piece)}</span>'
             )
         lines.append(f'<div class="row">{"".join(spans)}</div>')
     return "\n".join(lines)

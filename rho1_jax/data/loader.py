@@ -1,7 +1,7 @@
-"""Batches as a pure function of (seed, step), through Grain.
+"""Load batches with Grain, as a pure function of (seed, step).
 
-Each data set is shuffled anew every epoch and repeated without end; several are mixed by weight. Step n takes rows
-n * B to (n + 1) * B of that sequence, so nothing of the iteration has to be saved.
+Each data set is repeated forever and reshuffled every epoch; several data sets are mixed by weight. Step n takes rows
+n * B to (n + 1) * B of the resulting sequence, so there is no iterator state to save.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ from rho1_jax.runtime.sharding import batch_sharding, local_rows
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """ "DIR1:3,DIR2:1" as [("DIR1", 3.0), ("DIR2", 1.0)]; a weight that is not given is 1.
+    """Parses "DIR1:3,DIR2:1" into [("DIR1", 3.0), ("DIR2", 1.0)]. The default weight is 1.
 
     Raises:
-      UserError: nothing is named, or a weight is no positive number.
+      UserError: no directory is named, or a weight is not a positive number.
     """
     mixture = []
     for part in filter(None, text.split(",")):
@@ -34,15 +34,18 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
         except ValueError:
             raise UserError(f"config.data.train: {part!r} is not DIR or DIR:WEIGHT with a positive weight") from None
     if not mixture:
-        raise UserError("config.data.train names no prepared data set; give DIR or DIR1:3,DIR2:1")
+        raise UserError(
+            "config.data.train is empty; set it to a prepared data set, DIR, or to a mixture, DIR1:3,DIR2:1"
+        )
     return mixture
 
 
 def open_mixture(text: str) -> tuple[list[Store], list[float]]:
-    """The stores and weights of a mixture. All must share tokenizer, row length and kind.
+    """Opens the stores of a mixture and returns them with their weights.
 
     Raises:
-      UserError: one cannot be opened, or differs from the first.
+      UserError: a data set cannot be opened, or differs from the first in tokenizer, in row length, or in whether it
+        holds conversations.
     """
     directories, weights = zip(*parse_mixture(text))
     stores = [Store(directory) for directory in directories]
@@ -54,15 +57,17 @@ def open_mixture(text: str) -> tuple[list[Store], list[float]]:
                 "prepare them with the same --seq_len"
             )
         if store.has_responses != stores[0].has_responses:
-            raise UserError(f"one of {store.path} and {stores[0].path} holds conversations, the other plain text")
+            raise UserError(
+                f"cannot mix {store.path} and {stores[0].path}: one holds conversations, the other plain text"
+            )
     return stores, list(weights)
 
 
 def check_same_tokenizer(store: Store, other: Store) -> None:
-    """Raises UserError where two data sets were made with different tokenizers."""
+    """Raises UserError if two data sets were prepared with different tokenizers."""
     if store.tokenizer_fingerprint != other.tokenizer_fingerprint:
         raise UserError(
-            f"{store.path} was prepared with another tokenizer ({store.tokenizer_fingerprint[:12]}) than "
+            f"{store.path} was prepared with a different tokenizer ({store.tokenizer_fingerprint[:12]}) than "
             f"{other.path} ({other.tokenizer_fingerprint[:12]}): prepare both with the same one"
         )
 
@@ -78,15 +83,15 @@ def batches(
     prefetch: int,
     columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Batch]:
-    """The given rows of the training batches from `first_step` on, without end. No other row is read.
+    """Loads the given rows of every training batch, from `first_step` on and without end. No other row is read.
 
     Args:
-      stores: prepared data sets; their split "train" is read.
-      weights: how often each is drawn from, relative to the others.
+      stores: prepared data sets; the split "train" of each is read.
+      weights: how often to draw from each data set, relative to the others.
       batch_size: rows B of the global batch.
-      seed: of the shuffles.
+      seed: seed of the shuffles.
       first_step: the step of the first batch.
-      rows: [R] which of the rows 0 to B of each global batch, as `sharding.local_rows` tells.
+      rows: [R] the rows to load of each global batch, from 0 to B - 1 (see `sharding.local_rows`).
       prefetch: batches to read ahead.
       columns: for each data set, the signals that `Batch.columns` gets: row number -> float32 [seq_len].
 
@@ -118,7 +123,7 @@ class _Table:
 
 
 class _LocalRows:
-    """Of a sequence of rows, taken in batches, the same ones of each batch."""
+    """The same rows of every batch, where a sequence of rows is cut into batches of `batch_size`."""
 
     def __init__(self, sequence: Sequence[dict[str, np.ndarray]], batch_size: int, rows: np.ndarray):
         self._sequence, self._batch_size, self._rows = sequence, batch_size, rows
@@ -134,7 +139,17 @@ class _LocalRows:
 def eval_batches(
     rows: Sequence[dict[str, np.ndarray]], batch_size: int, local: np.ndarray, which: range | None = None
 ) -> Iterator[Batch]:
-    """Rows of a split, all or `which`, in order, in batches filled up with padding; of each batch the rows `local`."""
+    """Batches of a split's rows, in order. The last batch is padded.
+
+    Args:
+      rows: all rows of the split.
+      batch_size: rows B of the global batch.
+      local: [R] the rows to load of each global batch, from 0 to B - 1.
+      which: the rows of the split to take; None: all.
+
+    Yields:
+      numpy arrays [R, seq_len + 1].
+    """
     which = range(len(rows)) if which is None else which
     blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
     for start in range(0, len(which), batch_size):
@@ -145,7 +160,7 @@ def eval_batches(
 
 
 def to_devices(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
-    """The rows `sharding.local_rows` of each process as one global batch of `batch_size` rows."""
+    """Makes one global batch of `batch_size` rows, sharded over the mesh, from each process's `sharding.local_rows`."""
     rows, everywhere = local_rows(mesh, batch_size), batch_sharding(mesh)
 
     def place(x: np.ndarray) -> jax.Array:

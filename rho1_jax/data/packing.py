@@ -1,7 +1,7 @@
-"""Documents into rows.
+"""Pack documents into rows.
 
-The corpus is one stream: an end-of-sequence token, then each document followed by one. Rows of `seq_len + 1` tokens
-are cut from it with stride `seq_len`, so every corpus token is a target exactly once.
+The corpus is one stream of tokens: EOS, then each document with EOS at its end. Rows of `seq_len + 1` tokens are cut
+from the stream with stride `seq_len`, so every corpus token is a target exactly once.
 
 Shapes: R rows, M = seq_len + 1.
 """
@@ -15,11 +15,11 @@ PAD_ID = 0
 
 
 class Documents(NamedTuple):
-    """Some documents, one after the other."""
+    """Tokenized documents, concatenated."""
 
     tokens: np.ndarray  # int32
-    lengths: np.ndarray  # tokens of each document
-    responses: np.ndarray | None = None  # bool, of each token: it is part of a response
+    lengths: np.ndarray  # number of tokens in each document
+    responses: np.ndarray | None = None  # bool, one per token: True inside a response
 
 
 class Batch(NamedTuple):
@@ -45,13 +45,13 @@ def pack(documents: Iterable[Documents], seq_len: int, eos_id: int) -> Iterator[
     Args:
       documents: plain documents, each ended by EOS.
       seq_len: targets in a row.
-      eos_id: the token the stream starts with.
+      eos_id: the token that the stream starts with.
 
     Yields:
-      Packed rows, a batch of documents at a time. The last row is padded.
+      Packed rows, as soon as the documents read so far fill them. The last row is padded.
     """
     tokens = np.array([eos_id], np.int32)
-    numbers = np.zeros(1, np.int64)  # the document that each token of the stream belongs to
+    numbers = np.zeros(1, np.int64)  # the number of each token's document
     documents_seen = 0
     for new_tokens, lengths, _ in documents:
         new_numbers = documents_seen + 1 + np.repeat(np.arange(len(lengths)), lengths)
@@ -77,14 +77,14 @@ def _cut(tokens: np.ndarray, numbers: np.ndarray, rows: int, seq_len: int) -> Ba
 
 
 def pack_whole(documents: Iterable[Documents], seq_len: int) -> Iterator[Batch]:
-    """Puts conversations into rows without cutting them: a row takes the next ones for as long as they fit.
+    """Packs conversations into rows without splitting them. A row is closed when the next conversation does not fit.
 
     Args:
       documents: conversations of at most seq_len + 1 tokens each, with their responses.
       seq_len: targets in a row.
 
     Yields:
-      One row at a time, filled up with padding.
+      One padded row at a time.
     """
     row: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, lengths, responses in documents:

@@ -1,7 +1,7 @@
-"""Text files to packed rows: read, tokenize in several processes, pack, write.
+"""Prepare a data set: read text files, tokenize them in several processes, pack the tokens and write the rows.
 
-Tokens go to numbered chunk files in OUTPUT.partial first, each complete or absent. A run that was interrupted keeps
-the chunks it finished; the finished data set is renamed into place.
+Tokens are first written to numbered chunk files in OUTPUT.partial. Each file is complete or absent, so an interrupted
+run can resume with the chunks it has finished. The finished data set is renamed to OUTPUT.
 """
 
 import collections
@@ -35,14 +35,14 @@ BAD_RECORDS_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the rows, beside the tokenizer and the inputs.
+    """The options that determine the rows, together with the tokenizer and the inputs.
 
     Attributes:
-      templates: format strings over a record's keys; the first one whose keys it has makes its text.
-      transcripts: where records hold conversations, which are trained on in their responses alone; None: plain text.
+      templates: format strings over a record's keys. The first one whose keys the record has gives its text.
+      transcripts: the keys of conversations, of which only the responses are trained on; None: records hold plain text.
       seq_len: targets in a row.
-      eval_fraction: share of the documents that go to the split "eval", chosen by a hash of their text.
-      max_bad_fraction: share of bad records that is put up with.
+      eval_fraction: fraction of documents in the split "eval". A hash of its text decides for each document.
+      max_bad_fraction: largest fraction of bad records to accept.
     """
 
     templates: tuple[str, ...]
@@ -54,43 +54,44 @@ class Options:
 
 @dataclasses.dataclass
 class Chunk:
-    """Some consecutive documents of the corpus, tokenized."""
+    """Consecutive documents of the corpus, tokenized."""
 
-    tokens: np.ndarray  # int32, document after document, each ended by EOS
-    lengths: np.ndarray  # tokens of each document, its EOS included
-    responses: np.ndarray  # bool, of each token: it is part of a response; of plain text there are none
-    held_out: np.ndarray  # bool: the document belongs to the split "eval"
-    truncated: int  # conversations that were longer than a row
-    bad: list[str]  # "file:line: reason" of each record that holds no document
+    tokens: np.ndarray  # int32, the documents one after another, each with EOS at its end
+    lengths: np.ndarray  # number of tokens in each document, including EOS
+    responses: np.ndarray  # bool, one per token: True inside a response; empty for plain text
+    held_out: np.ndarray  # bool, one per document: True if it belongs to the split "eval"
+    truncated: int  # number of conversations that were longer than a row
+    bad: list[str]  # "file:line: reason" for each bad record
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes the chunk, whole or not at all."""
+        """Writes the chunk to a file, completely or not at all."""
         fields = vars(self) | {"bad": np.array(self.bad, dtype=np.str_)}
         with replacing(path) as beside, beside.open("wb") as file:
             np.savez(file, **fields)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Chunk":
-        """Reads what `save` wrote."""
+        """Reads a chunk that `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             fields = dict(arrays)
         return cls(**fields | {"bad": fields["bad"].tolist(), "truncated": int(fields["truncated"])})
 
     def split(self, held_out: bool) -> Documents:
         """The documents of one split."""
-        chosen = self.held_out == held_out
-        chosen_tokens = np.repeat(chosen, self.lengths)
-        responses = self.responses[chosen_tokens] if len(self.responses) else None
-        return Documents(self.tokens[chosen_tokens], self.lengths[chosen], responses)
+        in_split = self.held_out == held_out
+        token_in_split = np.repeat(in_split, self.lengths)
+        responses = self.responses[token_in_split] if len(self.responses) else None
+        return Documents(self.tokens[token_in_split], self.lengths[in_split], responses)
 
 
 RawChunk = list[tuple[pathlib.Path, int, Any]]  # file, line, raw record
 
 
 def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
-    """Raw records of all files, about CHUNK_BYTES at a time, and how many input bytes were read up to their end.
+    """Reads the raw records of all files, about CHUNK_BYTES at a time. The chunks depend only on the inputs.
 
-    Where a chunk ends depends on the inputs alone.
+    Yields:
+      A chunk, and the number of input bytes read up to its end.
     """
     chunk: RawChunk = []
     size = done = 0
@@ -107,7 +108,7 @@ def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
 
 
 def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
-    """Tokenizes a chunk; records that hold no document are set aside with the reason. Empty texts are dropped."""
+    """Tokenizes a chunk. Bad records are listed with the reason, and empty texts are dropped."""
     documents: list[list[int]] = []
     responses: list[list[bool]] = []
     held_out, bad, truncated = [], [], 0
@@ -118,15 +119,15 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
                 text = records.document(parsed, options.templates)
                 ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
             else:
-                found = transcripts.exchanges(parsed, options.transcripts)
-                text = "".join(exchange.text for exchange in found)
-                ids, trained = transcripts.encode(found, tokenizer)
-                room = options.seq_len + 1
-                if not any(trained[:room]):
-                    raise records.BadRecord(f"no response within the {room} tokens of a row")
-                truncated += len(ids) > room
-                ids = ids[:room]
-                responses.append(trained[:room])
+                conversation = transcripts.exchanges(parsed, options.transcripts)
+                text = "".join(exchange.text for exchange in conversation)
+                ids, in_response = transcripts.encode(conversation, tokenizer)
+                row_length = options.seq_len + 1
+                if not any(in_response[:row_length]):
+                    raise records.BadRecord(f"no response within the {row_length} tokens of a row")
+                truncated += len(ids) > row_length
+                ids = ids[:row_length]
+                responses.append(in_response[:row_length])
         except records.BadRecord as error:
             bad.append(f"{path}:{line}: {error}")
             continue
@@ -144,7 +145,7 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
     )
 
 
-# A worker process keeps its tokenizer here.
+# The tokenizer and the options of a worker process.
 _worker: dict[str, Any] = {}
 
 
@@ -159,7 +160,7 @@ def _work(chunk: RawChunk, path: pathlib.Path) -> Chunk:
 
 
 def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
-    """The part of the manifest that is known before the work, with the fingerprint over it."""
+    """The part of the manifest that is known before tokenizing: the fingerprint, and everything it covers."""
     inputs = []
     with Progress("fingerprint", sum(path.stat().st_size for path in files), unit="B") as progress:
         for path in files:
@@ -177,20 +178,20 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
 
 
 def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Path, options: Options, workers: int):
-    """Makes the data set `output`, or goes on with it where an earlier run was interrupted.
+    """Makes the data set `output`, or resumes an interrupted run. An existing data set is left as it is.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: wrong options or inputs, too many bad records, or `output` holds something else.
+      UserError: an option or input is invalid, too many records are bad, or `output` exists and holds something else.
     """
     _check(options)
     description = describe(files, tokenizer, options)
     if output.exists():
         return _existing(output, description)
     partial = output.with_name(output.name + ".partial")
-    _start_or_continue(partial, description)
+    _start_or_resume(partial, description)
     try:
         chunks = _tokenize_all(files, tokenizer, partial, options, workers)
         counts = _write(chunks, tokenizer, partial, options)
@@ -209,25 +210,26 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
 
 def _check(options: Options) -> None:
     if options.seq_len < 1:
-        raise UserError(f"--seq_len={options.seq_len}: a row needs at least one target")
+        raise UserError(f"--seq_len={options.seq_len} must be at least 1")
     for name in ("eval_fraction", "max_bad_fraction"):
         if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name}={getattr(options, name)}: a fraction lies in [0, 1]")
+            raise UserError(f"--{name}={getattr(options, name)} must be between 0 and 1")
 
 
 def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
     if not (output / store.MANIFEST).is_file():
-        raise UserError(f"{output} exists and is no prepared data set; choose another --output")
+        raise UserError(f"{output} exists but is not a prepared data set; choose another --output")
     manifest = store.Store(output).manifest
     for part in ("tokenizer_fingerprint", "options", "fingerprint"):
         if manifest[part] != description[part]:
-            what = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}.get(part, "other inputs")
-            raise UserError(f"{output} exists and was made with {what}; remove it or choose another --output")
+            changed = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}
+            difference = changed.get(part, "other inputs")
+            raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
     return manifest
 
 
-def _start_or_continue(partial: pathlib.Path, description: dict[str, Any]) -> None:
-    """Keeps the chunks of an interrupted run over the same inputs, and no others."""
+def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:
+    """Keeps the chunks of an interrupted run if its inputs and options were the same; deletes them otherwise."""
     marker = partial / "description.json"
     if not (marker.is_file() and json.loads(marker.read_text()) == description):
         shutil.rmtree(partial, ignore_errors=True)
@@ -238,7 +240,7 @@ def _start_or_continue(partial: pathlib.Path, description: dict[str, Any]) -> No
 def _tokenize_all(
     files: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options, workers: int
 ) -> list[pathlib.Path]:
-    """Makes every chunk that is not there yet. Returns all of them in order."""
+    """Tokenizes the chunks that do not exist yet. Returns the paths of all chunks, in order."""
     chunk_paths: list[pathlib.Path] = []
     bad_count = document_count = 0
     progress = Progress("tokenize", sum(path.stat().st_size for path in files), unit="B")
@@ -246,7 +248,7 @@ def _tokenize_all(
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, options))
     pending: collections.deque[tuple[Callable[[], Chunk], int]] = collections.deque()
 
-    def finish_one() -> None:
+    def finish_next() -> None:
         nonlocal bad_count, document_count
         result, position = pending.popleft()
         chunk = result()
@@ -266,28 +268,28 @@ def _tokenize_all(
                 done = functools.partial(Chunk.load, path) if path.exists() else pool.submit(_work, raw, path).result
                 pending.append((done, position))
                 while len(pending) > 2 * workers:
-                    finish_one()
+                    finish_next()
             while pending:
-                finish_one()
+                finish_next()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     _check_bad(bad_count, document_count, options)
     if not document_count:
-        raise UserError(f"no documents in {', '.join(map(str, files))}")
+        raise UserError(f"{', '.join(map(str, files))}: no documents")
     return chunk_paths
 
 
 def _check_bad(bad: int, documents: int, options: Options) -> None:
     if bad > options.max_bad_fraction * (bad + documents):
         raise UserError(
-            f"{bad} bad of {bad + documents} records, more than --max_bad_fraction={options.max_bad_fraction}; "
-            "they are listed above, no data set was written"
+            f"{bad} of {bad + documents} records are bad, more than --max_bad_fraction={options.max_bad_fraction} "
+            "allows, so no data set was written; fix them (the first are listed above) or raise the limit"
         )
 
 
 def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Path, options: Options) -> dict[str, Any]:
-    """Packs the chunks' documents and writes the rows. Returns what was counted."""
+    """Packs the documents of all chunks and writes the rows. Returns the counts for the manifest."""
     splits: dict[str, dict[str, int]] = {}
     bad = truncated = 0
     for path in chunks:
@@ -308,11 +310,11 @@ def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Pa
         packing = (
             pack_whole(documents, options.seq_len) if whole else pack(documents, options.seq_len, tokenizer.eos_id)
         )
-        for packed in packing:
-            yield packed
-            splits[name]["rows"] += len(packed.tokens)
-            # The first token of a row is the last of the row before, where rows are cut from a stream.
-            progress.advance(int((packed.segment_ids[:, 0 if whole else 1 :] > 0).sum()))
+        for batch in packing:
+            yield batch
+            splits[name]["rows"] += len(batch.tokens)
+            # In rows cut from a stream, the first token repeats the last one of the previous row.
+            progress.advance(int((batch.segment_ids[:, 0 if whole else 1 :] > 0).sum()))
 
     with progress:
         shutil.rmtree(partial / "rows", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Text files in: JSON lines (plain, .gz, .zst), Parquet and plain text, one document a record."""
+"""Read records from JSON lines, Parquet and plain text files. Each record holds one document."""
 
 import glob
 import io
@@ -18,14 +18,14 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "te
 
 
 class BadRecord(ValueError):
-    """A record that holds no document; the message says why."""
+    """A record without a usable document. The message says why."""
 
 
 def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
-    """The files that paths and glob patterns name, sorted within each pattern.
+    """The files that match paths and glob patterns, sorted within each pattern.
 
     Raises:
-      UserError: a pattern matches nothing, or a file is of an unknown format.
+      UserError: a pattern matches no file, or a file has an unknown type.
     """
     files: list[pathlib.Path] = []
     for pattern in patterns:
@@ -39,23 +39,23 @@ def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
 
 
 def file_format(path: pathlib.Path) -> str:
-    """ "json", "parquet" or "text", by the file's name."""
+    """The file's format, from its name: "json", "parquet" or "text". Raises UserError if it is unknown."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     if not suffixes or suffixes[-1] not in FORMATS:
         known = ", ".join(FORMATS)
-        raise UserError(f"{path}: unknown kind of file; known are {known}, each but Parquet also with .gz or .zst")
+        raise UserError(f"{path}: unknown file type; use one of {known} (all but .parquet also with .gz or .zst)")
     return FORMATS[suffixes[-1]]
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
-    """Raw records of a file.
+    """Reads the raw records of a file.
 
     Yields:
-      Line or row number from 1; the bytes of a JSON line or of a whole text, or a Parquet row; how many bytes of the
-      file have been read.
+      (number, record, position). `number` counts lines or rows from 1. `record` is a JSON line or a whole text file, as
+      bytes, or a Parquet row, as a dict. `position` is the number of bytes read from the file so far.
 
     Raises:
-      UserError: the file cannot be read as what its name says.
+      UserError: the file cannot be read in the format that its name implies.
     """
     kind = file_format(path)
     try:
@@ -68,7 +68,7 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
             return
         with path.open("rb") as file:
             codec = COMPRESSED.get(path.suffix)
-            # Unlike other readers, pyarrow's tells a file that was cut short.
+            # Unlike other readers, pyarrow reports a truncated file.
             stream = io.BufferedReader(pyarrow.CompressedInputStream(file, codec)) if codec else file
             if kind == "text":
                 yield 1, stream.read(), file.tell()
@@ -81,14 +81,14 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
 
 
 def parse(path: pathlib.Path, record: Any) -> dict[str, Any] | str:
-    """One raw record: an object with keys or, of a plain text file, its text.
+    """Parses a raw record: into a dict, or into a str if it comes from a plain text file.
 
     Args:
-      path: the file it came from.
-      record: as `read` yields it.
+      path: the file that the record comes from.
+      record: a record that `read` yielded.
 
     Raises:
-      BadRecord: the record is not UTF-8, not JSON, or no object.
+      BadRecord: the record is not UTF-8, not JSON, or not a JSON object.
     """
     if isinstance(record, bytes):
         try:
@@ -110,12 +110,12 @@ def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
     """The text of one record.
 
     Args:
-      record: as `parse` gives it.
-      templates: format strings over a record's keys, such as "{text}"; the first one whose keys the record has makes
-        the text. Plain text ignores them.
+      record: a record that `parse` returned.
+      templates: format strings over a record's keys, such as "{text}". The first one whose keys the record has gives
+        the text. They are ignored for plain text.
 
     Raises:
-      BadRecord: the record lacks the keys of every template, or holds no text there.
+      BadRecord: the record does not have the keys of any template, or holds something other than text under them.
     """
     if isinstance(record, str):
         return record
@@ -124,8 +124,7 @@ def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
         if record.keys() >= set(keys):
             break
     else:
-        wanted = " nor ".join(", ".join(map(repr, template_keys(template))) for template in templates)
-        raise BadRecord(f"lacks the key {wanted}; it has {', '.join(map(repr, record)) or 'none'}")
+        raise missing_keys(record, [template_keys(template) for template in templates])
     for key in keys:
         if not isinstance(record[key], str):
             raise BadRecord(f"the key {key!r} holds {type(record[key]).__name__}, not text")
@@ -134,8 +133,14 @@ def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
     return text
 
 
+def missing_keys(record: dict[str, Any], choices: Sequence[Sequence[str]]) -> BadRecord:
+    """The error for a record that does not have the keys of any choice."""
+    needed = ", or ".join(" and ".join(map(repr, keys)) for keys in choices)
+    return BadRecord(f"missing keys: needs {needed}; has {', '.join(map(repr, record)) or 'none'}")
+
+
 def check_text(text: str) -> None:
-    """Raises BadRecord where a text has no UTF-8 form."""
+    """Raises BadRecord if a text cannot be encoded as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -143,10 +148,10 @@ def check_text(text: str) -> None:
 
 
 def parse_templates(text_key: str, text_templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates that the two flags ask for; a backslash and n in one stand for a line break.
+    """The templates that --text_key and --text_template specify. A backslash and an n stand for a line break.
 
     Raises:
-      UserError: one takes no keys from a record.
+      UserError: a template is not valid (see `template_keys`).
     """
     templates = tuple(text.replace("\\n", "\n") for text in text_templates) or ("{" + text_key + "}",)
     for template in templates:
@@ -155,15 +160,15 @@ def parse_templates(text_key: str, text_templates: Sequence[str]) -> tuple[str, 
 
 
 def template_keys(template: str) -> list[str]:
-    """The keys that a template takes from a record.
+    """The keys that a template uses.
 
     Raises:
-      UserError: it is no format string over plain keys, or takes none.
+      UserError: the template is not a format string over plain keys, or uses none.
     """
     try:
         keys = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         if not keys or not all(key.isidentifier() for key in keys):
-            raise ValueError("it must hold plain keys in braces, like '{question}\\n{answer}'")
+            raise ValueError("put plain keys in braces, like '{question}\\n{answer}'")
     except ValueError as error:
-        raise UserError(f"--text_template {template!r}: {error}") from None
+        raise UserError(f"text template {template!r}: {error}") from None
     return keys

@@ -1,4 +1,4 @@
-"""Packed rows on disk: a TFDS data set of ArrayRecord files, its manifest and its tokenizer, in one directory.
+"""Keep packed rows on disk: a TFDS data set of ArrayRecord files, its manifest and its tokenizer, in one directory.
 
 DIR/manifest.json  DIR/tokenizer.model  DIR/rows/1.0.0/*.array_record*
 """
@@ -24,11 +24,11 @@ _VERSION = "1.0.0"
 
 
 class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
-    """Rows in the order they are given. TFDS writes beside the final place and renames."""
+    """Writes rows in the given order. TFDS writes to a temporary directory and renames it at the end."""
 
     name = _ROWS
     VERSION = tfds.core.Version(_VERSION)
-    pkg_dir_path = None  # there are no checksums or metadata beside this module to look for
+    pkg_dir_path = None  # keeps TFDS from looking for checksums and metadata next to this module
     code_path = None
 
     def __init__(self, splits: dict[str, Iterator[Batch]], seq_len: int, responses: bool, data_dir: pathlib.Path):
@@ -58,16 +58,16 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def write_rows(directory: pathlib.Path, splits: dict[str, Iterator[Batch]], seq_len: int, responses: bool) -> None:
-    """Writes each split's rows, in order, under `directory`. A split without rows is not allowed.
+    """Writes the rows of each split, in order, under `directory`.
 
     Args:
-      directory: of the data set.
-      splits: name -> packed rows.
+      directory: the data set's directory.
+      splits: name -> packed rows. Every split must have at least one row.
       seq_len: targets in a row.
-      responses: whether the rows say which tokens are part of a response.
+      responses: True if the rows mark the tokens of responses.
     """
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads
         _RowsBuilder(splits, seq_len, responses, directory).download_and_prepare()
 
 
@@ -76,22 +76,22 @@ class Store:
 
     Attributes:
       path: its directory.
-      manifest: how it was made; its `fingerprint` covers tokenizer, options and inputs.
+      manifest: how it was made. Its `fingerprint` covers tokenizer, options and inputs.
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Raises UserError where there is no prepared data set."""
+        """Opens the data set. Raises UserError if `path` does not hold one."""
         self.path = pathlib.Path(path)
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:
-            raise UserError(f"{path}: no prepared data set here (tools/prepare_data.py makes one)") from None
+            raise UserError(f"{path}: no prepared data set here; make one with `rho1 prepare`") from None
         formats.check_format(self.manifest, self.path)
         self._builder = tfds.builder_from_directory(self.path / _ROWS / _VERSION)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of tokenizer, options and inputs."""
+        """Hash of the tokenizer, the options and the inputs."""
         return self.manifest["fingerprint"]
 
     @property
@@ -101,7 +101,7 @@ class Store:
 
     @property
     def has_responses(self) -> bool:
-        """Whether the rows are conversations, trained on in their responses alone."""
+        """True if the rows hold conversations, of which only the responses are trained on."""
         return self.manifest["options"]["transcripts"] is not None
 
     @property
@@ -110,16 +110,18 @@ class Store:
         return self.manifest["tokenizer_fingerprint"]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the rows."""
+        """The tokenizer that the rows were made with."""
         return Tokenizer(self.path / TOKENIZER_DIR)
 
     def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:
-        """Random access to a split's rows: {"tokens": [M], "segment_ids": [M]} each, and "responses" [M] where told.
+        """Random access to the rows of a split.
+
+        Each row is a dict of arrays [M]: "tokens", "segment_ids" and, in conversations, "responses".
 
         Raises:
           UserError: the data set has no such split.
         """
         if split not in self._builder.info.splits:
             option = "--eval_fraction above 0" if split == "eval" else "--eval_fraction below 1"
-            raise UserError(f"{self.path}: holds no {split!r} split; prepare it with {option}")
+            raise UserError(f"{self.path} has no {split!r} split; prepare it with {option}")
         return self._builder.as_data_source(split)

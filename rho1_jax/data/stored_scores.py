@@ -1,8 +1,8 @@
-"""What a reference makes of a data set's training rows, stored beside them, row by row in the same order.
+"""Store a reference model's losses on a data set's training rows, and optionally its entropies, beside the data set.
 
 DATA/scores/NAME/manifest.json  losses-00000.npy  [entropies-00000.npy]  ...
 
-Each .npy file is an array [rows of the shard, seq_len] in nats, which numpy reads by itself.
+Each .npy file is a plain numpy array [rows in the shard, seq_len], in nats. Rows are in the order of the data set.
 """
 
 import json
@@ -26,7 +26,7 @@ EXTERNAL_KEY = "config.data.external"
 SPLIT = "train"
 SHARD_TOKENS = 2**22
 DTYPES = ("float16", "float32")
-# What a description has to agree in, and how an error calls it.
+# The parts of a description that must match, and what to call a mismatch in an error.
 PARTS = {
     "data": "other rows",
     "tokenizer": "another tokenizer",
@@ -36,14 +36,14 @@ PARTS = {
 
 
 def scores_path(store: Store, name: str) -> pathlib.Path:
-    """Where the scores of a name lie. Raises UserError where the name cannot be a directory's."""
+    """The directory of the scores called `name`. Raises UserError if the name is not a plain directory name."""
     if not name or name != pathlib.PurePath(name).name:
         raise UserError(f"{KEY}={name!r} must be the name of a directory, without a path")
     return store.path / "scores" / name
 
 
 def describe(store: Store, reference: dict[str, str], document_mask: bool) -> dict[str, Any]:
-    """What scores depend on. `reference` has the path and the fingerprint of the model."""
+    """The inputs that scores depend on. `reference` holds the path and the fingerprint of the model."""
     return {
         "data": store.fingerprint,
         "tokenizer": store.tokenizer_fingerprint,
@@ -52,20 +52,26 @@ def describe(store: Store, reference: dict[str, str], document_mask: bool) -> di
     }
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first part in which two descriptions differ. A reference is told by its fingerprint, wherever it lies."""
-    found, wanted = ({**x, "reference": x["reference"]["fingerprint"]} for x in (found, wanted))
-    return next((name for part, name in PARTS.items() if found[part] != wanted[part]), None)
+def _difference(stored: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """The first mismatch between two descriptions, or None. References are compared by fingerprint, not by path."""
+    stored, expected = ({**x, "reference": x["reference"]["fingerprint"]} for x in (stored, expected))
+    return next((mismatch for part, mismatch in PARTS.items() if stored[part] != expected[part]), None)
 
 
 class ScoreWriter:
-    """Writes scores shard by shard into NAME.partial, which becomes NAME when all are there."""
+    """Writes scores shard by shard into NAME.partial, and renames it to NAME when it is complete.
+
+    Attributes:
+      names: what is stored for each target: "losses", and perhaps "entropies".
+      rows_per_shard: rows in every shard but the last.
+      finished: True if complete scores already exist.
+    """
 
     def __init__(self, store: Store, name: str, description: dict[str, Any], dtype: str, entropies: bool):
-        """Goes on with what an interrupted run over the same data and reference left.
+        """Looks up existing scores, and writes nothing.
 
         Raises:
-          UserError: there are scores of that name, made from something else.
+          UserError: scores of that name exist, but were made from other inputs or store other signals.
         """
         self._final = scores_path(store, name)
         self._partial = self._final.with_name(self._final.name + ".partial")
@@ -76,16 +82,16 @@ class ScoreWriter:
         self._description = description | shape | {"dtype": dtype, "signals": list(self.names)}
         self.finished = self._final.exists()
         if self.finished:
-            found = read_json(self._final / MANIFEST)
-            formats.check_format(found, self._final)
-            different = _difference(found, description)
-            if different is None and any(found[key] != self._description[key] for key in ("dtype", "signals")):
-                different = f"dtype {found['dtype']} and signals {', '.join(found['signals'])}"
-            if different:
-                raise UserError(f"{self._final} was made with {different}; remove it or choose another {KEY}")
+            manifest = read_json(self._final / MANIFEST)
+            formats.check_format(manifest, self._final)
+            difference = _difference(manifest, description)
+            if difference is None and any(manifest[key] != self._description[key] for key in ("dtype", "signals")):
+                difference = f"dtype {manifest['dtype']} and signals {', '.join(manifest['signals'])}"
+            if difference:
+                raise UserError(f"{self._final} was made with {difference}; remove it or choose another {KEY}")
 
     def start(self) -> None:
-        """Makes the directory; drops what another data set or reference left there. One process does it."""
+        """Creates NAME.partial, or resumes one with the same description. Call it in one process only."""
         marker = self._partial / "description.json"
         if not (marker.exists() and read_json(marker) == json.loads(json.dumps(self._description))):
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -98,17 +104,17 @@ class ScoreWriter:
         return [range(start, min(start + self.rows_per_shard, self._rows)) for start in starts]
 
     def has(self, shard: int) -> bool:
-        """Whether the shard is on the disk, whole."""
+        """True if the shard is complete on disk."""
         return all((self._partial / _file(name, shard)).exists() for name in self.names)
 
     def write(self, shard: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes a shard: [rows, seq_len] for each signal."""
+        """Writes a shard. `arrays` maps each of `names` to an array [rows in the shard, seq_len], in nats."""
         for name in self.names:
             with replacing(self._partial / _file(name, shard)) as beside, beside.open("wb") as file:
                 np.save(file, arrays[name].astype(self._dtype), allow_pickle=False)
 
     def finish(self, totals: dict[str, Any]) -> None:
-        """Writes the manifest, with the checksum of each file and the totals, and gives the directory its name."""
+        """Writes the manifest, with `totals` and the checksum of each file, and renames NAME.partial to NAME."""
         files = [_file(name, shard) for name in self.names for shard in range(len(self.shards()))]
         checksums = {file: sha256(self._partial / file) for file in files}
         write_text(
@@ -123,7 +129,7 @@ class ScoreWriter:
 
     @property
     def bytes_per_token(self) -> int:
-        """What is stored of each target."""
+        """Bytes stored for each target."""
         return np.dtype(self._dtype).itemsize * len(self.names)
 
 
@@ -132,34 +138,36 @@ def _file(name: str, shard: int) -> str:
 
 
 class ScoreStore:
-    """Scores, opened for reading.
+    """Stored scores, opened for reading.
 
     Attributes:
       path: their directory.
-      manifest: what they depend on, and what making them took.
+      manifest: their inputs, shapes and checksums, and the totals given to `ScoreWriter.finish`.
     """
 
     def __init__(self, store: Store, name: str, document_mask: bool, reference: dict[str, str] | None):
-        """Opens and verifies every file.
+        """Opens the scores and verifies the checksum of every file.
 
         Args:
           store: the data set.
-          name: of the scores.
-          document_mask: of the run that reads them.
-          reference: path and fingerprint of the model they must be from; None: whichever it was.
+          name: name of the scores.
+          document_mask: config.data.document_mask of the run that reads them.
+          reference: path and fingerprint of the model that they must come from; None: any model.
 
         Raises:
-          UserError: there are none, they are not complete, a file was changed, or they were made from something else.
+          UserError: the scores do not exist, a file is missing or was changed, or they were made from other inputs.
         """
         self.path = scores_path(store, name)
         if not (self.path / MANIFEST).exists():
-            raise UserError(f"{KEY}={name}: no scores in {self.path}; `python -m rho1_jax.score` makes them")
+            raise UserError(f"{KEY}={name}: no scores in {self.path}; make them with `rho1 score`")
         self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
         formats.check_format(self.manifest, self.path)
-        wanted = describe(store, reference or self.manifest["reference"], document_mask)
-        different = _difference(self.manifest, wanted)
-        if different:
-            raise UserError(f"{self.path} was made with {different}, and does not fit this run")
+        expected = describe(store, reference or self.manifest["reference"], document_mask)
+        difference = _difference(self.manifest, expected)
+        if difference:
+            raise UserError(
+                f"{self.path} was made with {difference} than this run uses; score again under another {KEY}"
+            )
         self._verify()
 
     def _verify(self) -> None:
@@ -174,7 +182,7 @@ class ScoreStore:
                 progress.advance(path.stat().st_size)
 
     def column(self, name: str) -> "ScoreColumn":
-        """The losses or entropies. Raises UserError where they were not stored."""
+        """The column "losses" or "entropies". Raises UserError if it was not stored."""
         if name not in self.manifest["signals"]:
             raise UserError(f"{self.path} has no {name}; score again with --{name} under another {KEY}")
         shards = math.ceil(self.manifest["rows"] / self.manifest["rows_per_shard"])
@@ -183,7 +191,7 @@ class ScoreStore:
 
 
 class ScoreColumn:
-    """One number for each target of each row, read from the disk when asked for."""
+    """One number for each target of each row, in nats. Rows are read from disk on demand."""
 
     def __init__(self, shards: list[np.ndarray], rows_per_shard: int):
         self._shards, self._rows_per_shard = shards, rows_per_shard

@@ -1,4 +1,4 @@
-"""Tokenizers: a SentencePiece model, or a tokenizer.json of the library `tokenizers`, as models come with."""
+"""Tokenize text with a SentencePiece model, or with a tokenizer.json of the library `tokenizers`."""
 
 import hashlib
 import pathlib
@@ -12,10 +12,10 @@ import tokenizers
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import read_json
 
-TOKENIZER_DIR = "tokenizer"  # its name in a run or a prepared data set
+TOKENIZER_DIR = "tokenizer"  # folder of the tokenizer in a run or a prepared data set
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
-# What lies beside either and belongs to it. Others may read all of it; here it tells BOS and EOS.
+# Files beside a tokenizer that belong to it. This module only reads BOS and EOS from them; other programs read more.
 SETTINGS_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,25 +28,25 @@ SETTINGS_FILES = (
 )
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
 
-Span = tuple[int, int]  # first character and the one behind the last
+Span = tuple[int, int]  # the first character, and the one after the last
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
       path: the model file.
-      vocab_size: one above the highest id.
-      bos_id: the id that the model's files put in front of each text; None where they put none.
-      eos_id: the id that ends a document.
-      fingerprint: sha256 of the model file and these ids, in hex.
+      vocab_size: the highest id plus one.
+      bos_id: the id to add before each text, according to the model's files; None if they add none.
+      eos_id: the id to add after each document.
+      fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Opens a model file, or the one in a folder: its tokenizer.json before its tokenizer.model.
+        """Opens a model file. In a folder, tokenizer.json is preferred to tokenizer.model.
 
         Raises:
-          UserError: it is absent, no tokenizer, or names no end-of-sequence token.
+          UserError: the file does not exist, is not a tokenizer, or has no end-of-sequence token.
         """
         self.path = pathlib.Path(path)
         if self.path.is_dir():
@@ -55,44 +55,47 @@ class Tokenizer:
                 raise UserError(f"{path}: holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}")
             self.path /= names[0]
         if not self.path.is_file():
-            raise UserError(f"{path}: no such tokenizer file (tools/train_tokenizer.py makes one)")
+            raise UserError(f"{path}: no such tokenizer file; train one with `rho1 tokenizer`")
         settings = _settings(self.path.parent)
         backend = _Json if self.path.suffix == ".json" else _SentencePiece
         self._model = backend(self.path, settings)
         self.vocab_size = self._model.vocab_size
         self.bos_id = self._model.bos_id
         if self._model.eos_id is None:
-            raise UserError(f"{path}: the tokenizer has no end-of-sequence token, which ends each document")
+            raise UserError(
+                f"{path}: the tokenizer has no end-of-sequence token, and documents need one; "
+                "set eos_token in its tokenizer_config.json"
+            )
         self.eos_id: int = self._model.eos_id
         identity = self.path.read_bytes() + f"{self.bos_id} {self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any that mark its ends. What looks like a special token is text too."""
+        """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""
         return self._model.encode(text)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids as `encode` gives them, and the characters that each stands for."""
+        """Token ids as from `encode`, with the span of characters that each token covers."""
         return self._model.encode_spans(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text to be continued: BOS, where the model's files put one, and the text."""
+        """Token ids of a text to continue: BOS, if the tokenizer adds it, and then the text."""
         return [*self.prefix(), *self.encode(text)]
 
     def prefix(self) -> list[int]:
-        """What each text begins with: BOS or nothing."""
+        """The ids before each text: [BOS], or [] if the tokenizer adds none."""
         return [] if self.bos_id is None else [self.bos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special ones left out."""
+        """The text of token ids, without special tokens."""
         return self._model.decode(list(ids))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each id's own text, for display."""
+        """The text of each id on its own, for display."""
         return [self._model.piece(int(i)) for i in ids]
 
     def save(self, directory: pathlib.Path) -> None:
-        """Copies the tokenizer, and what lies beside it and belongs to it, into a directory."""
+        """Copies the tokenizer and the settings files beside it into a directory."""
         directory.mkdir(parents=True, exist_ok=True)
         is_json = self.path.suffix == ".json"
         shutil.copyfile(self.path, directory / (JSON_FILE if is_json else SENTENCEPIECE_FILE))
@@ -102,17 +105,17 @@ class Tokenizer:
 
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:
-    """What the JSON files beside a tokenizer say of BOS and EOS: the first that says something counts."""
+    """The BOS and EOS settings in the JSON files beside a tokenizer. The first file that has a key decides."""
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (directory / name).is_file():
             continue
-        said = read_json(directory / name)
+        content = read_json(directory / name)
         for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token"):
-            value = said.get(key)
-            if isinstance(value, dict):  # a token with its options
+            value = content.get(key)
+            if isinstance(value, dict):  # a token with options
                 value = value.get("content")
-            if isinstance(value, list):  # of several end tokens the first ends a document
+            if isinstance(value, list):  # several EOS tokens: the first one ends documents
                 value = value[0]
             if value is not None:
                 settings.setdefault(key, value)
@@ -126,7 +129,7 @@ class _SentencePiece:
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model") from error
         self.vocab_size = self._processor.vocab_size()
-        # The model itself does not say whether BOS is put in front.
+        # The model file does not say whether to add BOS.
         bos_id = self._processor.bos_id() if settings.get("add_bos_token", False) else -1
         self.bos_id = bos_id if bos_id >= 0 else None
         eos_id = self._processor.eos_id()
@@ -150,9 +153,9 @@ class _Json:
     def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer of the library `tokenizers`: {error}") from error
-        self._tokenizer.encode_special_tokens = True  # "</s>" in a document is text
+        self._tokenizer.encode_special_tokens = True  # treats "</s>" in a document as text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -176,5 +179,5 @@ class _Json:
 
     def piece(self, token_id: int) -> str:
         piece = self._tokenizer.id_to_token(token_id) or ""
-        # Pieces of byte-level vocabularies have to be decoded to be read.
+        # Pieces of a byte-level vocabulary are readable only after decoding.
         return piece.replace(SPACE, " ") if SPACE in piece else self._tokenizer.decode([token_id])

@@ -1,16 +1,16 @@
-"""Fine-tuning records: a prompt with its response, or messages with tool output, and which of it is trained on."""
+"""Read conversations for fine-tuning, and mark the tokens to train on: the responses, without tool output."""
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rho1_jax.data.records import BadRecord, check_text
+from rho1_jax.data.records import BadRecord, check_text, missing_keys
 from rho1_jax.data.tokenizer import Span, Tokenizer
 from rho1_jax.runtime.errors import UserError
 
-# How each role's message is written down, in the form of ToRA (arXiv 2309.17452). The assistant asks for the output
-# of its program by opening the block that the tool then fills.
+# The text of each role's message, in the form of ToRA (arXiv 2309.17452). The assistant asks for the output of its
+# program by opening an output block, which the tool then fills.
 ROLE_TEMPLATES = {
     "system": "{content}\n\n",
     "user": "<|user|>\n{content}\n<|assistant|>\n",
@@ -18,19 +18,19 @@ ROLE_TEMPLATES = {
     "tool": "```output\n{content}\n```\n",
 }
 RESPONDING = ("assistant", "tool")
-# Tool output written into an assistant's message: all behind the opening of the block, up to its end.
+# Tool output inside an assistant's message: everything after the block's opening line, up to its end.
 _OUTPUT_BLOCK = re.compile(r"(?<=```output\n).*?(?:\n```(?:\n|$)|$)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcripts:
-    """Where a record holds its conversation.
+    """How to read a conversation from a record.
 
     Attributes:
       role_templates: (role, template with {content}), one for each of ROLE_TEMPLATES.
-      prompt_key: of records without messages: the key of the user's text.
-      response_key: of the assistant's.
-      messages_key: of records with messages: the key of a list of {"role", "content"}.
+      prompt_key: key of the user's text, in records without messages.
+      response_key: key of the assistant's text, in records without messages.
+      messages_key: key of a list of {"role", "content"}, in records with messages.
     """
 
     role_templates: tuple[tuple[str, str], ...] = tuple(ROLE_TEMPLATES.items())
@@ -40,81 +40,85 @@ class Transcripts:
 
 
 def parse_role_templates(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """ROLE_TEMPLATES with those that "ROLE=TEMPLATE" replace; a backslash and n stand for a line break.
+    """ROLE_TEMPLATES with the replacements "ROLE=TEMPLATE". A backslash and an n stand for a line break.
 
     Raises:
-      UserError: one names no known role, or does not hold {content} once.
+      UserError: a role is unknown, or a template does not hold {content} exactly once.
     """
     templates = dict(ROLE_TEMPLATES)
     for text in texts:
         role, _, template = text.partition("=")
         if role not in templates or template.count("{content}") != 1:
             known = ", ".join(templates)
-            raise UserError(f"--role_template {text!r} is not ROLE=TEMPLATE with {{content}} once, a role of {known}")
+            raise UserError(
+                f"--role_template={text!r} is not ROLE=TEMPLATE; ROLE must be one of {known}, and TEMPLATE must hold "
+                "{content} exactly once"
+            )
         templates[role] = template.replace("\\n", "\n")
     return tuple(templates.items())
 
 
 class Exchange(NamedTuple):
-    """What users said, and the answer to it."""
+    """A user's message and the responses to it."""
 
     text: str
-    responses: list[Span]  # the characters that are trained on
+    responses: list[Span]  # the characters to train on
 
 
 def _messages(record: dict[str, Any] | str, options: Transcripts) -> list[tuple[str, str]]:
+    """(role, content) of each message in a record."""
     if isinstance(record, str):
-        raise BadRecord("plain text, which holds no conversation")
+        raise BadRecord("plain text, not a conversation")
     keys = (options.prompt_key, options.response_key)
     if options.messages_key in record:
         messages = record[options.messages_key]
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and message.keys() >= {"role", "content"} for message in messages
         ):
-            raise BadRecord(f"the key {options.messages_key!r} holds no list of objects with 'role' and 'content'")
-        found = [(message["role"], message["content"]) for message in messages]
+            raise BadRecord(f"the key {options.messages_key!r} must hold a list of objects with 'role' and 'content'")
+        turns = [(message["role"], message["content"]) for message in messages]
     elif record.keys() >= set(keys):
-        found = [("user", record[keys[0]]), ("assistant", record[keys[1]])]
+        turns = [("user", record[keys[0]]), ("assistant", record[keys[1]])]
     else:
-        wanted = f"{options.messages_key!r}, nor {keys[0]!r} and {keys[1]!r}"
-        raise BadRecord(f"lacks the key {wanted}; it has {', '.join(map(repr, record)) or 'none'}")
-    for role, content in found:
+        raise missing_keys(record, [[options.messages_key], keys])
+    for role, content in turns:
         if role not in dict(options.role_templates):
-            raise BadRecord(f"unknown role {role!r}: known are {', '.join(ROLE_TEMPLATES)}")
+            raise BadRecord(f"unknown role {role!r}; use one of {', '.join(ROLE_TEMPLATES)}")
         if not isinstance(content, str):
             raise BadRecord(f"the {role}'s content is {type(content).__name__}, not text")
         check_text(content)
-    if not any(role == "assistant" for role, _ in found):
-        raise BadRecord("no message of the assistant: there is nothing to train on")
-    return found
+    if not any(role == "assistant" for role, _ in turns):
+        raise BadRecord("no message from the assistant: there is nothing to train on")
+    return turns
 
 
 def exchanges(record: dict[str, Any] | str, options: Transcripts) -> list[Exchange]:
-    """A record's conversation, divided where a user speaks after an assistant.
+    """The conversation in a record. A new exchange starts when a user or the system speaks after a response.
 
     Raises:
-      BadRecord: it holds none, or one without a response.
+      BadRecord: the record holds no conversation, or one without a response.
     """
     templates = dict(options.role_templates)
-    found: list[Exchange] = []
+    conversation: list[Exchange] = []
     last_role = "assistant"
     for role, content in _messages(record, options):
-        if not found or (role not in RESPONDING and last_role in RESPONDING):
-            found.append(Exchange("", []))
+        if not conversation or (role not in RESPONDING and last_role in RESPONDING):
+            conversation.append(Exchange("", []))
         last_role = role
         before, after = templates[role].split("{content}")
-        start = len(found[-1].text)
+        text, responses = conversation[-1]
+        start = len(text)
         spans: list[Span] = []
         if role == "assistant":
             spans = _without_output(start + len(before), content + after)
         elif role == "tool":
             spans = [(start, start + len(before))]
-        found[-1] = Exchange(found[-1].text + before + content + after, found[-1].responses + spans)
-    return found
+        conversation[-1] = Exchange(text + before + content + after, responses + spans)
+    return conversation
 
 
 def _without_output(start: int, text: str) -> list[Span]:
-    """The spans of an assistant's text, which begins at character `start`, without the tool output in it."""
+    """The spans of an assistant's text without the tool output in it. The text begins at character `start`."""
     spans, first = [], 0
     for block in _OUTPUT_BLOCK.finditer(text):
         spans.append((start + first, start + block.start()))
@@ -122,17 +126,17 @@ def _without_output(start: int, text: str) -> list[Span]:
     return [*spans, (start + first, start + len(text))]
 
 
-def encode(found: list[Exchange], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, each exchange ended by EOS, and which of them are trained on.
+def encode(conversation: list[Exchange], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, with EOS after each exchange, and a flag for each token: True to train on it.
 
-    A token is trained on where its last character is; so is the EOS.
+    The flag is True for EOS, and for each token whose last character is part of a response.
     """
-    ids, trained = tokenizer.prefix(), [False] * len(tokenizer.prefix())
-    for exchange in found:
+    ids, in_response = tokenizer.prefix(), [False] * len(tokenizer.prefix())
+    for exchange in conversation:
         exchange_ids, spans = tokenizer.encode_spans(exchange.text)
         ids += [*exchange_ids, tokenizer.eos_id]
-        # One of several bytes of a character covers no characters itself.
+        # A token that is one of several bytes of a character has an empty span.
         last_characters = [max(begin, end - 1) for begin, end in spans]
-        trained += [any(start <= last < stop for start, stop in exchange.responses) for last in last_characters]
-        trained.append(True)
-    return ids, trained
+        in_response += [any(start <= last < stop for start, stop in exchange.responses) for last in last_characters]
+        in_response.append(True)
+    return ids, in_response

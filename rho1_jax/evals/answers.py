@@ -1,4 +1,4 @@
-"""Questions with right answers: how they are put, answered, read and graded."""
+"""Ask a model questions, extract its answers and grade them."""
 
 import dataclasses
 import functools
@@ -22,17 +22,17 @@ from rho1_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class AnswerConfig:
-    """How questions are put and answers read. Part of the `eval` section of a config.
+    """How to ask questions and read answers: the part of a config's `eval` section that answering needs.
 
     Attributes:
       prompt_template: format string over the keys of a question's record.
-      answer_pattern: regular expression; the first group of its last match is the answer, in a generation as in the
-        record. Where it does not match there is no answer, and the item counts as wrong.
-      answer_key: the record's key that holds the right answer, or a text with it.
+      answer_pattern: regular expression with one group. The group of its last match is the answer, both in the
+        generation and in the record. A generation without a match has no answer and counts as wrong.
+      answer_key: key of the record that holds the right answer, or a text that `answer_pattern` finds it in.
       stops: strings that end a generation.
-      max_new_tokens: longest generation; with tools, between two programs.
+      max_new_tokens: most tokens in a generation. With tools, the limit applies to each stretch between two programs.
       generate_batch: prompts decoded together.
-      tool_use: tasks are put without exemplars, as in fine-tuning on transcripts, and programs are run.
+      tool_use: ask tasks without exemplars, in the form of the fine-tuning transcripts, and run the model's programs.
     """
 
     prompt_template: str
@@ -46,7 +46,7 @@ class AnswerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt, and the right answer."""
+    """A prompt and its right answer."""
 
     prompt: str
     answer: str
@@ -54,14 +54,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Some questions of one kind.
+    """Questions that are answered and graded in the same way.
 
     Attributes:
       items: the questions.
       stops: strings that end a generation.
-      extract: the answer in a generation, None where there is none.
-      equal: whether an extracted answer is the right one.
-      tools: whether programs in the generation are run.
+      extract: returns the answer in a generation, or None if it has none.
+      equal: tells whether an extracted answer matches the right one.
+      tools: run the programs in a generation.
     """
 
     items: list[Question]
@@ -71,20 +71,20 @@ class Questions:
     tools: bool = False
 
 
-def extract(text: str, pattern: str) -> str | None:
-    """The group of the pattern's last match in a text, None where there is none."""
+def last_match(text: str, pattern: str) -> str | None:
+    """The group of the pattern's last match in the text, stripped. None if nothing matches."""
     matches = re.findall(pattern, text)
     return matches[-1].strip() if matches else None
 
 
 def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
-    """Reads a JSON lines file, to be graded by exact match.
+    """Reads questions from a JSON lines file. Their answers are graded by exact match.
 
     Raises:
-      UserError: with file and line, where a record is bad or holds no answer; or the file has none.
+      UserError: a record is bad or has no answer (the message names file and line), or the file has no questions.
     """
     if re.compile(config.answer_pattern).groups != 1:
-        raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r} must hold exactly one group")
+        raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r} must have exactly one group")
     questions = []
     for file in records.expand([str(path)]):
         for line, record, _ in records.read(file):
@@ -94,35 +94,36 @@ def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
                 answer_text = records.document(parsed, ["{" + config.answer_key + "}"])
             except records.BadRecord as error:
                 raise UserError(f"{file}:{line}: {error}") from None
-            answer = extract(answer_text, config.answer_pattern)
+            answer = last_match(answer_text, config.answer_pattern)
             if answer is None:
-                raise UserError(f"{file}:{line}: {config.answer_pattern!r} finds no answer in {answer_text[-80:]!r}")
+                pattern = f"config.eval.answer_pattern={config.answer_pattern!r}"
+                raise UserError(f"{file}:{line}: {pattern} finds no answer in {answer_text[-80:]!r}")
             questions.append(Question(prompt, answer))
     if not questions:
         raise UserError(f"{path}: no questions")
-    return Questions(questions, config.stops, functools.partial(extract, pattern=config.answer_pattern), operator.eq)
+    return Questions(questions, config.stops, functools.partial(last_match, pattern=config.answer_pattern), operator.eq)
 
 
 def task_questions(
-    name: str, data_dir: str, most: int, exemplars: str | None, tool_use: bool, grader: Grader
+    name: str, data_dir: str, limit: int, exemplars: str | None, tool_use: bool, grader: Grader
 ) -> Questions:
-    """A task of `tasks.TASKS`: few-shot, or with tools and no exemplars.
+    """The questions of a task in `tasks.TASKS`: few-shot, or with tools and no exemplars.
 
     Args:
-      name: of the task.
-      data_dir: where the tasks' files lie.
-      most: items to take, the first ones; 0: all.
-      exemplars: file of exemplars in place of the task's own.
+      name: a key of `tasks.TASKS`.
+      data_dir: folder of the tasks' files.
+      limit: number of items to take from the start; 0: all.
+      exemplars: file of exemplars to use instead of the task's own; None: the task's own.
       tool_use: see AnswerConfig.
-      grader: that compares answers.
+      grader: compares the answers.
 
     Raises:
-      UserError: a file is missing or bad.
+      UserError: the task is unknown, or a file is missing or bad.
     """
     if name not in TASKS:
-        raise UserError(f"config.eval.tasks: {name!r} is none of {', '.join(TASKS)}")
+        raise UserError(f"config.eval.tasks: {name!r} is not one of {', '.join(TASKS)}")
     task = TASKS[name]
-    items = read_items(name, data_dir)[: most or None]
+    items = read_items(name, data_dir)[: limit or None]
     if tool_use:
         prompts = [ROLE_TEMPLATES["user"].format(content=item.question) for item in items]
     else:
@@ -146,11 +147,11 @@ def answer_all(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Answers questions, but for those whose index is in `answered`, in the order in which the answers end.
+    """Answers the questions, except those whose index is in `answered`, and grades each answer.
 
     Yields:
-      For each question its index, its prompt, the generation, the extracted and the right answer, and whether they are
-      equal.
+      One dict for each question, in the order in which the generations end: its index, its prompt, the generation, the
+      extracted answer, the right answer, and whether the two are equal.
     """
     items = questions.items
     requests = [(index, item.prompt) for index, item in enumerate(items) if index not in answered]
@@ -172,15 +173,15 @@ def answer_all(
 
 
 def accuracy(results: Sequence[dict[str, Any]]) -> float:
-    """Share of the results that are correct."""
+    """The fraction of results that are correct."""
     return sum(result["correct"] for result in results) / len(results)
 
 
 def read_answered(path: pathlib.Path, questions: Questions) -> list[dict[str, Any]]:
-    """The items that an interrupted evaluation wrote. What was cut short is left out.
+    """The graded items that an interrupted evaluation wrote, without a last line that was cut short.
 
     Raises:
-      UserError: the file is of other questions.
+      UserError: the file holds answers to other questions.
     """
     items = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
@@ -190,5 +191,5 @@ def read_answered(path: pathlib.Path, questions: Questions) -> list[dict[str, An
             break
     prompts = dict(enumerate(question.prompt for question in questions.items))
     if any(prompts.get(item.get("index")) != item["prompt"] for item in items):
-        raise UserError(f"{path} is of other questions; choose another --output")
+        raise UserError(f"{path} holds answers to other questions; choose another --output")
     return items

@@ -1,4 +1,4 @@
-"""Held-out loss and answer accuracy of a model, during training and after it."""
+"""Measure a model's held-out loss and answer accuracy, during training or afterwards."""
 
 import contextlib
 import itertools
@@ -39,21 +39,26 @@ from rho1_jax.runtime.sharding import even_rows, local_rows, replicated
 
 
 class Evaluator:
-    """All evaluations that a config names, opened and checked once."""
+    """All evaluations that a config names. Their inputs are opened and checked once."""
 
     def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
-        """Raises UserError where a data set or question file is missing, bad, empty, or of another tokenizer."""
+        """Raises UserError if a data set or question file is missing, bad or empty, or made with another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
         self._batch_size, self._max_rows = even_rows(config.batch_size // config.microbatches), config.eval.rows
         settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
         self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
         if self._answers.tool_use and jax.process_count() > 1:
-            raise UserError("config.eval.tool_use: programs run on one host; evaluate there, without --distributed")
+            raise UserError(
+                "config.eval.tool_use runs programs on one host only: evaluate there, without --distributed"
+            )
         self._rows = {}
         for name, path in parse_named(config.eval.data, "config.eval.data").items():
             store = Store(path)
             if store.tokenizer_fingerprint != tokenizer.fingerprint:
-                raise UserError(f"config.eval.data: {path} was prepared with another tokenizer than the training data")
+                raise UserError(
+                    f"config.eval.data: {path} was prepared with a different tokenizer than the training data; "
+                    "prepare it with the same one"
+                )
             self._rows[name] = store.rows("eval")
         self.questions = {
             name: read_questions(path, self._answers)
@@ -75,13 +80,17 @@ class Evaluator:
     def __call__(
         self, params: Params, temperature: float = 0.0, seed: int = 0, output: pathlib.Path | None = None
     ) -> dict[str, float]:
-        """{"eval/NAME/loss": nats a token, "eval/NAME/accuracy": share of right answers}.
+        """Runs every evaluation.
 
         Args:
-          params: of the model.
-          temperature: of the answers; 0: the likeliest token.
-          seed: of the draws.
-          output: folder for the graded items, NAME.jsonl: written as they come, and those there not answered again.
+          params: the model's parameters.
+          temperature: sampling temperature of the answers; 0: greedy decoding.
+          seed: seed for sampling.
+          output: folder for the graded items, one file NAME.jsonl for each set of questions. Each item is written as
+            soon as it is graded, and items that are already in the file are not answered again.
+
+        Returns:
+          {"eval/NAME/loss": nats per token, "eval/NAME/accuracy": fraction of right answers}.
         """
         metrics = {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
         if self.questions:
@@ -101,7 +110,7 @@ class Evaluator:
         seed: int,
         file: pathlib.Path | None,
     ) -> list[dict[str, Any]]:
-        """The graded items, as `answer_all` yields them, in the order of the questions."""
+        """The graded items that `answer_all` yields, sorted by question."""
         items = read_answered(file, questions) if file else []
         answered = {item["index"] for item in items}
         with contextlib.ExitStack() as stack:
@@ -125,6 +134,7 @@ class Evaluator:
         return items
 
     def _loss(self, params: Params, name: str) -> float:
+        """The mean loss over eligible targets, in nats per token."""
         rows = self._rows[name]
         steps = math.ceil(min(self._max_rows, len(rows)) / self._batch_size)
         batches = itertools.islice(

@@ -1,7 +1,7 @@
-r"""Whether an answer equals the right one: as text, as a number, element by element, or as a formula.
+r"""Compare an answer with the right one: as text, as a number, element by element, or as a formula.
 
-Formulas are compared by math-verify and sympy, in a process of its own that is stopped after a time limit. Nothing of
-a generation is evaluated as code here.
+math-verify and sympy compare formulas in a separate process, which is killed after a time limit. No part of a
+generation is evaluated as code.
 """
 
 import math
@@ -9,14 +9,13 @@ import multiprocessing
 import re
 import resource
 import time
-from types import TracebackType
 from typing import Any
 
 from rho1_jax.runtime.errors import UserError
 
-SECONDS = 5.0  # for one pair of formulas
-MEMORY = 4 << 30  # bytes of address space
-TOLERANCE = 1e-4  # relative, of numbers
+SECONDS = 5.0  # time limit for one pair of formulas
+MEMORY = 4 << 30  # address space of the process, in bytes
+TOLERANCE = 1e-4  # relative, for numbers
 
 _UNITS = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm|textbf)\{[^{}]*\})(?:\^\{?\d\}?)?\s*$")
 _WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
@@ -25,15 +24,15 @@ _SPACES = re.compile(r"(?<!\\)\\[!,;: ]|~")
 _MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}", re.DOTALL)
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _SENTENCE = re.compile(r"[A-Za-z]{5,}")
-_PRODUCT = re.compile(r"(?<=[\d)])\(")  # 10(26) is no call of a function
+_PRODUCT = re.compile(r"(?<=[\d)])\(")  # 10(26) is a product, not a function call
 _NUMBER_AND_WORDS = re.compile(r"(-?[\d.,/]*\d)\s*[A-Za-z][A-Za-z\s]*")
 
 
 def normalize(answer: str) -> str:
-    """An answer in one way of writing: no spaces, dollars, percent or degree signs, units, or size of delimiters."""
+    """An answer in canonical form: no spaces, units, dollar, percent or degree signs, and no \\left or \\right."""
     text = answer.strip().replace("\n", "")
     if "\\begin" not in text:
-        text = text.replace("\\\\", "\\")  # in a matrix it ends a row; elsewhere it was written twice by mistake
+        text = text.replace("\\\\", "\\")  # ends a row in a matrix; elsewhere it is a backslash typed twice
     text = _SPACES.sub("", text)
     text = text.replace("\\left", "").replace("\\right", "").replace("tfrac", "frac").replace("dfrac", "frac")
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
@@ -56,7 +55,7 @@ def normalize(answer: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """The value of a normalized number, simple fraction or LaTeX fraction of numbers; None of anything else."""
+    """The value of a normalized number, or of a fraction of numbers (a/b or LaTeX); None for anything else."""
     fraction = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", text) or re.fullmatch(
         r"(-?)(-?[\d.]+)/(-?[\d.]+)", text
     )
@@ -69,12 +68,12 @@ def number(text: str) -> float | None:
 
 
 def _numbers_equal(answer: float, right: float) -> bool:
-    """Equal within TOLERANCE; a percentage may stand for its share, and the other way round."""
+    """True if equal within TOLERANCE, or if one is the other in percent."""
     return any(math.isclose(answer, value, rel_tol=TOLERANCE) for value in (right, right / 100, right * 100))
 
 
 def _parts(text: str) -> list[str] | None:
-    """The elements of a tuple, interval, list or matrix, None of anything else. Commas in brackets do not divide."""
+    """The elements of a tuple, interval, list or matrix; None for anything else. Nested brackets are not split."""
     matrix = _MATRIX.fullmatch(text)
     if matrix:
         return re.split(r"&|\\\\", matrix[1])
@@ -92,7 +91,7 @@ def _parts(text: str) -> list[str] | None:
 
 
 class Grader:
-    """Compares answers. Holds a process for formulas, which is started anew where it had to be stopped."""
+    """Compares answers. Runs a process that compares formulas, and restarts it after a time-out."""
 
     def __init__(self, seconds: float = SECONDS):
         self._seconds = seconds
@@ -102,16 +101,19 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop()
 
     def equal(self, answer: str | None, right: str, kind: str = "math") -> bool:
-        """Whether an extracted answer is right. None is not; neither is a comparison that takes too long.
+        """True if the answer matches the right one. False for None, and if the comparison times out.
+
+        Args:
+          answer: the extracted answer.
+          right: the right answer.
+          kind: "choice" compares letters, anything else compares formulas and numbers.
 
         Raises:
-          UserError: math-verify is needed and not installed.
+          UserError: math-verify is needed but not installed.
         """
         if answer is None:
             return False
@@ -143,24 +145,22 @@ class Grader:
         try:
             if self._connection.poll(self._seconds):
                 return self._connection.recv()
-        except EOFError:  # it died, of memory for one
+        except EOFError:  # the process died, for example out of memory
             pass
         self._stop()
         return False
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_compare_forever, args=(theirs, self._seconds), daemon=True)
+        self._connection, child_connection = context.Pipe()
+        self._process = context.Process(target=_compare_forever, args=(child_connection, self._seconds), daemon=True)
         self._process.start()
-        theirs.close()
+        child_connection.close()
         try:
-            self._connection.recv()  # it is ready: importing sympy does not count
+            self._connection.recv()  # the process is ready; importing sympy does not count towards the time limit
         except EOFError:
             self._stop()
-            raise UserError(
-                "math-verify, which compares formulas, cannot be imported: install the extra `eval`"
-            ) from None
+            raise UserError("cannot import math-verify, which compares formulas: install the extra `eval`") from None
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -170,21 +170,21 @@ class Grader:
             self._process = None
 
 
-def _allowed(kind: int, most: int) -> int:
-    """A limit of this process, not above the one that it has already."""
+def _capped(kind: int, limit: int) -> int:
+    """The limit, lowered to this process's hard limit if it has one."""
     hard = resource.getrlimit(kind)[1]
-    return most if hard == resource.RLIM_INFINITY else min(most, hard)
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def _compare_forever(connection: Any, seconds: float) -> None:
-    """In the process: answers each pair of formulas with whether they are equal.
+    """The process: receives pairs of formulas and sends back whether they are equal.
 
-    It ends by itself where it computes for longer, should the process that would stop it be gone.
+    A limit on processor time ends it if a comparison takes too long and the parent is no longer there to kill it.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    memory = _allowed(resource.RLIMIT_AS, MEMORY)
-    most_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    memory = _capped(resource.RLIMIT_AS, MEMORY)
+    hard_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     kinds = (LatexExtractionConfig(), ExprExtractionConfig())
     connection.send(True)
@@ -193,12 +193,12 @@ def _compare_forever(connection: Any, seconds: float) -> None:
             pair = connection.recv()
         except EOFError:
             return
-        until = _allowed(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
-        resource.setrlimit(resource.RLIMIT_CPU, (until, most_seconds))
+        cpu_seconds = _capped(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, hard_seconds))
         try:
-            # Its own time limits are signals, which this process, stopped from outside, does not need.
+            # math-verify's own time limits use signals. They are off: the parent kills this process instead.
             products = (_PRODUCT.sub(r" \\cdot (", text) for text in pair)
             answer, right = (parse(f"${text}$", kinds, parsing_timeout=None) for text in products)
             connection.send(bool(verify(right, answer, timeout_seconds=None)))
-        except Exception:  # whatever sympy raises on text that is no formula
+        except Exception:  # sympy raises many kinds of errors on text that is not a formula
             connection.send(False)

@@ -1,6 +1,6 @@
-"""A model for lm-eval, which has the paper's general benchmarks (extra `eval`; no PyTorch).
+"""Run a model under lm-eval, for the paper's general benchmarks (needs the extra `eval`, but no PyTorch).
 
-Shapes: B requests, L tokens, D model width, V vocabulary, c positions of one chunk.
+Shapes: B requests, L tokens, M = L + 1, n chunks, c positions in a chunk, D model width, V vocabulary.
 """
 
 from collections import defaultdict, deque
@@ -22,13 +22,13 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import batch_sharding, even_rows, replicate
 
-LENGTH_MULTIPLE = 64  # lengths are rounded up to this, so that few shapes are compiled
-CHUNK = 64  # positions whose logits exist at once
-MAX_NEW_TOKENS = 256  # where a task says none
+LENGTH_MULTIPLE = 64  # lengths are rounded up to a multiple of this, so that few shapes are compiled
+CHUNK = 64  # positions whose logits are computed at a time
+MAX_NEW_TOKENS = 256  # default for tasks that set no limit
 
 
 class LanguageModel(TemplateLM):
-    """What lm-eval asks of a model, on a mesh, in batches of requests of about the same length."""
+    """The model interface of lm-eval, on a mesh. Requests of similar length are batched together."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
         super().__init__()
@@ -44,11 +44,11 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or EOS where the tokenizer has none."""
+        """The token before a text that has no context: BOS, or EOS if the tokenizer adds no BOS."""
         return (self._tokenizer.prefix() or [self._tokenizer.eos_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, behind BOS unless `add_special_tokens` is False."""
+        """Token ids of a text, after the tokenizer's BOS unless `add_special_tokens` is False."""
         if add_special_tokens is False:
             return self._tokenizer.encode(string)
         return self._tokenizer.encode_prompt(string)
@@ -56,24 +56,24 @@ class LanguageModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives."""
+        """The log-likelihood of each continuation, in nats, and whether greedy decoding would produce it."""
         rows = [(context + continuation)[-self._max_length - 1 :] for _, context, continuation in requests]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         with Progress("loglikelihood", len(rows), unit="requests", leave=False) as progress:
             for start in range(0, len(order), self._batch_size):
                 indices = order[start : start + self._batch_size]
                 scores, greedy = self._scores([rows[index] for index in indices])
                 for row, index in enumerate(indices):
-                    # The scores of a row of n tokens are those of its last n - 1; the continuation is at their end.
+                    # A row of n tokens has n - 1 scores. Those of the continuation come last.
                     end = len(rows[index]) - 1
                     part = slice(max(0, end - len(requests[index][2])), end)
-                    found[index] = (float(scores[row, part].sum()), bool(greedy[row, part].all()))
+                    results[index] = (float(scores[row, part].sum()), bool(greedy[row, part].all()))
                 progress.advance(len(indices))
-        return found
+        return results
 
     def _scores(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of each token after the first, and whether it is the likeliest one: [rows, L] each."""
+        """The log-probability of each token after the first, and whether it is the likeliest: [B, L] each."""
         length = -(-(max(map(len, rows)) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE or LENGTH_MULTIPLE
         tokens_BM = np.zeros((self._batch_size, length + 1), np.int32)
         segment_ids_BM = np.zeros_like(tokens_BM)
@@ -84,7 +84,7 @@ class LanguageModel(TemplateLM):
         return jax.device_get(self._score(self._params, *placed))
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context length; each token is counted once."""
+        """The log-likelihood of whole texts, in nats. Long texts are cut into windows, and each token counts once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -97,27 +97,34 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to one of the request's stop strings, greedy unless its options say otherwise."""
-        alike = defaultdict(list)
+        """Continues each prompt up to one of its stop strings; greedy unless the request's options ask for sampling.
+
+        Raises:
+          UserError: a request asks for as many new tokens as the model's context holds, or more.
+        """
+        groups = defaultdict(list)  # requests that can be decoded together
         for number, request in enumerate(requests):
             options: dict[str, Any] = {**normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS)}
             stops = tuple(stop for stop in options["until"] if stop)
             temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
-            most = options["max_gen_toks"]
-            if most >= self._max_length:
-                raise UserError(f"lm-eval asks for {most} new tokens; the model's context_length is {self._max_length}")
-            alike[stops, most, temperature].append(number)
+            limit = options["max_gen_toks"]
+            if limit >= self._max_length:
+                raise UserError(
+                    f"an lm-eval task asks for {limit} new tokens; the model's context_length is {self._max_length}: "
+                    "lower the task's max_gen_toks"
+                )
+            groups[stops, limit, temperature].append(number)
         texts = [""] * len(requests)
         generator = Generator(self._graphdef, self._params, self._tokenizer, self._batch_size)
         with Progress("generate", len(requests), unit="requests", leave=False) as progress:
-            for (stops, most, temperature), numbers in alike.items():
+            for (stops, limit, temperature), numbers in groups.items():
                 numbers.sort(key=lambda number: -len(requests[number].args[0]))
                 for number, text in generator.run(
                     deque((number, requests[number].args[0]) for number in numbers),
-                    max_new_tokens=most,
+                    max_new_tokens=limit,
                     stops=stops,
                     temperature=temperature,
-                    max_prompt_tokens=self._max_length - most,
+                    max_prompt_tokens=self._max_length - limit,
                 ):
                     texts[number] = text
                     progress.advance(1)
@@ -133,13 +140,13 @@ def _make_score(graphdef: nnx.GraphDef):
         hidden_nBcD = hidden_BLD.reshape(B, L // CHUNK, CHUNK, D).swapaxes(0, 1)
         targets_nBc = tokens_BM[:, 1:].reshape(B, L // CHUNK, CHUNK).swapaxes(0, 1)
 
-        def one(part):
-            hidden_BcD, targets_Bc = part
+        def score_chunk(chunk):
+            hidden_BcD, targets_Bc = chunk
             logits_BcV = jnp.einsum("BcD,VD->BcV", hidden_BcD, output_VD, preferred_element_type=jnp.float32)
             target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
             return target_Bc - jax.nn.logsumexp(logits_BcV, axis=-1), logits_BcV.argmax(axis=-1) == targets_Bc
 
-        found = jax.lax.map(one, (hidden_nBcD, targets_nBc))
-        return jax.tree.map(lambda x_nBc: replicate(x_nBc.swapaxes(0, 1).reshape(B, L)), found)
+        scores_and_greedy = jax.lax.map(score_chunk, (hidden_nBcD, targets_nBc))
+        return jax.tree.map(lambda x_nBc: replicate(x_nBc.swapaxes(0, 1).reshape(B, L)), scores_and_greedy)
 
     return score

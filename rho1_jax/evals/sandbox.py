@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run in a process that can do nothing but compute (see sandbox_child.py)."""
+"""Run programs that a model wrote, in a process that can do nothing but compute (see sandbox_child.py)."""
 
 import json
 import os
@@ -9,34 +9,33 @@ import sys
 import sysconfig
 import tempfile
 import time
-from types import TracebackType
 from typing import Any
 
 from rho1_jax.runtime.errors import UserError
 
-SECONDS = 10.0  # wall time of a program
-MEMORY = 2 << 30  # bytes of address space
-FILE_SIZE = 1 << 20  # bytes of a file in the scratch folder
-MOST_OUTPUT = 100_000  # characters that are kept
-SHOWN_OUTPUT = 400  # characters that the model is shown; longer output loses its middle
+SECONDS = 10.0  # wall-clock limit for one program
+MEMORY = 2 << 30  # address space, in bytes
+FILE_SIZE = 1 << 20  # largest file in the scratch folder, in bytes
+MAX_OUTPUT = 100_000  # characters of output that are kept
+SHOWN_OUTPUT = 400  # characters that the model sees; the middle of longer output is left out
 TIMED_OUT = "TimeoutError: 'Timed Out'\n"
 ENDED = "SystemError: the process ended\n"
 START_SECONDS = 60.0
 
 _CHILD = pathlib.Path(__file__).with_name("sandbox_child.py")
-# Beside the interpreter's own folders: what the dynamic linker and the C library look at.
+# Files that the dynamic linker and the C library read, besides the interpreter's own folders.
 _SYSTEM_FILES = ("/lib", "/lib64", "/usr/lib", "/usr/local/lib", "/etc/ld.so.cache", "/dev/urandom", "/dev/null")
 
 
 def shown(output: str) -> str:
-    """An output as the published transcripts have it: stripped, and of more than 400 characters only both ends."""
+    """Output as in the published transcripts: stripped, and cut to its two ends if it exceeds SHOWN_OUTPUT."""
     output = output.strip()
     half = SHOWN_OUTPUT // 2
     return output if len(output) <= SHOWN_OUTPUT else output[:half] + "..." + output[-half:]
 
 
 class Sandbox:
-    """A process for the programs of one transcript, which see each other's names. Never outlives its `with` block."""
+    """A process for the programs of one transcript, which share their variables. It ends with the `with` block."""
 
     def __init__(self, seconds: float = SECONDS):
         self._seconds = seconds
@@ -46,21 +45,22 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(self, code: str) -> str:
-        """What the program prints, and the value of its last line; the last line of the traceback where it fails.
+        """Runs a program and returns what it prints.
+
+        The value of an expression on the last line is printed, too. If the program fails, the result is the last line
+        of its traceback; if it takes too long or kills the process, it is TIMED_OUT or ENDED.
 
         Raises:
-          UserError: this system cannot confine a process.
+          UserError: this machine cannot confine a process.
         """
         if self._process is None:
             self._start()
         try:
-            return str(self._ask(code, self._seconds).get("output", ""))[:MOST_OUTPUT]
+            return str(self._ask(code, self._seconds).get("output", ""))[:MAX_OUTPUT]
         except (TimeoutError, EOFError) as error:
             self.close()
             return TIMED_OUT if isinstance(error, TimeoutError) else ENDED
@@ -92,7 +92,7 @@ class Sandbox:
             "cpu_seconds": 600,
             "memory": MEMORY,
             "file_size": FILE_SIZE,
-            "most": MOST_OUTPUT,
+            "max_output": MAX_OUTPUT,
         }
         try:
             answer = self._ask(settings, START_SECONDS)
@@ -101,14 +101,14 @@ class Sandbox:
         if "ready" not in answer:
             self.close()
             reason = answer.get("refused", "the process did not start")
-            raise UserError(f"programs cannot be run safely on this machine: {reason}")
+            raise UserError(f"programs cannot be run safely on this machine: {reason}; use another machine")
 
     def _ask(self, message: Any, seconds: float) -> dict[str, Any]:
-        """Sends a line and waits for one.
+        """Sends a message and waits for the answer. Each is one line of JSON.
 
         Raises:
-          TimeoutError: none came in time.
-          EOFError: the process ended, or sent something else.
+          TimeoutError: no answer came in time.
+          EOFError: the process ended, or sent something other than a JSON object.
         """
         deadline = time.monotonic() + seconds
         try:
@@ -122,7 +122,7 @@ class Sandbox:
                 raise TimeoutError
             part = os.read(self._process.stdout.fileno(), 1 << 16)
             received += part
-            if not part or len(received) > 8 * MOST_OUTPUT:
+            if not part or len(received) > 8 * MAX_OUTPUT:
                 raise EOFError
         try:
             answer = json.loads(received)
@@ -133,7 +133,7 @@ class Sandbox:
         return answer
 
     def close(self) -> None:
-        """Ends the process, if there is one, and removes its folder. The next program gets others."""
+        """Kills the process, if it runs, and removes its folder. The next program starts a new one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -1,6 +1,12 @@
-"""The math tasks of Rho-1 (arXiv 2404.07965, section 3.1): where each one's items are, and how a prompt is made of one.
+"""The math tasks of Rho-1 (arXiv 2404.07965, section 3.1): how to read their items and build prompts from them.
 
-The files are laid out as the public math-evaluation-harness has them: DIR/TASK/test.jsonl.
+The files have the layout of the public math-evaluation-harness: DIR/TASK/test.jsonl.
+
+Add a task of your own to `TASKS`, for example in a config file. See `Task` for the fields:
+
+    tasks.TASKS["mine"] = tasks.Task(
+        file="mine/test.jsonl", kind="math", item=lambda record: tasks.Item(record["q"], record["a"]), shots=4
+    )
 """
 
 import ast
@@ -22,40 +28,59 @@ STOPS = ("</s>", "\n\nQuestion:", "\n\nProblem:")
 
 
 class Item(NamedTuple):
-    """A question as it is put, and its right answer."""
+    """A question as the prompt shows it, and its right answer."""
 
     question: str
     answer: str
 
 
 class Exemplar(NamedTuple):
-    """A question with a worked solution, which ends as an answer is expected to."""
+    """A question with a worked solution, which ends in the form that the model's answer should have."""
 
     question: str
     solution: str
 
 
+class PromptForm(NamedTuple):
+    """The text around each question of a prompt: before the question, and between the question and its solution."""
+
+    head: str
+    middle: str
+
+
+QUESTION_ANSWER = PromptForm("Question: ", "\nAnswer: ")
+PROBLEM_SOLUTION = PromptForm("Problem:\n", "\n\nSolution:\n")  # Minerva's prompt for MATH
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Attributes:
-    file: under the data directory; JSON lines, or JSON of {id: record}.
-    kind: how an answer is read, see `extraction.extract`.
-    item: a record as an item.
-    shots: exemplars in a prompt.
-    exemplars: name of the set they come from.
+    """A set of questions with right answers, and how to ask and grade them.
+
+    Attributes:
+      file: path of the items, relative to config.eval.data_dir. Either JSON lines, one record per line; or, if the name
+        ends in .json, one JSON object {id: record}.
+      kind: how answers are extracted and compared. "choice": a letter from A to E. "math": a formula, a number or a
+        short text. See `extraction.extract` and `Grader.equal`.
+      item: turns a record into an Item. It may raise ValueError, KeyError, TypeError, IndexError or AttributeError for
+        a bad record; the user then sees the file, the line and the error.
+      shots: number of exemplars in a prompt; 0: none.
+      exemplars: the set they come from. "gsm8k" and "math" are the sets in lm-eval; any other name stands for the file
+        exemplars/NAME.jsonl in this package. "": the task has no set, and needs --exemplars=TASK=FILE if `shots` > 0.
+      form: the text around each question in a prompt.
     """
 
     file: str
     kind: str
     item: Callable[[Record], Item]
     shots: int
-    exemplars: str
+    exemplars: str = ""
+    form: PromptForm = QUESTION_ANSWER
 
     def prompt(self, question: str, exemplars: list[Exemplar]) -> str:
-        """The exemplars, then the question."""
-        head, middle = ("Problem:\n", "\n\nSolution:\n") if self.exemplars == "math" else ("Question: ", "\nAnswer: ")
-        shown = "".join(f"{head}{exemplar.question}{middle}{exemplar.solution}\n\n" for exemplar in exemplars)
-        return f"{shown}{head}{question}{middle}".rstrip(" ")
+        """A few-shot prompt: the exemplars, then the question. It does not end in a space."""
+        head, middle = self.form
+        shots = "".join(f"{head}{exemplar.question}{middle}{exemplar.solution}\n\n" for exemplar in exemplars)
+        return f"{shots}{head}{question}{middle}".rstrip(" ")
 
 
 def _gsm8k(record: Record) -> Item:
@@ -65,7 +90,7 @@ def _gsm8k(record: Record) -> Item:
 def _math(record: Record) -> Item:
     boxed = record["answer"] if "answer" in record else last_boxed(record["solution"])
     if boxed is None:
-        raise ValueError("the solution has no box")
+        raise ValueError("the solution has no boxed answer")
     return Item(record["problem"], boxed)
 
 
@@ -121,8 +146,8 @@ def _number(value: float) -> str:
 
 TASKS = {
     "gsm8k": Task("gsm8k/test.jsonl", "math", _gsm8k, 8, "gsm8k"),
-    "math": Task("math/test.jsonl", "math", _math, 4, "math"),
-    "math_oai": Task("math_oai/test.jsonl", "math", _math, 4, "math"),
+    "math": Task("math/test.jsonl", "math", _math, 4, "math", PROBLEM_SOLUTION),
+    "math_oai": Task("math_oai/test.jsonl", "math", _math, 4, "math", PROBLEM_SOLUTION),
     "svamp": Task("svamp/test.jsonl", "math", _svamp, 8, "gsm8k"),
     "asdiv": Task("asdiv/test.jsonl", "math", _asdiv, 8, "gsm8k"),
     "mawps": Task("mawps/test.jsonl", "math", _with_target, 8, "gsm8k"),
@@ -138,59 +163,73 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
     """All items of a task.
 
     Raises:
-      UserError: with file and line, where the file is missing or empty or a record is not of the task's form.
+      UserError: the file is missing or empty, or a record does not fit the task (the message names file and line).
     """
     task, items = TASKS[name], []
     path = pathlib.Path(data_dir) / task.file
     if not path.is_file():
-        raise UserError(f"{path}: no such file; task {name} is read from there")
+        raise UserError(f"{path}: no such file; task {name} reads its items from it (see config.eval.data_dir)")
     text = path.read_text(encoding="utf-8")
     try:
         records = list(json.loads(text).values()) if path.suffix == ".json" else None
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not JSON of {{id: record}}: {error}") from None
+        raise UserError(f"{path}: not a JSON object {{id: record}}: {error}") from None
     lines = text.split("\n") if records is None else records
     for number, line in enumerate(lines, start=1):
         if line:
             try:
                 items.append(task.item(json.loads(line) if records is None else line))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(f"{path}:{number}: no record of task {name}: {error!r}") from None
+                raise UserError(f"{path}:{number}: not a record of task {name}: {error!r}") from None
     if not items:
-        raise UserError(f"{path}: no records of task {name}")
+        raise UserError(f"{path}: holds no records for task {name}")
     return items
 
 
 def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
-    """A task's exemplars: those of a file of {"question", "solution"} lines, of lm-eval, or of this package.
+    """The exemplars of a task.
+
+    Args:
+      name: a key of `TASKS`.
+      file: JSON lines of {"question", "solution"} to use instead of the task's own exemplars; None: the task's own.
 
     Raises:
-      UserError: lm-eval is not installed where it has them, or the file is bad or too short.
+      UserError: the task has no exemplars of its own, they need lm-eval and it is not installed, or the file is
+        missing, bad or too short.
     """
-    task = TASKS[name]
+    task, option = TASKS[name], f"--exemplars={name}=FILE"
+    if not file and not task.exemplars:
+        if task.shots:
+            raise UserError(f"task {name} has no exemplars of its own and needs {task.shots}; give {option}")
+        return []
     try:
         if file:
-            lines = pathlib.Path(file).read_text(encoding="utf-8").split("\n")
-            found = [Exemplar(**json.loads(line)) for line in lines if line]
+            exemplars = _parse_exemplars(pathlib.Path(file).read_text(encoding="utf-8"))
         elif task.exemplars == "gsm8k":
-            found = _gsm8k_exemplars()
+            exemplars = _gsm8k_exemplars()
         elif task.exemplars == "math":
             utils = importlib.import_module("lm_eval.tasks.minerva_math.utils")
-            found = [Exemplar(shot["problem"], shot["solution"]) for shot in utils.list_fewshot_samples()]
+            exemplars = [Exemplar(shot["problem"], shot["solution"]) for shot in utils.list_fewshot_samples()]
         else:
-            ours = importlib.resources.files("rho1_jax.evals") / "exemplars" / f"{task.exemplars}.jsonl"
-            found = [Exemplar(**json.loads(line)) for line in ours.read_text(encoding="utf-8").split("\n") if line]
+            path = importlib.resources.files("rho1_jax.evals") / "exemplars" / f"{task.exemplars}.jsonl"
+            exemplars = _parse_exemplars(path.read_text(encoding="utf-8"))
     except ModuleNotFoundError as error:
-        raise UserError(f"task {name}: {error}; install the extra `eval`, or give --exemplars={name}=FILE") from None
+        raise UserError(f"task {name}: {error}; install the extra `eval`, or give {option}") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--exemplars={name}={file}: {error}") from None
-    if len(found) < task.shots:
-        raise UserError(f"task {name} needs {task.shots} exemplars; {file or task.exemplars} has {len(found)}")
-    return found[: task.shots]
+        if file:
+            raise UserError(f"--exemplars={name}={file}: {error}") from None
+        raise UserError(f"task {name}: no exemplars {task.exemplars!r}: {error}; give {option}") from None
+    if len(exemplars) < task.shots:
+        raise UserError(f"task {name} needs {task.shots} exemplars; {file or task.exemplars} has only {len(exemplars)}")
+    return exemplars[: task.shots]
+
+
+def _parse_exemplars(text: str) -> list[Exemplar]:
+    return [Exemplar(**json.loads(line)) for line in text.split("\n") if line]
 
 
 def _gsm8k_exemplars() -> list[Exemplar]:
-    import yaml  # comes with lm-eval
+    import yaml  # installed with lm-eval
 
     path = importlib.resources.files("lm_eval") / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
     samples = yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]

@@ -1,4 +1,4 @@
-"""Generation in which the model writes programs, has them run, and reads their output (ToRA, arXiv 2309.17452)."""
+"""Generate with tools: the model writes programs, and sees what they print (ToRA, arXiv 2309.17452)."""
 
 import os
 import re
@@ -10,25 +10,25 @@ from typing import Any
 from rho1_jax.evals.sandbox import Sandbox, shown
 from rho1_jax.models.generation import Generator, Request
 
-ROUNDS = 4  # programs of one answer, at most
+ROUNDS = 4  # most programs that are run for one answer
 OUTPUT = "```output"
 _PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def program_at_end(text: str) -> str | None:
-    """The program of a block that a text ends with, None where it ends otherwise."""
+    """The program in the code block at the end of a text; None if the text does not end in one."""
     programs = _PROGRAM.findall(text)
     return programs[-1] if programs and text.rstrip().endswith("```") else None
 
 
 class _Transcript:
-    """A prompt, what followed, and the sandbox that its programs share."""
+    """A prompt, the text generated after it, and the sandbox that its programs share."""
 
     def __init__(self, prompt: str):
         self.prompt, self.text, self.programs, self.box = prompt, "", 0, Sandbox()
 
     def run(self, program: str) -> None:
-        """Runs a program and adds what it showed."""
+        """Runs a program and appends its output to the text."""
         self.programs += 1
         ending = "" if self.text.endswith("\n") else "\n"
         self.text += f"{ending}{OUTPUT}\n{shown(self.box.run(program))}\n```\n"
@@ -37,20 +37,23 @@ class _Transcript:
 def run_with_tools(
     generator: Generator, requests: Sequence[Request], stops: Sequence[str], **options: Any
 ) -> Iterator[Request]:
-    """Continues prompts, running the programs on the way, ROUNDS of each at most, while others are continued.
+    """Continues prompts and runs the programs that the model writes, at most ROUNDS for each prompt.
+
+    A program runs in the background while the generator works on other prompts. The programs of one transcript share
+    their variables.
 
     Args:
-      generator: continues a prompt until one of some stop strings, which is not part of what it gives.
-      requests: numbers and prompts.
+      generator: continues prompts; a stop string is not part of the continuation.
+      requests: (number, prompt) pairs.
       stops: strings that end an answer.
-      options: for the generator.
+      options: further arguments of `Generator.run`.
 
     Yields:
-      Number and transcript without its prompt, as each ends: text, programs and their outputs. Programs of one
-      transcript see the names of those before.
+      (number, transcript) as each one ends. A transcript holds the model's text, its programs and their output, but
+      not the prompt.
 
     Raises:
-      UserError: this system cannot confine a process.
+      UserError: this machine cannot confine a process.
     """
     transcripts = {number: _Transcript(prompt) for number, prompt in requests}
     waiting: deque[Request] = deque(requests)
@@ -60,7 +63,7 @@ def run_with_tools(
         def read_outputs(done: set[Future]) -> None:
             for future in done:
                 number = running.pop(future)
-                future.result()  # raises what it raised
+                future.result()  # raises the error of the program's thread, if any
                 waiting.append((number, transcripts[number].prompt + transcripts[number].text))
 
         try:

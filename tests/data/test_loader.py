@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step), the same for any number of hosts."""
+"""Batches are a pure function of (seed, step) and do not depend on the number of hosts."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def take(stores, weights, count, *, first_step=0, rows=range(8), seed=0, batch_s
 
 @pytest.fixture(scope="module")
 def other_data(tokenizer, tmp_path_factory):
-    """A second data set, every document of which begins with "Other"."""
+    """A second data set. All its documents begin with "Other"."""
     directory = tmp_path_factory.mktemp("other")
     corpus = write_jsonl(directory / "other.jsonl", [f"Other text number {n}, quite another" for n in range(60)])
     prepare([corpus], tokenizer, directory / "rows", OPTIONS, workers=1)
@@ -36,31 +36,31 @@ def other_data(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("rows", [range(4), range(4, 8), [0, 1, 6, 7], [5]])
-def test_a_host_reads_its_rows_of_each_batch(data, other_data, rows):
+def test_host_reads_its_rows_of_each_batch(data, other_data, rows):
     stores, weights = open_mixture(f"{data}:3,{other_data}:1")
     whole = take(stores, weights, 5, first_step=2)
-    for mine, batch in zip(take(stores, weights, 5, first_step=2, rows=rows), whole):
-        np.testing.assert_array_equal(mine, batch[list(rows)])
+    for local, batch in zip(take(stores, weights, 5, first_step=2, rows=rows), whole):
+        np.testing.assert_array_equal(local, batch[list(rows)])
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_a_batch_lies_on_the_devices_row_by_row(sizes):
+def test_to_devices_shards_a_batch_by_row(sizes):
     mesh = make_mesh(*sizes)
-    np.testing.assert_array_equal(local_rows(mesh, 16), np.arange(16))  # one process has them all
+    np.testing.assert_array_equal(local_rows(mesh, 16), np.arange(16))  # a single process holds all rows
     batch = random_batch(16, 5)
     placed = to_devices(batch, mesh, 16)
     np.testing.assert_array_equal(placed.tokens, batch.tokens)
     assert placed.segment_ids.sharding == batch_sharding(mesh)
 
 
-def test_a_step_needs_no_earlier_one(data):
+def test_batches_can_start_at_any_step(data):
     stores, weights = open_mixture(str(data))
     whole = take(stores, weights, 12)
     np.testing.assert_array_equal(take(stores, weights, 3, first_step=9), whole[9:])
     assert (take(stores, weights, 1, seed=1)[0] != whole[0]).any()
 
 
-def test_each_epoch_has_every_row_once_in_another_order(data):
+def test_each_epoch_has_every_row_once_in_a_new_order(data):
     stores, weights = open_mixture(str(data))
     rows = Store(data).rows("train")
     count = len(rows)
@@ -71,7 +71,7 @@ def test_each_epoch_has_every_row_once_in_another_order(data):
     assert epochs[0] != epochs[1]
 
 
-def test_mixture_follows_the_weights(data, other_data):
+def test_mixture_follows_its_weights(data, other_data):
     stores, weights = open_mixture(f"{data}:3,{other_data}:1")
     other = {
         tuple(row["tokens"].tolist())
@@ -82,15 +82,15 @@ def test_mixture_follows_the_weights(data, other_data):
     assert abs(share - 0.25) < 0.02
 
 
-def test_eval_batches_hold_every_row_once_whatever_the_hosts(data):
+def test_eval_batches_hold_every_row_once_for_any_hosts(data):
     rows = Store(data).rows("eval")
     for parts in ([range(8)], [[0, 1, 6, 7], [2, 3, 4, 5]]):
-        found = []
+        read = []
         for part in parts:
             for batch in eval_batches(rows, 8, np.array(part)):
                 assert batch.tokens.shape == (len(part), 17)
-                found += batch.tokens[batch.segment_ids.any(axis=1)].tolist()
-        assert sorted(found) == sorted(rows[i]["tokens"].tolist() for i in range(len(rows)))
+                read += batch.tokens[batch.segment_ids.any(axis=1)].tolist()
+        assert sorted(read) == sorted(rows[i]["tokens"].tolist() for i in range(len(rows)))
 
 
 def test_parse_mixture():
@@ -101,7 +101,7 @@ def test_parse_mixture():
             parse_mixture(text)
 
 
-def test_data_sets_that_do_not_go_together_are_refused(data, tokenizer, corpus, tmp_path):
+def test_incompatible_data_sets_are_refused(data, tokenizer, corpus, tmp_path):
     prepare([corpus], tokenizer, tmp_path / "longer", Options(**OPTIONS.__dict__ | {"seq_len": 32}), workers=1)
     with pytest.raises(UserError, match="rows of 32 tokens, .* of 16"):
         open_mixture(f"{data},{tmp_path / 'longer'}")
@@ -109,7 +109,7 @@ def test_data_sets_that_do_not_go_together_are_refused(data, tokenizer, corpus, 
         open_mixture(f"{data},{tmp_path / 'nothing'}")
 
 
-def test_a_split_that_is_not_there_is_named(tokenizer, corpus, tmp_path):
+def test_missing_split_is_reported(tokenizer, corpus, tmp_path):
     prepare([corpus], tokenizer, tmp_path / "all", Options(**OPTIONS.__dict__ | {"eval_fraction": 0.0}), workers=1)
-    with pytest.raises(UserError, match="no 'eval' split"):
+    with pytest.raises(UserError, match="all has no 'eval' split"):
         Store(tmp_path / "all").rows("eval")

@@ -1,4 +1,4 @@
-"""Rows against a plain loop over the stream."""
+"""Pack documents into rows, and compare with a plain loop over the stream."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,9 @@ def documents(seed, count):
 def as_batches(docs, sizes):
     start = 0
     for size in sizes:
-        chosen = docs[start : start + size]
+        part = docs[start : start + size]
         start += size
-        yield Documents(
-            np.array([t for d in chosen for t in d], np.int32), np.array([len(d) for d in chosen], np.int64)
-        )
+        yield Documents(np.array([t for d in part for t in d], np.int32), np.array([len(d) for d in part], np.int64))
 
 
 def rows_of(docs, sizes, seq_len):
@@ -29,7 +27,7 @@ def rows_of(docs, sizes, seq_len):
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 500])
-def test_every_corpus_token_is_a_target_exactly_once_and_in_order(seq_len):
+def test_every_token_is_a_target_once_and_in_order(seq_len):
     docs = documents(0, 40)
     tokens, segment_ids = rows_of(docs, [40], seq_len)
     targets = tokens[:, 1:][segment_ids[:, 1:] != 0]
@@ -46,9 +44,9 @@ def test_segments_follow_documents_and_start_at_one():
     np.testing.assert_array_equal(segment_ids, [[1, 2, 2, 2, 3], [1, 1, 2, 2, 2], [1, 1, 0, 0, 0]])
 
 
-def test_how_documents_arrive_does_not_matter():
+def test_rows_do_not_depend_on_batches_of_documents():
     docs = documents(1, 30)
     whole = rows_of(docs, [30], 8)
     for sizes in ([1] * 30, [10, 0, 20], [29, 1]):
-        for ours, expected in zip(rows_of(docs, sizes, 8), whole):
-            np.testing.assert_array_equal(ours, expected)
+        for array, expected in zip(rows_of(docs, sizes, 8), whole):
+            np.testing.assert_array_equal(array, expected)

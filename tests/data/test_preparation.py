@@ -1,8 +1,9 @@
-"""Text files to data sets: formats, bad records, interruption."""
+"""Prepare data sets from text files: formats, bad records, interrupted runs."""
 
 import gzip
 import json
 import pathlib
+import re
 
 import numpy as np
 import pyarrow
@@ -50,12 +51,12 @@ def write_parquet(path):
 
 
 @pytest.mark.parametrize("write", [write_plain, write_gzip, write_zstd, write_parquet])
-def test_every_format_gives_the_same_documents(write, tokenizer, tmp_path):
+def test_all_formats_give_the_same_documents(write, tokenizer, tmp_path):
     prepare([write(tmp_path / "corpus")], tokenizer, tmp_path / "out", options(), workers=1)
     assert texts_of(Store(tmp_path / "out"), tokenizer) == TEXTS
 
 
-def test_plain_text_files_are_a_document_each(tokenizer, tmp_path):
+def test_plain_text_file_is_one_document(tokenizer, tmp_path):
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text)
     files = records.expand([str(tmp_path / "*.txt")])
@@ -63,18 +64,18 @@ def test_plain_text_files_are_a_document_each(tokenizer, tmp_path):
     assert texts_of(Store(tmp_path / "out"), tokenizer) == TEXTS
 
 
-def test_the_first_template_that_fits_joins_a_records_keys(tokenizer, tmp_path):
+def test_first_template_whose_keys_exist_is_used(tokenizer, tmp_path):
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"question": "2+2?", "answer": "4", "text": "x"}\n{"text": "y"}\n')
     templates = records.parse_templates("unused", [r"{question}\n{answer}", "{text}"])
     prepare([path], tokenizer, tmp_path / "out", options(templates=templates), workers=1)
     assert texts_of(Store(tmp_path / "out"), tokenizer) == ["2+2?\n4", "y"]
     assert records.parse_templates("body", []) == ("{body}",)
-    with pytest.raises(records.BadRecord, match="lacks the key 'question', 'answer' nor 'text'; it has 'body'"):
+    with pytest.raises(records.BadRecord, match="missing keys: needs 'question' and 'answer', or 'text'; has 'body'"):
         records.document({"body": "z"}, templates)
 
 
-def test_manifest_counts_and_held_out_documents_are_disjoint(data, tokenizer, corpus):
+def test_manifest_counts_and_splits_are_disjoint(data, tokenizer, corpus):
     store = Store(data)
     manifest, texts = store.manifest, [json.loads(line)["text"] for line in corpus.open()]
     train, held_out = texts_of(store, tokenizer), texts_of(store, tokenizer, "eval")
@@ -86,7 +87,7 @@ def test_manifest_counts_and_held_out_documents_are_disjoint(data, tokenizer, co
     assert manifest["tokenizer_fingerprint"] == tokenizer.fingerprint == store.tokenizer().fingerprint
 
 
-def test_fingerprint_covers_tokenizer_options_and_inputs(tokenizer, tmp_path):
+def test_fingerprint_covers_options_and_inputs(tokenizer, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = preparation.describe([file], tokenizer, options())["fingerprint"]
     assert first == preparation.describe([file], tokenizer, options())["fingerprint"]
@@ -97,7 +98,7 @@ def test_fingerprint_covers_tokenizer_options_and_inputs(tokenizer, tmp_path):
 
 BAD_LINES = {
     b'{"text": "cut': "not JSON",
-    b'{"other": "x"}': "lacks the key 'text'",
+    b'{"other": "x"}': "missing keys: needs 'text'; has 'other'",
     b'{"text": 7}': "holds int, not text",
     b'{"text": "\xff"}': "not UTF-8",
     b'["text"]': "a JSON list, not an object",
@@ -106,22 +107,22 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_record_is_reported_with_file_and_line_and_leaves_nothing(line, tokenizer, tmp_path, capsys):
+def test_bad_record_is_reported_and_nothing_is_written(line, tokenizer, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}\n')
-    with pytest.raises(UserError, match="1 bad of 3 records"):
+    with pytest.raises(UserError, match="1 of 3 records are bad"):
         prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
     assert f"{path}:3: " in (reported := capsys.readouterr().err) and BAD_LINES[line] in reported
     assert [child.name for child in tmp_path.iterdir()] == ["bad.jsonl"]
-    # As many as are put up with are left out and counted.
+    # Bad records within the limit are left out and counted.
     manifest = prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.34), workers=1)
     assert (manifest["documents"], manifest["bad_records"]) == (2, 1)
 
 
-def test_more_bad_records_than_allowed_is_an_error(tokenizer, tmp_path):
+def test_too_many_bad_records_are_an_error(tokenizer, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n{}\n{}\n')
-    with pytest.raises(UserError, match="2 bad of 3 records, more than --max_bad_fraction=0.5"):
+    with pytest.raises(UserError, match="2 of 3 records are bad, more than --max_bad_fraction=0.5 allows"):
         prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.5), workers=1)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -138,9 +139,9 @@ def rows_bytes(store):
     ]
 
 
-def test_interrupted_and_started_again_it_continues(corpus, tokenizer, data, tmp_path, small_chunks, monkeypatch):
-    """The second start tokenizes only what is missing, and the rows are those of a run in one go."""
-    output, saved = tmp_path / "out", []
+def test_interrupted_run_resumes(corpus, tokenizer, data, tmp_path, small_chunks, monkeypatch):
+    """The second run tokenizes only the missing chunk, and its rows equal those of an uninterrupted run."""
+    output, loaded = tmp_path / "out", []
     real = preparation.Chunk.load
     monkeypatch.setattr(preparation, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -153,17 +154,17 @@ def test_interrupted_and_started_again_it_continues(corpus, tokenizer, data, tmp
     kept = {path: path.stat().st_mtime_ns for path in chunks if path.exists()}
 
     def load(path):
-        saved.append((path, path.stat().st_mtime_ns))
+        loaded.append((path, path.stat().st_mtime_ns))
         return real(path)
 
     monkeypatch.setattr(preparation.Chunk, "load", load)
     prepare([corpus], tokenizer, output, OPTIONS, workers=1)
-    assert kept.items() <= set(saved)
+    assert kept.items() <= set(loaded)
     assert rows_bytes(Store(output)) == rows_bytes(Store(data))
     assert Store(output).fingerprint == Store(data).fingerprint
 
 
-def test_other_inputs_do_not_continue_from_old_chunks(tokenizer, tmp_path, monkeypatch):
+def test_changed_inputs_do_not_resume_from_old_chunks(tokenizer, tmp_path, monkeypatch):
     file, output = write_jsonl(tmp_path / "a.jsonl", ["old text"]), tmp_path / "out"
     monkeypatch.setattr(preparation, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -174,12 +175,12 @@ def test_other_inputs_do_not_continue_from_old_chunks(tokenizer, tmp_path, monke
     assert texts_of(Store(output), tokenizer) == TEXTS
 
 
-def test_several_workers_give_the_same_rows(corpus, tokenizer, data, tmp_path, small_chunks):
+def test_number_of_workers_does_not_change_the_rows(corpus, tokenizer, data, tmp_path, small_chunks):
     prepare([corpus], tokenizer, tmp_path / "out", OPTIONS, workers=3)
     assert rows_bytes(Store(tmp_path / "out")) == rows_bytes(Store(data))
 
 
-def test_an_existing_data_set_is_kept_and_another_is_not_overwritten(corpus, tokenizer, data):
+def test_existing_data_set_is_kept(corpus, tokenizer, data):
     before = (data / "manifest.json").stat().st_mtime_ns
     assert prepare([corpus], tokenizer, data, OPTIONS, workers=1) == Store(data).manifest
     with pytest.raises(UserError, match="made with other options"):
@@ -187,16 +188,16 @@ def test_an_existing_data_set_is_kept_and_another_is_not_overwritten(corpus, tok
     assert (data / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_inputs_that_are_not_there_or_not_known(tmp_path):
+def test_missing_file_and_unknown_file_type(tmp_path):
     with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
         records.expand([str(tmp_path / "nowhere.jsonl")])
     (tmp_path / "a.doc").write_text("x")
-    with pytest.raises(UserError, match="a.doc: unknown kind of file"):
+    with pytest.raises(UserError, match="a.doc: unknown file type"):
         records.expand([str(tmp_path / "*")])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_a_damaged_file_is_named(suffix, tokenizer, tmp_path):
+def test_truncated_file_is_reported(suffix, tokenizer, tmp_path):
     path = tmp_path / f"a{suffix}"
     whole = {".jsonl.gz": write_gzip, ".jsonl.zst": write_zstd, ".parquet": write_parquet}[suffix](tmp_path / "b")
     path.write_bytes(whole.read_bytes()[:-9])
@@ -206,8 +207,8 @@ def test_a_damaged_file_is_named(suffix, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("text_template", ["no keys", "{0}", "{a.b}", "{open"])
-def test_a_template_without_plain_keys_is_refused(text_template):
-    with pytest.raises(UserError, match="text_template"):
+def test_template_without_plain_keys_is_refused(text_template):
+    with pytest.raises(UserError, match=f"text template {re.escape(repr(text_template))}: "):
         records.parse_templates("text", [text_template])
 
 
@@ -218,7 +219,7 @@ def test_tokenizer_is_lossless_and_splits_digits_and_lines(tokenizer):
     assert tokenizer.encode("a\nb") == [*tokenizer.encode("a\n"), *tokenizer.encode("b")]
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+def test_file_that_is_not_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such tokenizer"):
         Tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_text("not a model")
@@ -226,7 +227,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(pathlib.Path(tmp_path / "bad.model"))
 
 
-def test_documents_begin_with_bos_where_the_tokenizers_files_say_so(corpus, tokenizer, tmp_path):
+def test_documents_begin_with_bos_if_the_tokenizer_adds_it(corpus, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "bos")
     (tmp_path / "bos" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     path = write_jsonl(tmp_path / "some.jsonl", TEXTS)
@@ -235,5 +236,5 @@ def test_documents_begin_with_bos_where_the_tokenizers_files_say_so(corpus, toke
     row = Store(tmp_path / "rows").rows("train")[0]
     expected = [[1, *tokenizer.encode(text), tokenizer.eos_id] for text in TEXTS]
     assert row["tokens"][1:][row["segment_ids"][1:] != 0].tolist() == [token for ids in expected for token in ids]
-    # The first word of each is a target: its input is BOS, of the same document.
+    # The first word of each document is a target: its input is the BOS of the same document.
     assert [row["segment_ids"][1:].tolist().count(number) for number in (2, 3, 4)] == [len(ids) for ids in expected]

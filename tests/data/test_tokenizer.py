@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer against the libraries themselves, the SentencePiece one with a published model."""
+"""Compare both kinds of tokenizer with their libraries; the SentencePiece model is a published one."""
 
 import importlib.resources
 import itertools
@@ -24,13 +24,13 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def mistral() -> pathlib.Path:
-    """Mistral 7B's SentencePiece model, as its publisher's package carries it."""
+    """Mistral 7B's SentencePiece model, from its publisher's package."""
     return pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
 
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory) -> pathlib.Path:
-    """A folder with a byte-level tokenizer.json, BOS put in front by its template, as Llama 3's are."""
+    """A folder with a byte-level tokenizer.json whose template adds BOS, as in Llama 3."""
     folder = tmp_path_factory.mktemp("byte_level")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,35 +52,35 @@ def write(path: pathlib.Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-def test_the_published_model_gives_what_sentencepiece_gives(mistral):
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(mistral))
+def test_sentencepiece_model_matches_the_library(mistral):
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(mistral))
     ours = Tokenizer(mistral)
     assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (32_000, 2, None)
     for text in TEXTS:
-        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text) == expected.encode(text)
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_the_json_model_gives_what_the_library_gives(byte_level):
-    theirs = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+def test_json_model_matches_the_library(byte_level):
+    expected = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     ours = Tokenizer(byte_level)
-    assert ours.vocab_size == theirs.get_vocab_size()
-    assert (ours.bos_id, ours.eos_id) == (theirs.token_to_id("<|begin|>"), theirs.token_to_id("<|end|>"))
+    assert ours.vocab_size == expected.get_vocab_size()
+    assert (ours.bos_id, ours.eos_id) == (expected.token_to_id("<|begin|>"), expected.token_to_id("<|end|>"))
     for text in TEXTS:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.encode_prompt(text) == theirs.encode(text).ids
+        assert ours.encode(text) == expected.encode(text, add_special_tokens=False).ids
+        assert ours.encode_prompt(text) == expected.encode(text).ids
         assert ours.decode(ours.encode_prompt(text)) == text
     assert ours.pieces(ours.encode(" two")) != [] and "".join(ours.pieces(ours.encode(" two"))) == " two"
 
 
-def test_a_special_token_in_a_text_is_text(byte_level, mistral):
+def test_special_token_in_a_text_is_ordinary_text(byte_level, mistral):
     for path, special in ((byte_level, "<|end|>"), (mistral, "</s>")):
         tokenizer = Tokenizer(path)
         ids = tokenizer.encode(f"a{special}b")
         assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == f"a{special}b"
 
 
-def test_spans_are_the_characters_of_each_token(byte_level, mistral):
+def test_spans_cover_the_characters_of_each_token(byte_level, mistral):
     for path in (byte_level, mistral):
         tokenizer = Tokenizer(path)
         for text in TEXTS:
@@ -100,7 +100,7 @@ def test_spans_are_the_characters_of_each_token(byte_level, mistral):
         ({"add_bos_token": True}, True),
     ],
 )
-def test_bos_is_put_in_front_where_the_files_say_so(mistral, tmp_path, settings, has_bos):
+def test_bos_is_added_if_the_settings_say_so(mistral, tmp_path, settings, has_bos):
     shutil.copyfile(mistral, tmp_path / "tokenizer.model")
     if settings is not None:
         write(tmp_path / "tokenizer_config.json", settings)
@@ -109,7 +109,7 @@ def test_bos_is_put_in_front_where_the_files_say_so(mistral, tmp_path, settings,
     assert tokenizer.encode_prompt("x")[0] == (1 if has_bos else tokenizer.encode("x")[0])
 
 
-def test_the_end_token_from_the_models_config(byte_level, tmp_path):
+def test_eos_from_the_model_config(byte_level, tmp_path):
     shutil.copyfile(byte_level / "tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         Tokenizer(tmp_path)
@@ -120,7 +120,7 @@ def test_the_end_token_from_the_models_config(byte_level, tmp_path):
     assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
-def test_a_saved_tokenizer_is_the_same_and_another_end_token_another(byte_level, mistral, tmp_path):
+def test_fingerprint_survives_saving_and_depends_on_eos(byte_level, mistral, tmp_path):
     for number, path in enumerate((byte_level, mistral)):
         Tokenizer(path).save(tmp_path / str(number))
         assert Tokenizer(tmp_path / str(number)).fingerprint == Tokenizer(path).fingerprint
@@ -136,7 +136,7 @@ def test_a_saved_tokenizer_is_the_same_and_another_end_token_another(byte_level,
         ("other.txt", "", "holds neither tokenizer.json nor tokenizer.model"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tmp_path, name, content, message):
+def test_invalid_tokenizer_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         Tokenizer(tmp_path)

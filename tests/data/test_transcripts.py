@@ -1,4 +1,4 @@
-"""What of a conversation is trained on: the responses, without the tool's output."""
+"""Only the responses of a conversation are trained on, without tool output."""
 
 import json
 
@@ -34,22 +34,22 @@ def trained_text(record, **changes):
     ]
 
 
-def test_messages_are_trained_on_where_the_assistant_speaks():
+def test_only_the_assistants_text_is_trained_on():
     first, second = exchanges({"messages": MESSAGES}, Transcripts())
     assert first.text == (f"Be brief.\n\n<|user|>\n6 times 7?\n<|assistant|>\n{CODE}```output\n42\n```\nIt is 42.\n")
     assert second.text == "<|user|>\nThanks.\n<|assistant|>\nBye.\n"
-    # The model asks for the output; the output and the end of its block are the tool's.
+    # The model opens the output block. The output and the end of the block come from the tool.
     assert trained_text({"messages": MESSAGES}) == [[CODE, "```output\n", "It is 42.\n"], ["Bye.\n"]]
 
 
-def test_output_within_a_response_is_no_response():
+def test_tool_output_within_a_response_is_not_trained_on():
     response = f"{CODE}```output\n42\n```\nSo:\n```python\n1/0\n```\n```output\nZeroDivisionError\n```\nHm."
     assert trained_text({"prompt": "?", "response": response}) == [
         [f"{CODE}```output\n", "So:\n```python\n1/0\n```\n```output\n", "Hm.\n"]
     ]
 
 
-def test_a_prompt_with_its_response_under_other_keys_and_templates():
+def test_prompt_and_response_with_other_keys_and_templates():
     templates = parse_role_templates([r"user=Q: {content}\nA:", "assistant= {content}"])
     (exchange,) = exchanges(
         {"question": "1+1", "answer": "2"}, Transcripts(templates, prompt_key="question", response_key="answer")
@@ -60,30 +60,29 @@ def test_a_prompt_with_its_response_under_other_keys_and_templates():
 @pytest.mark.parametrize(
     "record, message",
     [
-        ("plain", "plain text, which holds no conversation"),
-        ({"prompt": "x"}, "lacks the key 'messages', nor 'prompt' and 'response'; it has 'prompt'"),
-        ({"messages": "x"}, "'messages' holds no list of objects"),
-        ({"messages": [{"role": "user"}]}, "'messages' holds no list of objects"),
+        ("plain", "plain text, not a conversation"),
+        ({"prompt": "x"}, "missing keys: needs 'messages', or 'prompt' and 'response'; has 'prompt'"),
+        ({"messages": "x"}, "'messages' must hold a list of objects"),
+        ({"messages": [{"role": "user"}]}, "'messages' must hold a list of objects"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
         ({"messages": [{"role": "user", "content": 3}]}, "the user's content is int, not text"),
-        ({"messages": MESSAGES[:2]}, "no message of the assistant"),
+        ({"messages": MESSAGES[:2]}, "no message from the assistant"),
         ({"prompt": "x", "response": "\ud800"}, "not text: a lone surrogate"),
     ],
 )
-def test_what_is_no_conversation_is_a_bad_record(record, message):
+def test_record_without_a_conversation_is_bad(record, message):
     with pytest.raises(BadRecord, match=message):
         exchanges(record, Transcripts())
 
 
 @pytest.mark.parametrize("text", ["bot={content}", "user=no content", "user={content}{content}", "{content}"])
-def test_a_role_template_that_cannot_be(text):
+def test_invalid_role_template_is_refused(text):
     with pytest.raises(UserError, match="is not ROLE=TEMPLATE"):
         parse_role_templates([text])
 
 
-def test_tokens_that_end_in_a_response_are_trained_on_and_each_end(tokenizer):
-    found = exchanges({"messages": MESSAGES}, Transcripts())
-    ids, trained = transcripts.encode(found, tokenizer)
+def test_tokens_that_end_in_a_response_and_eos_are_trained_on(tokenizer):
+    ids, trained = transcripts.encode(exchanges({"messages": MESSAGES}, Transcripts()), tokenizer)
     assert [token for token in ids if token == tokenizer.eos_id] == [tokenizer.eos_id] * 2
     assert [flag for token, flag in zip(ids, trained) if token == tokenizer.eos_id] == [True] * 2
     masked = tokenizer.decode([token for token, flag in zip(ids, trained) if not flag])
@@ -110,7 +109,7 @@ def test_rows_hold_whole_conversations_in_order():
     assert not responses[segment_ids == 0].any()
     lengths = [np.sum(row == number) for row in segment_ids for number in range(1, row.max() + 1)]
     np.testing.assert_array_equal(lengths, documents.lengths)
-    # A row is closed only where the next one would not have fitted.
+    # A row is closed only if the next conversation does not fit.
     first_of_next = [np.sum(row == 1) for row in segment_ids[1:]]
     assert all(np.sum(row > 0) + follower > 17 for row, follower in zip(segment_ids, first_of_next))
 
@@ -124,22 +123,21 @@ def test_prepared_conversations(tokenizer, tmp_path):
     store = Store(tmp_path / "rows")
     rows = store.rows("train")
     assert store.has_responses and len(rows) == 6
-    found = exchanges(records[0], Transcripts())
-    ids, trained = transcripts.encode(found, tokenizer)
+    ids, trained = transcripts.encode(exchanges(records[0], Transcripts()), tokenizer)
     assert rows[0]["tokens"][: len(ids)].tolist() == ids
     assert rows[0]["responses"].dtype == bool and rows[0]["responses"][: len(ids)].tolist() == trained
-    assert rows[1]["segment_ids"].min() == 1  # the long one fills its row
+    assert rows[1]["segment_ids"].min() == 1  # the long conversation fills its row
 
 
-def test_a_prompt_that_fills_its_row_is_a_bad_record(tokenizer, tmp_path):
+def test_record_whose_prompt_fills_the_row_is_bad(tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"prompt": "word " * 100, "response": "x"}) + "\n")
-    with pytest.raises(UserError, match="1 bad of 1 records"):
+    with pytest.raises(UserError, match="1 of 1 records are bad"):
         prepare([path], tokenizer, tmp_path / "rows", options(transcripts=Transcripts(), seq_len=32), workers=1)
     assert not (tmp_path / "rows").exists() and not (tmp_path / "rows.partial").exists()
 
 
-def test_conversations_and_plain_text_are_not_mixed(data, tokenizer, tmp_path):
+def test_conversations_and_plain_text_cannot_be_mixed(data, tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
     short = Transcripts(parse_role_templates(["user={content}"]))

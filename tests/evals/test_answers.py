@@ -1,4 +1,4 @@
-"""Reading questions, extracting answers, grading."""
+"""Read questions, extract answers and grade them."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from rho1_jax.evals.answers import (
     Questions,
     accuracy,
     answer_all,
-    extract,
+    last_match,
     read_answered,
     read_questions,
 )
@@ -25,13 +25,13 @@ CONFIG = AnswerConfig(
 )
 
 
-def test_the_last_match_is_the_answer():
-    assert extract("A: 3 \nA: 42 \nmore", CONFIG.answer_pattern) == "42"
-    assert extract("no answer", CONFIG.answer_pattern) is None
-    assert extract("so 5\n#### 1,000", r"####\s*(.+)") == "1,000"
+def test_last_match_is_the_answer():
+    assert last_match("A: 3 \nA: 42 \nmore", CONFIG.answer_pattern) == "42"
+    assert last_match("no answer", CONFIG.answer_pattern) is None
+    assert last_match("so 5\n#### 1,000", r"####\s*(.+)") == "1,000"
 
 
-def test_questions_become_prompts_and_right_answers(tmp_path):
+def test_records_become_prompts_and_answers(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "2+2?", "answer": "S: easy\\nA: 4"}\n')
     (question,) = read_questions(path, CONFIG).items
@@ -41,11 +41,11 @@ def test_questions_become_prompts_and_right_answers(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"question": "x"}', ":2: lacks the key 'answer'"),
-        ('{"question": "x", "answer": "4"}', ":2: .* finds no answer"),
+        ('{"question": "x"}', ":2: missing keys: needs 'answer'; has 'question'"),
+        ('{"question": "x", "answer": "4"}', ":2: config.eval.answer_pattern=.* finds no answer in '4'"),
     ],
 )
-def test_a_bad_question_is_named_by_file_and_line(tmp_path, line, message):
+def test_error_names_file_and_line_of_a_bad_question(tmp_path, line, message):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "1?", "answer": "A: 1"}\n' + line + "\n")
     with pytest.raises(UserError, match=f"q.jsonl{message}"):
@@ -58,7 +58,7 @@ def test_items_are_graded_by_exact_match(tmp_path):
 
     class FakeGenerator:
         def run(self, requests, **options):
-            # The last one ends first.
+            # The last request ends first.
             for number, prompt in reversed(requests):
                 yield number, f"S: thinking\nA: {'1' if '1' in prompt else '0'}"
 
@@ -70,12 +70,12 @@ def test_items_are_graded_by_exact_match(tmp_path):
     assert [result["index"] for result in answer_all(FakeGenerator(), questions, CONFIG, answered={1})] == [2, 0]
 
 
-def test_items_of_other_questions_are_not_taken_for_these(tmp_path):
+def test_answers_to_other_questions_are_refused(tmp_path):
     path = tmp_path / "items.jsonl"
     questions = Questions([Question("a", "1"), Question("b", "2")], (), str, str.__eq__)
     path.write_text('{"index": 1, "prompt": "b"}\n{"index": 0, "prom')
     assert read_answered(path, questions) == [{"index": 1, "prompt": "b"}]
     for other in ('{"index": 0, "prompt": "b"}\n', '{"index": 2, "prompt": "b"}\n', '{"prompt": "a"}\n'):
         path.write_text(other)
-        with pytest.raises(UserError, match="items.jsonl is of other questions"):
+        with pytest.raises(UserError, match="items.jsonl holds answers to other questions"):
             read_answered(path, questions)

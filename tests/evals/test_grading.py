@@ -1,4 +1,4 @@
-"""Extraction and grading: by hand, both ways, and against the verdicts that Rho-1 published with its generations."""
+"""Extract and grade answers: on examples written by hand, and against the verdicts that Rho-1 published."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def grader():
         (r"\boxed{3}. Final Answer: The final answer is $4$. I hope it is correct.", "4"),
         (r"The final answer is $\$10$. I hope it is correct.", r"\$10"),
         ("The final answer is $3$.\nNo. The final answer is $4$. I hope it is correct.", None),
-        # Not in the form that the prompt shows: the rest of the line, as it is.
+        # Not in the format of the prompt: the rest of the line is kept as it stands.
         ("The final answer is 72. I hope it is correct.", "72. I hope it is correct"),
         ("it costs $1,200 and 35 cents", "35"),
         ("worth $1,234,567.", "1234567"),
@@ -45,7 +45,7 @@ def grader():
         ("", None),
     ],
 )
-def test_the_answer_in_a_text(text, answer):
+def test_extract_formula_or_number(text, answer):
     assert extract(text, "math") == answer
 
 
@@ -62,11 +62,11 @@ def test_the_answer_in_a_text(text, answer):
         ("nothing of the kind", None),
     ],
 )
-def test_the_letter_in_a_text(text, letter):
+def test_extract_letter(text, letter):
     assert extract(text, "choice") == letter
 
 
-def test_parts_of_extraction():
+def test_last_boxed_and_last_number():
     assert last_boxed("no box") is None and last_boxed(r"\fbox{a{b}c} d") == "a{b}c"
     assert last_number("from 5 to -3.5") == "-3.5"
 
@@ -94,21 +94,21 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize("answer, right", EQUAL)
-def test_equal(grader, answer, right):
+def test_equal_answers(grader, answer, right):
     assert grader.equal(answer, right) and grader.equal(right, answer)
 
 
 @pytest.mark.parametrize("answer, right", DIFFERENT)
-def test_different(grader, answer, right):
+def test_different_answers(grader, answer, right):
     assert not grader.equal(answer, right) and not grader.equal(right, answer)
 
 
-def test_no_answer_is_wrong_and_letters_are_letters(grader):
+def test_no_answer_is_wrong_and_letters_ignore_case(grader):
     assert not grader.equal(None, "3")
     assert grader.equal("b", "B", "choice") and not grader.equal("A", "B", "choice")
 
 
-def test_no_comparison_escapes_its_time_limit():
+def test_comparison_has_a_time_limit():
     with Grader(seconds=1.0) as grader:
         assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
         start = time.monotonic()
@@ -118,7 +118,7 @@ def test_no_comparison_escapes_its_time_limit():
         assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
 
 
-def test_a_comparison_ends_though_nobody_stops_it():
+def test_comparison_ends_without_the_parent():
     with Grader(seconds=1.0) as grader:
         assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
         grader._connection.send(("9^{9^{9^{9}}}+x", "\\sqrt{x}+x^{2}"))
@@ -126,12 +126,12 @@ def test_a_comparison_ends_though_nobody_stops_it():
         assert grader._process.exitcode == -signal.SIGXCPU
 
 
-def test_a_comparison_has_only_so_much_memory(grader):
+def test_comparison_has_a_memory_limit(grader):
     assert grader.equal("2\\sqrt{3}", "\\sqrt{12}")
     assert resource.prlimit(grader._process.pid, resource.RLIMIT_AS) == (4 << 30, 4 << 30)
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
+def test_missing_math_verify_is_reported(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('math_verify')")
     monkeypatch.syspath_prepend(tmp_path)
     with Grader() as grader:
@@ -140,7 +140,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
             grader.equal("\\sqrt{4}", "\\sqrt{2^2}")
 
 
-def test_normalized():
+def test_normalize():
     assert normalize("  \\$1{,}000 ") and normalize("\\tfrac{1}{2}") == "\\frac{1}{2}"
 
 
@@ -153,21 +153,22 @@ def test_normalized():
         ("rho-math-1b-interpreter-v0.1/minerva_math/test_tora_-1_seed0_t0.0_s0_e-1.jsonl", "math_oai", 0.402, 0.99),
     ],
 )
-def test_published_generations_get_their_published_grades(file, task, published, least, tmp_path):
+def test_published_generations_get_the_published_grades(file, task, published, least, tmp_path):
     if not PUBLISHED.is_dir():
         pytest.skip(f"{PUBLISHED} is absent: the published generations were not graded")
     arguments = [f"--input={PUBLISHED / file}", f"--task={task}", "--json", f"--output={tmp_path / 'graded.jsonl'}"]
     done = run_command("tools.grade", *arguments)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["accuracy"] == pytest.approx(published, abs=0.003)
-    assert found["published_accuracy"] == pytest.approx(published, abs=0.0005)
-    assert found["same_verdict"] >= least
+    summary = json.loads(done.stdout)
+    assert summary["accuracy"] == pytest.approx(published, abs=0.003)
+    assert summary["published_accuracy"] == pytest.approx(published, abs=0.0005)
+    assert summary["same_verdict"] >= least
     items = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
-    assert len(items) == found["items"] and sum(item["correct"] for item in items) / len(items) == found["accuracy"]
+    assert len(items) == summary["items"]
+    assert sum(item["correct"] for item in items) / len(items) == summary["accuracy"]
 
 
-def test_grading_a_file_of_ones_own(tmp_path):
+def test_grade_a_file_of_your_own(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"generation": "The answer is 3.", "answer": "3"}\n{"generation": "?", "answer": "4"}\n')
     done = run_command("tools.grade", f"--input={path}", "--task=svamp")
@@ -188,7 +189,7 @@ def test_grading_a_file_of_ones_own(tmp_path):
         ('{"generation": "2"}\n', ": no programs with their output"),
     ],
 )
-def test_replaying_what_is_no_transcript_is_refused(text, message, tmp_path):
+def test_replay_refuses_a_file_without_transcripts(text, message, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
     done = run_command("tools.replay_programs", f"--input={path}")

@@ -1,4 +1,4 @@
-"""lm-eval's requests answered by a model, against plain losses."""
+"""Compare the answers to lm-eval's requests with losses computed directly."""
 
 import types
 
@@ -20,7 +20,7 @@ CONFIG = tiny(vocab_size=300, context_length=48)
 
 @pytest.fixture(scope="module")
 def weights():
-    # Sharper than at the start of training, so that what is generated depends on the prompt.
+    # Larger weights than at initialization, so that the generated text depends on the prompt.
     return decoder.build(CONFIG), jax.tree.map(lambda x: 3 * x, decoder.init_params(CONFIG, 0))
 
 
@@ -37,12 +37,12 @@ def request(*arguments):
 
 
 def alone():
-    """One device, whatever the mesh of the model that is tested."""
+    """A mesh of one device, to compute expected values on."""
     return jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
 def log_probabilities(weights, ids):
-    """Of each token after the first, one text at a time."""
+    """The log-probability of each token after the first, for one text."""
     row = np.array([ids], np.int32)
     with alone():
         losses, _ = make_token_losses(weights[0], True)(weights[1], Batch(jnp.asarray(row), jnp.ones_like(row)))
@@ -63,10 +63,10 @@ PAIRS = [
 ]
 
 
-def test_likelihoods_are_sums_of_token_losses(language_model, weights, tokenizer):
-    found = language_model.loglikelihood([request(*pair) for pair in PAIRS * 3], disable_tqdm=True)
-    assert found[: len(PAIRS)] == found[len(PAIRS) : 2 * len(PAIRS)]
-    for (context, continuation), (score, _) in zip(PAIRS, found):
+def test_loglikelihood_is_the_sum_of_token_losses(language_model, weights, tokenizer):
+    results = language_model.loglikelihood([request(*pair) for pair in PAIRS * 3], disable_tqdm=True)
+    assert results[: len(PAIRS)] == results[len(PAIRS) : 2 * len(PAIRS)]
+    for (context, continuation), (score, _) in zip(PAIRS, results):
         before = tokenizer.encode_prompt(context) if context else [language_model.prefix_token_id]
         whole = (
             before + tokenizer.encode(continuation) if not context else tokenizer.encode_prompt(context + continuation)
@@ -76,36 +76,36 @@ def test_likelihoods_are_sums_of_token_losses(language_model, weights, tokenizer
         assert score == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_what_greedy_decoding_gives_is_greedy(language_model, weights, tokenizer):
+def test_greedy_flag_marks_only_the_likeliest_tokens(language_model, weights, tokenizer):
     context = tokenizer.encode_prompt("Document 7: 1+2=")
     rows = np.array([[*context, token] for token in range(CONFIG.vocab_size)], np.int32)
     with alone():
         losses, _ = jax.jit(make_token_losses(weights[0], True))(weights[1], Batch(rows, np.ones_like(rows)))
     likeliest = int(np.asarray(losses)[:, -1].argmin())
     requests = [(None, context, [token]) for token in range(CONFIG.vocab_size)]
-    found = language_model._loglikelihood_tokens(requests)
-    assert [token for token, (_, greedy) in enumerate(found) if greedy] == [likeliest]
-    for first, times in ((likeliest, 1), (likeliest - 1, 0)):  # of two tokens, both must be the likeliest
+    results = language_model._loglikelihood_tokens(requests)
+    assert [token for token, (_, greedy) in enumerate(results) if greedy] == [likeliest]
+    for first, times in ((likeliest, 1), (likeliest - 1, 0)):  # both tokens of a pair must be the likeliest
         requests = [(None, context, [first, token]) for token in range(CONFIG.vocab_size)]
         assert sum(greedy for _, greedy in language_model._loglikelihood_tokens(requests)) == times
 
 
-def test_whole_texts_are_counted_once_in_windows(language_model, weights, tokenizer):
+def test_rolling_windows_count_each_token_once(language_model, weights, tokenizer):
     texts = ["Document 1: 2+3=5.", "and so on, " * 40]
-    found = language_model.loglikelihood_rolling([request(text) for text in texts])
+    totals = language_model.loglikelihood_rolling([request(text) for text in texts])
     short = [language_model.prefix_token_id, *tokenizer.encode_prompt(texts[0])]
-    assert found[0] == pytest.approx(log_probabilities(weights, short).sum(), rel=1e-4)
+    assert totals[0] == pytest.approx(log_probabilities(weights, short).sum(), rel=1e-4)
     ids = tokenizer.encode_prompt(texts[1])
     length, total = CONFIG.context_length, 0.0
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        # The last window is as long as the others: it has more context.
+        # The last window is as long as the others, so its first targets have more context.
         row = [language_model.prefix_token_id, *ids[:end]] if start == 0 else ids[end - length - 1 : end]
         total += log_probabilities(weights, row)[start - end :].sum()
-    assert len(ids) > 2 * length and found[1] == pytest.approx(total, rel=1e-4)
+    assert len(ids) > 2 * length and totals[1] == pytest.approx(total, rel=1e-4)
 
 
-def test_generation_by_options(language_model, weights, tokenizer):
+def test_generate_until_follows_the_options(language_model, weights, tokenizer):
     requests = [
         request("Document 1:", {"until": ["\n"], "max_gen_toks": 8}),
         request("Document 22: 1+1", {"until": "zz", "max_gen_toks": 4, "do_sample": False, "temperature": 1.0}),
@@ -115,13 +115,13 @@ def test_generation_by_options(language_model, weights, tokenizer):
         request("x", {"max_gen_toks": 8, "temperature": 4.0}),
         request("x", {"max_gen_toks": 8}),
     ]
-    found = language_model.generate_until(requests)
+    texts = language_model.generate_until(requests)
     first = generated(weights, tokenizer, "Document 1:", max_new_tokens=8, stops=["\n"])
     second = generated(weights, tokenizer, "Document 22: 1+1", max_new_tokens=4, stops=[])
     options = {"max_new_tokens": 8, "stops": [], "max_prompt_tokens": CONFIG.context_length - 8}
     third = generated(weights, tokenizer, "and so on, " * 30, **options)
     fourth = generated(weights, tokenizer, "Document 1:", max_new_tokens=6, stops=[])
-    assert found[:4] == [first, second, third, fourth]
-    assert len({*found[4:]}) == 3  # two that are drawn, and the likeliest
+    assert texts[:4] == [first, second, third, fourth]
+    assert len({*texts[4:]}) == 3  # two samples and the greedy text
     with pytest.raises(UserError, match="48 new tokens; the model's context_length is 48"):
         language_model.generate_until([request("x", {"until": [], "max_gen_toks": CONFIG.context_length})])

@@ -1,4 +1,4 @@
-"""lm-eval through the evaluation command, on local task files: nothing is downloaded."""
+"""Run lm-eval through the evaluation command. The task files are local, so nothing is downloaded."""
 
 import json
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_tasks(folder):
-    """Three local tasks, one of each kind of request."""
+    """Writes three local tasks, one for each kind of request."""
     records = [
         {"question": f"{n}+1=", "choices": [str(n + 1), "7", "x"], "gold": 0, "text": f"{n}+1={n + 1}."}
         for n in range(6)
@@ -28,7 +28,7 @@ def write_tasks(folder):
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{text}")
 
 
-def test_local_tasks_through_the_command(reference, tmp_path):
+def test_command_runs_local_tasks(reference, tmp_path):
     write_tasks(tmp_path)
     arguments = [f"--checkpoint={reference}", "--data=", f"--lm_eval_path={tmp_path}", f"--output={tmp_path / 'out'}"]
     done = run_command("rho1_jax.evaluate", *arguments, "--lm_eval=local_choice,local_rolling,local_until")

@@ -1,4 +1,4 @@
-"""Programs in the sandbox: what they print, and what they may not do."""
+"""Run programs in the sandbox: check what they print and what they cannot do."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ def box():
 
 @pytest.fixture(scope="module")
 def hurried():
-    """A sandbox whose programs have little time."""
+    """A sandbox with a short time limit."""
     with Sandbox(seconds=1.5) as box:
         yield box
 
@@ -32,7 +32,7 @@ def hurried():
     [
         ("print(1 + 1)", "2\n"),
         ("x = 20\nx + 1", "21\n"),
-        ("print(x)\nx", "20\n20\n"),  # names are those of the transcript's earlier programs
+        ("print(x)\nx", "20\n20\n"),  # variables of earlier programs are visible
         ("None", ""),
         ("def f():\n    return 3\nf()", "3\n"),
         ("from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x**2 - 4, x))", "[-2, 2]\n"),
@@ -46,18 +46,18 @@ def hurried():
         ("input()", "EOFError: EOF when reading a line\n"),
     ],
 )
-def test_what_a_program_prints(box, program, output):
+def test_program_output(box, program, output):
     assert box.run(program) == output
 
 
-def test_long_output_loses_its_middle():
+def test_shown_leaves_out_the_middle_of_long_output():
     assert shown("a" * 400 + "\n") == "a" * 400
     assert shown("a" * 300 + "b" * 300) == "a" * 200 + "..." + "b" * 200
 
 
 REFUSED = "PermissionError"
 HOME = pathlib.Path.home()
-FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # of the pipe to the parent
+FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # fills the pipe to the parent
 
 
 @pytest.mark.parametrize(
@@ -100,35 +100,35 @@ FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # of th
 def test_attacks_fail_and_the_next_program_runs(hurried, program, output):
     with socket.create_server(("127.0.0.1", 0)) as server:
         start = time.monotonic()
-        found = hurried.run(program.replace("PORT", str(server.getsockname()[1])))
+        result = hurried.run(program.replace("PORT", str(server.getsockname()[1])))
         assert time.monotonic() - start < 10
-    assert found.startswith(output), found
+    assert result.startswith(output), result
     assert hurried.run("print('alive')") == "alive\n"
     assert not pathlib.Path("/tmp/outside").exists()
 
 
-def test_memory_that_grows_comes_to_an_end():
+def test_memory_is_limited():
     with Sandbox(seconds=30) as fresh:
         assert fresh.run("x = []\nwhile True: x.append(bytearray(10**8))") == "MemoryError\n"
 
 
-def test_the_environment_is_not_that_of_the_parent(box, monkeypatch):
+def test_environment_of_the_parent_is_hidden(box, monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "12345")
     with Sandbox() as fresh:
         assert "12345" not in fresh.run("import os\nprint(dict(os.environ))")
 
 
-def test_endless_output_is_cut(box):
-    found = box.run("for _ in range(10**6): print('x' * 100)")
-    assert len(found) == sandbox.MOST_OUTPUT
+def test_long_output_is_cut(box):
+    output = box.run("for _ in range(10**6): print('x' * 100)")
+    assert len(output) == sandbox.MAX_OUTPUT
 
 
-def test_a_file_cannot_grow_without_end(box):
+def test_file_size_is_limited(box):
     assert box.run("with open('big', 'wb') as f:\n    f.write(bytes(10**8))").startswith("OSError: [Errno 27]")
 
 
-def test_a_forged_answer_is_only_an_answer(box):
-    """The pipe to the parent can be found by a program; what it says there is at most its own output."""
+def test_forged_answer_counts_as_output(box):
+    """A program can find the pipe to the parent, but what it writes there is treated as its output, no more."""
     forged = (
         "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{\"output\": [1]}\\n')\n    except OSError: pass"
     )
@@ -139,7 +139,7 @@ def test_a_forged_answer_is_only_an_answer(box):
         assert isinstance(box.run(program), str)
 
 
-def test_nothing_is_left_when_the_block_ends():
+def test_with_block_removes_process_and_folder():
     with Sandbox() as box:
         box.run("open('note', 'w').write('x')")
         process, scratch = box._process, pathlib.Path(box._scratch.name)
@@ -147,7 +147,7 @@ def test_nothing_is_left_when_the_block_ends():
     assert process.returncode is not None and not scratch.exists()
 
 
-def test_the_process_ends_with_its_parent(tmp_path):
+def test_process_ends_with_its_parent(tmp_path):
     program = (
         "from rho1_jax.evals.sandbox import Sandbox\n"
         "box = Sandbox()\nbox.run('1')\nprint(box._process.pid, flush=True)\n"
@@ -161,10 +161,10 @@ def test_the_process_ends_with_its_parent(tmp_path):
         except ProcessLookupError:
             return
         time.sleep(0.1)
-    pytest.fail("the sandbox is still there")
+    pytest.fail("the sandbox still runs after its parent was killed")
 
 
-def test_a_system_that_cannot_confine_is_refused(monkeypatch, tmp_path):
+def test_system_that_cannot_confine_is_refused(monkeypatch, tmp_path):
     child = tmp_path / "child.py"
     text = sandbox._CHILD.read_text()
     child.write_text(text.replace('os.uname().machine != "x86_64"', 'os.uname().machine == "x86_64"'))

@@ -1,5 +1,7 @@
-"""Reading the math tasks and making prompts of them."""
+"""Read the math tasks and build their prompts."""
 
+import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -7,7 +9,7 @@ from helpers import root
 
 from rho1_jax.evals.extraction import extract
 from rho1_jax.evals.grading import Grader
-from rho1_jax.evals.tasks import TASKS, Exemplar, read_exemplars, read_items
+from rho1_jax.evals.tasks import PROBLEM_SOLUTION, TASKS, Exemplar, Item, Task, read_exemplars, read_items
 from rho1_jax.runtime.errors import UserError
 
 DATA = root().parent / "shared" / "data" / "eval"
@@ -16,9 +18,9 @@ COUNTS = {"gsm8k": 1319, "math": 5000, "math_oai": 500, "svamp": 1000, "asdiv": 
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_item_of_the_published_files_is_read(name):
+def test_all_published_items_are_read(name):
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is absent: the tasks' files were not read")
+        pytest.skip(f"{DATA} is absent: cannot read the tasks' files")
     items = read_items(name, DATA)
     assert len(items) == COUNTS[name]
     assert all(item.question.strip() and item.answer.strip() for item in items)
@@ -28,7 +30,7 @@ def test_every_item_of_the_published_files_is_read(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_exemplars_end_in_answers_that_are_read_from_them(name):
+def test_answers_can_be_extracted_from_exemplars(name):
     task, exemplars = TASKS[name], read_exemplars(name, None)
     assert len(exemplars) == task.shots == (4 if name in ("math", "math_oai", "mathqa", "mmlu_stem", "sat_math") else 8)
     for exemplar in exemplars:
@@ -65,7 +67,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_as_an_item(name, tmp_path):
+def test_record_becomes_an_item(name, tmp_path):
     record, question, answer = RECORDS[name]
     path = tmp_path / TASKS[name].file
     path.parent.mkdir()
@@ -73,7 +75,7 @@ def test_a_record_as_an_item(name, tmp_path):
     assert read_items(name, tmp_path) == [(question, answer)]
 
 
-def test_a_table_is_put_with_its_question(tmp_path):
+def test_tabmwp_question_includes_its_table(tmp_path):
     record = {"table_title": "Goals", "table": "a | 1", "question": "How many?", "unit": "goals", "choices": ["1", "2"],
               "answer": "1"}  # fmt: skip
     (tmp_path / "tabmwp").mkdir()
@@ -84,20 +86,42 @@ def test_a_table_is_put_with_its_question(tmp_path):
     assert item.answer == "1"
 
 
-def test_prompts():
+def test_prompt_forms():
     shots = [Exemplar("1+1?", "The answer is 2.")]
     assert TASKS["gsm8k"].prompt("2+2?", shots) == "Question: 1+1?\nAnswer: The answer is 2.\n\nQuestion: 2+2?\nAnswer:"
     assert TASKS["math"].prompt("p", shots).endswith("The answer is 2.\n\nProblem:\np\n\nSolution:\n")
 
 
+PROMPT_HASHES = {
+    "gsm8k": "4f552f83d34ca490",
+    "math": "b03f62258e2f3431",
+    "math_oai": "b03f62258e2f3431",
+    "svamp": "4f552f83d34ca490",
+    "asdiv": "4f552f83d34ca490",
+    "mawps": "4f552f83d34ca490",
+    "tabmwp": "7025c22764cfecf7",
+    "mathqa": "dba19e1c309c3073",
+    "mmlu_stem": "b1ace23ea32c31c8",
+    "sat_math": "6ffd756ab8cc8e20",
+    "gsm_hard": "4f552f83d34ca490",
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_HASHES)
+def test_prompts_do_not_change(name):
+    """Accuracies are comparable only while every byte of a task's prompt stays the same."""
+    prompt = TASKS[name].prompt("2 + 2?", read_exemplars(name, None))
+    assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == PROMPT_HASHES[name]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("not json\n", r"test.jsonl:1: no record of task gsm8k"),
-        ('{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n', r"test.jsonl:2: no record of task gsm8k"),
+        ("not json\n", r"test.jsonl:1: not a record of task gsm8k"),
+        ('{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n', r"test.jsonl:2: not a record of task gsm8k"),
     ],
 )
-def test_a_bad_record_is_named_by_file_and_line(text, message, tmp_path):
+def test_error_names_file_and_line_of_a_bad_record(text, message, tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -106,24 +130,43 @@ def test_a_bad_record_is_named_by_file_and_line(text, message, tmp_path):
         read_items("svamp", tmp_path)
     (tmp_path / "svamp").mkdir()
     (tmp_path / "svamp" / "test.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"svamp/test.jsonl: no records of task svamp"):
+    with pytest.raises(UserError, match=r"svamp/test.jsonl: holds no records for task svamp"):
         read_items("svamp", tmp_path)
 
 
-def test_exemplars_of_ones_own(tmp_path):
+def test_exemplars_from_a_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(
         "".join(json.dumps({"question": f"{n}?", "solution": f"The answer is {n}."}) + "\n" for n in range(5))
     )
     assert [shot.question for shot in read_exemplars("mathqa", str(path))] == ["0?", "1?", "2?", "3?"]
-    with pytest.raises(UserError, match="task gsm8k needs 8 exemplars; .* has 5"):
+    with pytest.raises(UserError, match="task gsm8k needs 8 exemplars; .* has only 5"):
         read_exemplars("gsm8k", str(path))
     path.write_text('{"question": "q"}\n')
     with pytest.raises(UserError, match="--exemplars=mathqa="):
         read_exemplars("mathqa", str(path))
 
 
-def test_answers_of_asdiv_are_graded_as_they_are_given():
+def test_task_from_outside_the_package(tmp_path, monkeypatch):
+    (tmp_path / "items.jsonl").write_text('{"q": "2+2?", "a": "4"}\n')
+    own = Task("items.jsonl", "math", lambda record: Item(record["q"], record["a"]), shots=1, form=PROBLEM_SOLUTION)
+    monkeypatch.setitem(TASKS, "own", own)
+    (item,) = read_items("own", tmp_path)
+    with pytest.raises(UserError, match="task own has no exemplars of its own and needs 1; give --exemplars=own=FILE"):
+        read_exemplars("own", None)
+    (tmp_path / "shots.jsonl").write_text('{"question": "1+1?", "solution": "The answer is 2."}\n')
+    shots = read_exemplars("own", str(tmp_path / "shots.jsonl"))
+    assert own.prompt(item.question, shots) == (
+        "Problem:\n1+1?\n\nSolution:\nThe answer is 2.\n\nProblem:\n2+2?\n\nSolution:\n"
+    )
+    monkeypatch.setitem(TASKS, "own", dataclasses.replace(own, shots=0))
+    assert read_exemplars("own", None) == []
+    monkeypatch.setitem(TASKS, "own", dataclasses.replace(own, exemplars="typo"))
+    with pytest.raises(UserError, match="task own: no exemplars 'typo': .*; give --exemplars=own=FILE"):
+        read_exemplars("own", None)
+
+
+def test_asdiv_answers_are_graded_without_their_unit():
     with Grader() as grader:
         for right, answer in (("Mrs. Hilt", "Mrs. Hilt"), ("5", "5 apples"), ("1/2", "0.5")):
             assert grader.equal(answer, right)
