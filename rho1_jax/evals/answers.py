@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from rho1_jax.configs.default import EvalConfig
 from rho1_jax.data import records
 from rho1_jax.data.transcripts import ROLE_TEMPLATES
 from rho1_jax.evals import extraction
@@ -18,30 +19,6 @@ from rho1_jax.evals.tasks import STOPS, TASKS, read_exemplars, read_items
 from rho1_jax.evals.tool_use import run_with_tools
 from rho1_jax.models.generation import Generator
 from rho1_jax.runtime.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerConfig:
-    """How to ask questions and read answers: the part of a config's `eval` section that answering needs.
-
-    Attributes:
-      prompt_template: format string over the keys of a question's record.
-      answer_pattern: regular expression with one group. The group of its last match is the answer, both in the
-        generation and in the record. A generation without a match has no answer and counts as wrong.
-      answer_key: key of the record that holds the right answer, or a text that `answer_pattern` finds it in.
-      stops: strings that end a generation.
-      max_new_tokens: most tokens in a generation. With tools, the limit applies to each stretch between two programs.
-      generate_batch: prompts decoded together.
-      tool_use: ask tasks without exemplars, in the form of the fine-tuning transcripts, and run the model's programs.
-    """
-
-    prompt_template: str
-    answer_pattern: str
-    answer_key: str
-    stops: tuple[str, ...]
-    max_new_tokens: int
-    generate_batch: int
-    tool_use: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +54,7 @@ def last_match(text: str, pattern: str) -> str | None:
     return matches[-1].strip() if matches else None
 
 
-def read_questions(path: str | pathlib.Path, config: AnswerConfig) -> Questions:
+def read_questions(path: str | pathlib.Path, config: EvalConfig) -> Questions:
     """Reads questions from a JSON lines file. Their answers are graded by exact match.
 
     Raises:
@@ -114,7 +91,7 @@ def task_questions(
       data_dir: folder of the tasks' files.
       limit: number of items to take from the start; 0: all.
       exemplars: file of exemplars to use instead of the task's own; None: the task's own.
-      tool_use: see AnswerConfig.
+      tool_use: ask without exemplars, in the form of the transcripts, and run the model's programs.
       grader: compares the answers.
 
     Raises:
@@ -141,7 +118,7 @@ def task_questions(
 def answer_all(
     generator: Generator,
     questions: Questions,
-    config: AnswerConfig,
+    config: EvalConfig,
     *,
     answered: Collection[int] = (),
     temperature: float = 0.0,

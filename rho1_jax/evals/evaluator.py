@@ -13,12 +13,12 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
+from rho1_jax.configs.default import EvalConfig
 from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.evals.answers import (
-    AnswerConfig,
     Questions,
     accuracy,
     answer_all,
@@ -45,8 +45,7 @@ class Evaluator:
         """Raises UserError if a data set or question file is missing, bad or empty, or made with another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
         self._batch_size, self._max_rows = even_rows(config.batch_size // config.microbatches), config.eval.rows
-        settings = {name: config.eval[name] for name in AnswerConfig.__dataclass_fields__}
-        self._answers = AnswerConfig(**settings | {"stops": tuple(config.eval.stops)})
+        self._answers = EvalConfig(**config.eval.to_dict() | {"stops": tuple(config.eval.stops)})
         if self._answers.tool_use and jax.process_count() > 1:
             raise UserError(
                 "config.eval.tool_use runs programs on one host only: evaluate there, without --distributed"

@@ -2,8 +2,8 @@
 
 import pytest
 
+from rho1_jax.configs.default import EvalConfig
 from rho1_jax.evals.answers import (
-    AnswerConfig,
     Question,
     Questions,
     accuracy,
@@ -14,7 +14,7 @@ from rho1_jax.evals.answers import (
 )
 from rho1_jax.runtime.errors import UserError
 
-CONFIG = AnswerConfig(
+CONFIG = EvalConfig(
     prompt_template="Q: {question}\n",
     answer_pattern=r"A: (.*)",
     answer_key="answer",
