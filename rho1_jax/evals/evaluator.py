@@ -44,14 +44,14 @@ class Evaluator:
     def __init__(self, config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, tokenizer: Tokenizer, mesh: Mesh):
         """Raises UserError if a data set or question file is missing, bad or empty, or made with another tokenizer."""
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
-        self._batch_size, self._max_rows = even_rows(config.batch_size // config.microbatches), config.eval.rows
-        self._answers = EvalConfig(**config.eval.to_dict() | {"stops": tuple(config.eval.stops)})
-        if self._answers.tool_use and jax.process_count() > 1:
+        self._batch_size = even_rows(config.batch_size // config.microbatches)
+        self._settings = settings = EvalConfig(**config.eval.to_dict() | {"stops": tuple(config.eval.stops)})
+        if settings.tool_use and jax.process_count() > 1:
             raise UserError(
                 "config.eval.tool_use runs programs on one host only: evaluate there, without --distributed"
             )
         self._rows = {}
-        for name, path in parse_named(config.eval.data, "config.eval.data").items():
+        for name, path in parse_named(settings.data, "config.eval.data").items():
             store = Store(path)
             if store.tokenizer_fingerprint != tokenizer.fingerprint:
                 raise UserError(
@@ -60,18 +60,18 @@ class Evaluator:
                 )
             self._rows[name] = store.rows("eval")
         self.questions = {
-            name: read_questions(path, self._answers)
-            for name, path in parse_named(config.eval.questions, "config.eval.questions").items()
+            name: read_questions(path, settings)
+            for name, path in parse_named(settings.questions, "config.eval.questions").items()
         }
-        exemplars, grader = parse_named(config.eval.exemplars, "config.eval.exemplars"), Grader()
-        self.tasks = [name for name in config.eval.tasks.split(",") if name]
+        exemplars, grader = parse_named(settings.exemplars, "config.eval.exemplars"), Grader()
+        self.tasks = [name for name in settings.tasks.split(",") if name]
         for name in self.tasks:
             self.questions[name] = task_questions(
                 name,
-                config.eval.data_dir,
-                config.eval.task_items,
+                settings.data_dir,
+                settings.task_items,
                 exemplars.get(name),
-                self._answers.tool_use,
+                settings.tool_use,
                 grader,
             )
         self._sums = _make_loss_sums(graphdef, config.data.document_mask, mesh)
@@ -93,7 +93,7 @@ class Evaluator:
         """
         metrics = {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
         if self.questions:
-            generator = Generator(self._graphdef, params, self._tokenizer, self._answers.generate_batch)
+            generator = Generator(self._graphdef, params, self._tokenizer, self._settings.generate_batch)
             for name, questions in self.questions.items():
                 file = output / f"{name}.jsonl" if output else None
                 items = self._answer(generator, name, questions, temperature, seed, file)
@@ -120,7 +120,7 @@ class Evaluator:
                 write_text(file, json_lines(items))
                 lines = stack.enter_context(file.open("a", encoding="utf-8"))
             for item in answer_all(
-                generator, questions, self._answers, answered=answered, temperature=temperature, seed=seed
+                generator, questions, self._settings, answered=answered, temperature=temperature, seed=seed
             ):
                 items.append(item)
                 if lines:
@@ -135,7 +135,7 @@ class Evaluator:
     def _loss(self, params: Params, name: str) -> float:
         """The mean loss over eligible targets, in nats per token."""
         rows = self._rows[name]
-        steps = math.ceil(min(self._max_rows, len(rows)) / self._batch_size)
+        steps = math.ceil(min(self._settings.rows, len(rows)) / self._batch_size)
         batches = itertools.islice(
             eval_batches(rows, self._batch_size, local_rows(self._mesh, self._batch_size)), steps
         )
