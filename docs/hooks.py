@@ -1,13 +1,15 @@
 """Pages that MkDocs generates from the sources, so that nothing is written down twice.
 
-reference/config.md comes from configs/default.py, reference/modules/ROOM.md from the files of each room, and
-tutorials/first_run.md from the notebook beside it. Sources are parsed, never imported.
+reference/config.md comes from configs/default.py, reference/commands.md from the flags of each command,
+reference/modules/ROOM.md from the files of each room, and tutorials/first_run.md from the notebook beside it. The public
+names on reference/api.md come from rho1_jax/__init__.py. Sources are parsed, never imported.
 """
 
 import ast
 import io
 import json
 import pathlib
+import re
 import tokenize
 from collections.abc import Iterator
 
@@ -24,11 +26,20 @@ ROOT_CLASS = "RunConfig"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages to those of docs/."""
-    pages = {"reference/config.md": config_page(), "tutorials/first_run.md": notebook_page()}
+    pages = {
+        "reference/config.md": config_page(),
+        "reference/commands.md": commands_page(),
+        "tutorials/first_run.md": notebook_page(),
+    }
     pages |= {f"reference/modules/{room}.md": room_page(room) for room in ROOMS}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Replaces the marker of reference/api.md by the public names."""
+    return markdown.replace("<!-- public names -->", public_names()) if "<!-- public names -->" in markdown else markdown
 
 
 def config_page(schema: pathlib.Path = SCHEMA) -> str:
@@ -72,6 +83,59 @@ def _sections(classes: dict[str, ast.ClassDef], root: str, name: str) -> Iterato
     for field in _fields(classes[root]):
         if ast.unparse(field.annotation) in classes:
             yield from _sections(classes, ast.unparse(field.annotation), f"{name}.{field.target.id}")
+
+
+def commands_page() -> str:
+    """The docstring and the flags of each module that is a command."""
+    lines = [
+        "# Commands",
+        "",
+        "Generated from the commands themselves. `rho1 --help` lists them, and `rho1 COMMAND --help` lists the flags of",
+        "one. Any error you can fix is one line on standard error, with exit status 2.",
+        "",
+        "`--config` names a config of the package (`--config=tinyllama_math:slm`) or a Python file",
+        "(`--config=my/config.py:slm`), with a stage after the colon. `--config.key=value` changes a",
+        "[key](config.md). `--distributed` joins [several hosts](../guides/many_chips.md).",
+        "",
+    ]
+    for path in sorted(PACKAGE.glob("*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        flags = [node for node in ast.walk(module) if isinstance(node, ast.Call) and _is_flag(node)]
+        if flags:
+            docstring = ast.get_docstring(module) or ""
+            command = re.search(r"^rho1 \w+", docstring, re.MULTILINE)
+            usage = "\n".join(f"    {line}" for line in docstring.splitlines())
+            lines += [f"## {command[0] if command else path.stem}", "", usage, ""]
+            lines += ["| flag | default | meaning |", "| --- | --- | --- |", *map(_flag_row, flags), ""]
+    return "\n".join(lines)
+
+
+def _is_flag(call: ast.Call) -> bool:
+    return ast.unparse(call.func).startswith("flags.DEFINE_")
+
+
+def _flag_row(call: ast.Call) -> str:
+    name, default, *rest = call.args
+    meaning = next(node.value for node in rest if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    required = any(keyword.arg == "required" for keyword in call.keywords)
+    shown = "required" if required else f"`{ast.unparse(default)}`"
+    if ast.unparse(default) in ("None", "''", "[]") and not required:
+        shown = ""
+    return f"| `--{ast.literal_eval(name)}` | {shown} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def public_names() -> str:
+    """A heading for each function that rho1_jax/__init__.py imports, and its docstring."""
+    imports = [
+        node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    parts = [
+        f"## rho1_jax.{public}\n\n::: {path}\n    options:\n      show_root_heading: false\n"
+        for public, path in names.items()
+        if path.startswith("rho1_jax.")
+    ]
+    return "\n".join(parts)
 
 
 def room_page(room: str) -> str:
