@@ -1,8 +1,8 @@
 """Pages that MkDocs generates from the sources, so that nothing is written down twice.
 
-reference/config.md comes from configs/default.py, reference/commands.md from the flags of each command,
-reference/modules/ROOM.md from the files of each room, and tutorials/first_run.md from the notebook beside it. The public
-names on reference/api.md come from rho1_jax/__init__.py. Sources are parsed, never imported.
+reference/config.md comes from configs/default.py, reference/commands.md from the flags of each command, and
+reference/modules/ROOM.md from the files of each room. tutorials/first_run.md comes from the notebook beside it, and the
+public names on reference/api.md from rho1_jax/__init__.py. Sources are parsed, never imported.
 """
 
 import ast
@@ -12,9 +12,11 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "rho1_jax"
@@ -24,8 +26,10 @@ ROOMS = ("method", "data", "models", "analysis", "evals", "training", "runtime")
 ROOT_CLASS = "RunConfig"
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Adds the generated pages to those of docs/."""
+    from mkdocs.structure.files import File  # only the extra `docs` installs it; the tests do without
+
     pages = {
         "reference/config.md": config_page(),
         "reference/commands.md": commands_page(),
@@ -39,7 +43,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replaces the marker of reference/api.md by the public names."""
-    return markdown.replace("<!-- public names -->", public_names()) if "<!-- public names -->" in markdown else markdown
+    return (
+        markdown.replace("<!-- public names -->", public_names()) if "<!-- public names -->" in markdown else markdown
+    )
 
 
 def config_page(schema: pathlib.Path = SCHEMA) -> str:
@@ -90,8 +96,8 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
-        "Generated from the commands themselves. `rho1 --help` lists them, and `rho1 COMMAND --help` lists the flags of",
-        "one. Any error you can fix is one line on standard error, with exit status 2.",
+        "Generated from the commands themselves. `rho1 --help` lists them, and `rho1 COMMAND --help` lists the",
+        "flags of one. Any error you can fix is one line on standard error, with exit status 2.",
         "",
         "`--config` names a config of the package (`--config=tinyllama_math:slm`) or a Python file",
         "(`--config=my/config.py:slm`), with a stage after the colon. `--config.key=value` changes a",
