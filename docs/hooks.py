@@ -71,10 +71,9 @@ def config_page(schema: pathlib.Path = SCHEMA) -> str:
         for field in _fields(section):
             if ast.unparse(field.annotation) not in classes:
                 default = ast.get_source_segment(source, field.value)
+                kind = ast.unparse(field.annotation).replace(" | ", " or ")
                 comment = comments.get(field.lineno, "").replace("|", r"\|")
-                lines.append(
-                    f"| `{name}.{field.target.id}` | `{ast.unparse(field.annotation)}` | `{default}` | {comment} |"
-                )
+                lines.append(f"| `{name}.{field.target.id}` | `{kind}` | `{default}` | {comment} |")
         lines.append("")
     return "\n".join(lines)
 
