@@ -130,13 +130,13 @@ def _flag_row(call: ast.Call) -> str:
 
 
 def public_names() -> str:
-    """A heading for each function that rho1_jax/__init__.py imports, and its docstring."""
+    """Signature and docstring of each function that rho1_jax/__init__.py imports."""
     imports = [
         node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())) if isinstance(node, ast.ImportFrom)
     ]
     names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
     parts = [
-        f"## rho1_jax.{public}\n\n::: {path}\n    options:\n      show_root_heading: false\n"
+        f"::: {path}\n    options:\n      heading: {public}\n      toc_label: {public}\n      heading_level: 2\n"
         for public, path in names.items()
         if path.startswith("rho1_jax.")
     ]
@@ -149,7 +149,8 @@ def room_page(room: str) -> str:
     for path in sorted((PACKAGE / room).rglob("*.py")):
         if path.name != "__init__.py":
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            lines += [f"## {module}", "", f"::: {module}", "    options:", "      show_root_heading: false", ""]
+            options = [f"heading: {module}", f"toc_label: {path.stem}", "heading_level: 2"]
+            lines += [f"::: {module}", "    options:", *(f"      {option}" for option in options), ""]
     return "\n".join(lines)
 
 
