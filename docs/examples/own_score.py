@@ -1,8 +1,8 @@
-"""A score of one's own, in a config file: keep what the model has learned most about since some steps ago.
+"""A score of your own, in a config file: keep the tokens the model has learned most about in the last steps.
 
 Qin et al. (ssToken, arXiv 2510.18250) call this retrospective excess loss. The reference is a snapshot of the policy.
 
-python -m rho1_jax.train --config=docs/examples/own_score.py --workdir=runs/retrospective --config.data.train=DATA
+    rho1 train --config=docs/examples/own_score.py --workdir=runs/retrospective --config.data.train=DATA
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ from rho1_jax.method.token_scores import register
 
 @register
 def retrospective(policy_loss_BL, reference_loss_BL):
-    """Higher is kept first. The parameters' names say which signals are needed."""
+    """Higher is kept first. The names of the parameters say which signals are needed."""
     return reference_loss_BL - policy_loss_BL
 
 
