@@ -1,6 +1,6 @@
 """The demonstration (tools/demo.py): a model of about a million parameters learns arithmetic from noisy pages.
 
-Sizes, ratio and learning rates were chosen by trial; docs/results.md has the trials.
+Sizes, ratio and learning rates were chosen by trial; docs/results/demonstration.md has the trials.
 """
 
 import ml_collections

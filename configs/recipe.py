@@ -1,6 +1,6 @@
 """What the paper's runs have in common. Each value is marked "paper" (arXiv 2404.07965), or "ours" with the reason.
 
-The directories are those that docs/recipes.md has the user make.
+The directories are those that docs/guides/recipes.md has the user make.
 """
 
 from typing import Any
