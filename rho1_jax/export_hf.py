@@ -31,7 +31,7 @@ SHARD_BYTES = 4 << 30
 
 
 def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the tensors of a checkpoint by name, at least SHARD_BYTES at a time. Layers of one parameter stay together.
+    """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
 
     Raises:
       UserError: a finite value of the checkpoint is not finite in the dtype.

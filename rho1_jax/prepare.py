@@ -15,23 +15,17 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, parse_role_templates
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path
-
-TEXT_TEMPLATE = (
-    r"Format string over a record's keys, instead of --text_key: '{question}\n{answer}'. If given several times, the "
-    "first one whose keys the record has is used."
-)
+from rho1_jax.train_tokenizer import define_document_flags
 
 
 def main() -> None:
     """The command: parses the flags and calls `prepare`."""
-    inputs = flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True)
+    inputs, text_key, text_templates = define_document_flags()
     tokenizer = flags.DEFINE_string(
         "tokenizer", None, "A SentencePiece model, a tokenizer.json, or a folder that holds one of them.", required=True
     )
     output = flags.DEFINE_string("output", None, "Folder of the data set to write.", required=True)
     seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.")
-    text_key = flags.DEFINE_string("text_key", "text", "Key of a record that holds its text.")
-    text_templates = flags.DEFINE_multi_string("text_template", [], TEXT_TEMPLATE)
     is_transcripts = flags.DEFINE_bool(
         "transcripts", False, "The records are conversations: train on their responses only, and split none over rows."
     )

@@ -7,12 +7,12 @@ import io
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from absl import flags
 
 from rho1_jax.data import records
-from rho1_jax.prepare import TEXT_TEMPLATE
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, replacing
@@ -75,13 +75,25 @@ def train_tokenizer(
         temporary.write_bytes(model.getvalue())
 
 
+def define_document_flags() -> tuple[Any, Any, Any]:
+    """Defines --input, --text_key and --text_template, and returns their holders."""
+    return (
+        flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True),
+        flags.DEFINE_string("text_key", "text", "Key of a record that holds its text."),
+        flags.DEFINE_multi_string(
+            "text_template",
+            [],
+            r"Format string over a record's keys, instead of --text_key: '{question}\n{answer}'. May be given several "
+            "times: the first one whose keys the record has is used.",
+        ),
+    )
+
+
 def main() -> None:
     """The command: parses the flags and calls `train_tokenizer`."""
-    inputs = flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True)
+    inputs, text_key, text_templates = define_document_flags()
     output = flags.DEFINE_string("output", None, "Model file to write.", required=True)
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Pieces, including 256 bytes.")
-    text_key = flags.DEFINE_string("text_key", "text", "Key of a record that holds its text.")
-    text_templates = flags.DEFINE_multi_string("text_template", [], TEXT_TEMPLATE)
     max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.")
 
     def command() -> None:

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 MANIFEST = "manifest.json"
 _ROWS = "rows"
@@ -80,7 +81,7 @@ class Store:
 
     def __init__(self, path: str | pathlib.Path):
         """Raises UserError where there is no prepared data set."""
-        self.path = pathlib.Path(path)
+        self.path = local_path(path, "data set")
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rho1_jax.data.store import MANIFEST, Store
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import read_json, replacing, sha256, write_text
+from rho1_jax.runtime.files import local_path, read_json, replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
 
 KEY = "config.reference.scores"
@@ -190,7 +190,7 @@ class ExternalColumn:
     def __init__(self, path: str, store: Store):
         """Raises UserError where the file is no such array."""
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._array = np.load(local_path(path, "config.data.external"), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(f"config.data.external: {path}: {error}") from None
         wanted = (len(store.rows(SPLIT)), store.seq_len)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from rho1_jax.evals.extraction import last_boxed
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 Record = dict[str, Any]
 LETTERS = "ABCDE"
@@ -141,7 +142,7 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
       UserError: with file and line, where the file is missing or empty or a record is not of the task's form.
     """
     task, items = TASKS[name], []
-    path = pathlib.Path(data_dir) / task.file
+    path = local_path(data_dir, "config.eval.data_dir") / task.file
     if not path.is_file():
         raise UserError(f"{path}: no such file; task {name} is read from there")
     text = path.read_text(encoding="utf-8")
@@ -170,7 +171,7 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
     task = TASKS[name]
     try:
         if file:
-            lines = pathlib.Path(file).read_text(encoding="utf-8").split("\n")
+            lines = local_path(file, f"config.eval.exemplars: {name}").read_text(encoding="utf-8").split("\n")
             found = [Exemplar(**json.loads(line)) for line in lines if line]
         elif task.exemplars == "gsm8k":
             found = _gsm8k_exemplars()
