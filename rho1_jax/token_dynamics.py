@@ -197,6 +197,7 @@ def main() -> None:
     def command() -> None:
         path, data_path = local_path(workdir.value, "--run"), local_path(data.value, "--data")
         directory = local_path(output.value or path / "dynamics", "--output")
+        local_path(reference.value, "--reference")
         measured = measure(path, data_path, rows.value, reference.value)
         dynamics = classify(measured["loss_nBL"][:, measured["eligible_BL"]])
         figures = summary(measured, dynamics)
