@@ -56,7 +56,7 @@ def test_the_installed_command_prepares_and_trains(wheel, tmp_path):
     assert "  train      " in run(rho1, "--help", cwd=work)
     assert time.monotonic() - start < 2
     (work / "corpus.txt").write_text("".join(f"{a}+{b}={a + b}, and so on.\n" for a in range(40) for b in range(40)))
-    run(rho1, "tokenizer", "--input=corpus.txt", "--output=tokenizer.model", "--vocab_size=300", cwd=work)
+    run(rho1, "tokenizer", "--input=corpus.txt", "--output=tokenizer.model", "--vocab_size=280", cwd=work)
     prepare = ("--input=corpus.txt", "--tokenizer=tokenizer.model", "--output=rows", "--seq_len=32")
     assert "rows: 1 documents" in run(rho1, "prepare", *prepare, cwd=work)
     keys = ("data.train=rows", "steps=10", "batch_size=8", *(f"model.{size}" for size in SIZES))

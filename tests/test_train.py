@@ -213,12 +213,12 @@ def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.optimizer.learning_rat=1"], 'learning_rat.*Did you mean "learning_rate"'),
+        (["--config.optimizer.learning_rat=1"], r"learning_rat: .*Did you mean config.optimizer.learning_rate\?"),
         (["--config.steps=many"], "--config.steps=many"),
         (["--confg.steps=3"], "confg.steps"),
         (["extra"], "unexpected argument 'extra'"),
         (["--config=configs/nowhere.py"], "nowhere.py"),
-        (["--config=configs/default.py:sml"], "unknown stage 'sml': .* reference, clm, random, slm"),
+        (["--config=configs/default.py:sml"], "unknown stage 'sml'; .* reference, clm, random, slm"),
     ],
 )
 def test_a_mistyped_command_is_one_line_and_status_2(tmp_path, arguments, message):
