@@ -61,7 +61,7 @@ def compare(
       policy: a run directory or one of its checkpoints.
       reference: the same, or a Hugging Face folder.
       store: a data set with a split "eval", prepared with the tokenizer of both.
-      rows: number of rows, rounded up to a multiple of the mesh's data-parallel size.
+      rows: number of rows, at most. Padding rows fill them up to a multiple of the mesh's data-parallel size.
       ratio: share of the tokens to select; None: that of the policy's run.
 
     Returns:
@@ -77,8 +77,8 @@ def compare(
         for key, path in (("--policy", policy), ("--reference", reference)):
             pretrained = open_pretrained(str(path), key, config, store)
             models.append((decoder.build(pretrained.model), pretrained.load(mesh, "float32")))
-        size = sharding.even_rows(rows)
-        batch = next(eval_batches(store.rows("eval"), size, np.arange(size)))
+        held_out, size = store.rows("eval"), sharding.even_rows(rows)
+        batch = next(eval_batches(held_out, size, np.arange(size), range(min(rows, len(held_out)))))
         return score_tokens(models[0], models[1], batch, ratio, config.data.document_mask), ratio
 
 

@@ -252,7 +252,8 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
 def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference, tmp_path):
     store = Store(data)
     scores, ratio = report.compare(reference, reference, store, rows=3, ratio=None)
-    assert ratio == 0.6 and len(scores.batch.tokens) == 8  # spread over eight devices
+    assert ratio == 0.6 and len(scores.batch.tokens) == 8  # sharded over eight devices
+    assert scores.eligible_BL.any(axis=1).tolist() == [True] * 3 + [False] * 5
     assert (scores.policy_loss_BL == scores.reference_loss_BL).all()
     eligible = int(scores.eligible_BL.sum())
     assert int(report.compare(reference, reference, store, 3, 0.25)[0].selected_BL.sum()) == -(-eligible // 4)
