@@ -84,7 +84,7 @@ def run(main: Callable[[], None]) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         if HELP & set(argv[1:]):
-            _print_help(main)
+            print(_help(main))
             sys.exit(0)
         try:
             rest = flags.FLAGS(argv)
@@ -111,15 +111,16 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _print_help(main: Callable[[], None]) -> None:
+def _help(main: Callable[[], None]) -> str:
     """The docstring of the command's module, and the command's own flags."""
-    print(sys.modules[main.__module__].__doc__)
+    lines = [sys.modules[main.__module__].__doc__ or ""]
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module == sys.argv[0] or module.startswith(("rho1_jax.", "tools.")):
             for flag in defined:
-                print(f"  --{'[no]' if flag.boolean else ''}{flag.name}")
-                default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
-                print(flags.text_wrap(f"{flag.help}{default}", indent=" " * 6))
+                default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
+                lines.append(f"  --{'[no]' if flag.boolean else ''}{flag.name}")
+                lines.append(flags.text_wrap(f"{flag.help}{default}", indent=" " * 6))
+    return "\n".join(lines)
 
 
 def _exit(error: Exception | str) -> None:
