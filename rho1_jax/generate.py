@@ -21,12 +21,12 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, local_path, write_text
-from rho1_jax.training import checkpoint
+from rho1_jax.training import checkpoint as checkpoints
 from rho1_jax.training.config import model_config
 
 
 def generate_text(
-    checkpoint_path: str | pathlib.Path,
+    checkpoint: str | pathlib.Path,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 256,
@@ -37,7 +37,7 @@ def generate_text(
     """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
 
     Args:
-      checkpoint_path: a run directory (its newest checkpoint) or one of its checkpoints.
+      checkpoint: a run directory (its newest checkpoint) or one of its checkpoints.
       prompts: the texts to continue.
       max_new_tokens: longest continuation.
       temperature: 0 takes the likeliest token; above 0, tokens are sampled.
@@ -50,12 +50,12 @@ def generate_text(
     Raises:
       UserError: there is no checkpoint, or a prompt is empty.
     """
-    directory = checkpoint.find(checkpoint_path, "--checkpoint")
-    config = ml_collections.ConfigDict(checkpoint.load_meta(directory).config)
-    tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
+    directory = checkpoints.find(checkpoint, "--checkpoint")
+    config = ml_collections.ConfigDict(checkpoints.load_meta(directory).config)
+    tokenizer = Tokenizer(checkpoints.tokenizer_path(directory))
     policy_config, mesh = model_config(config), sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):
-        params = checkpoint.load_params(directory, policy_config, mesh, "float32")
+        params = checkpoints.load_params(directory, policy_config, mesh, "float32")
         rows = max(1, min(len(prompts), config.eval.generate_batch))
         generator = Generator(decoder.build(policy_config), params, tokenizer, rows)
         continuations = generator.run(

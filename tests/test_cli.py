@@ -213,7 +213,18 @@ def test_a_path_with_a_scheme_is_refused_and_nothing_is_created(name, remote):
     assert not done.created
 
 
-def test_generate_continues_prompts_in_their_order(reference, tmp_path, capsys):
+def test_generate_returns_texts_in_the_order_of_the_prompts(reference, monkeypatch):
+    """The generator yields them as they end."""
+
+    def finished(self, requests, **options):
+        assert list(requests) == [(0, "a"), (1, "b"), (2, "c")] and options["max_new_tokens"] == 5
+        yield from [(2, "C"), (0, "A", [1], [0.5]), (1, "B")]
+
+    monkeypatch.setattr(generate.Generator, "run", finished)
+    assert generate.generate_text(reference, ["a", "b", "c"], max_new_tokens=5) == ["A", "B", "C"]
+
+
+def test_generate_continues_until_a_stop_or_the_limit(reference):
     prompts = ["Document 1: 2+2=", "and so on", "Document 2: 1+1="]
     texts = generate.generate_text(reference, prompts, max_new_tokens=8)
     assert [generate.generate_text(reference, [prompt], max_new_tokens=8) for prompt in prompts] == [[t] for t in texts]
