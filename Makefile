@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-peers | lint, each with an environment of its own for each PYTHON.
+# Each target installs what it needs into .venv/PYTHON first.
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN = $(VENV)/bin
@@ -6,26 +6,32 @@ SEED ?= 0
 FLAGS ?=
 OUTPUT ?= runs/demo
 
-.PHONY: demo test test-slow test-peers lint clean
+.PHONY: help demo test test-slow test-peers lint docs clean
 
-demo: $(VENV)/demo.stamp
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## train and compare CLM, random and SLM on a small corpus; SEED=, OUTPUT=, FLAGS=
 	$(BIN)/python -m tools.demo --output=$(OUTPUT) --seed=$(SEED) $(FLAGS)
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/dev.stamp ## run the fast tests
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/dev.stamp
+test-slow: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-peers: $(VENV)/peers.stamp
+test-peers: $(VENV)/peers.stamp ## compare with PyTorch and Transformers
 	$(BIN)/python -m pytest -m peers
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The package and one extra, again whenever what it needs has changed.
+docs: $(VENV)/docs.stamp ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+# Installs the package with one extra, and again when the requirements change.
 $(VENV)/%.stamp: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
@@ -33,5 +39,5 @@ $(VENV)/%.stamp: pyproject.toml requirements.txt
 
 $(VENV)/peers.stamp: $(VENV)/dev.stamp
 
-clean:
-	rm -rf .venv runs build *.egg-info
+clean: ## delete environments, runs and build output
+	rm -rf .venv runs build site *.egg-info

@@ -1,6 +1,6 @@
-"""The demonstration (tools/demo.py): a model of about a million parameters learns arithmetic from noisy pages.
+"""The demo (tools/demo.py): a model with about a million parameters learns arithmetic from noisy pages.
 
-Sizes, ratio and learning rates were chosen by trial; docs/results/demonstration.md has the trials.
+Sizes, ratio and learning rates were found by trial; docs/results/demonstration.md lists the trials.
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ VOCAB_SIZE = 640
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
-    """A stage in the demonstration's size. The directories are filled in by the tool."""
+    """A stage at the demo's size. tools/demo.py fills in the directories."""
     config = default.get_config(stage)
     config.steps = 990 if stage == "reference" else 1300
     config.batch_size = 16
@@ -32,6 +32,6 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
         max_new_tokens=48,
         generate_batch=144,
     )
-    # All checkpoints of these two are kept, for tools/token_dynamics.py.
+    # `rho1 dynamics` needs all checkpoints of these two.
     config.checkpoint.update(every=100, keep=0 if stage in ("clm", "slm") else 2)
     return config

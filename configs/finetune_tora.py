@@ -1,6 +1,6 @@
-"""Fine-tuning on transcripts with tool use, loss on the responses alone (ToRA, arXiv 2309.17452).
+"""Fine-tuning on transcripts with tool use, with the loss on the responses only (ToRA, arXiv 2309.17452).
 
-The data are prepared with --transcripts --seq_len=2048. Values marked "ToRA" are of its published script.
+Prepare the data with --transcripts --seq_len=2048. Values marked "ToRA" come from its published script.
 """
 
 import ml_collections
@@ -14,7 +14,7 @@ SCORES = {"sft": "clm", "slm": "slm"}
 
 
 def get_config(stage: str = "sft") -> ml_collections.ConfigDict:
-    """The stage "sft" (all response tokens) or "slm" (selected ones), or "sft_7b" or "slm_7b" for Mistral 7B."""
+    """The stage "sft" (all response tokens) or "slm" (selected tokens); "sft_7b" and "slm_7b" are for Mistral 7B."""
     kind, size = stage[:3], stage[3:]
     if kind not in SCORES or size not in MODELS:
         stages = ", ".join(kind + size for size in MODELS for kind in SCORES)
@@ -25,20 +25,20 @@ def get_config(stage: str = "sft") -> ml_collections.ConfigDict:
     config.model.compute_dtype = "bfloat16"  # ToRA
     config.model.remat = "full"  # ours: memory
     config.init.checkpoint = f"runs/{run}/slm"
-    config.reference.checkpoint = f"runs/{run}/tora_reference"  # ours: a model fine-tuned on the best transcripts
+    config.reference.checkpoint = f"runs/{run}/tora_reference"  # ours: fine-tuned on the best transcripts
     config.data.train = "data/tora" + size
-    config.batch_size = 128  # ToRA, where a row is one transcript; here a row holds as many as fit
+    config.batch_size = 128  # ToRA, whose rows hold one transcript each; ours hold as many as fit
     config.epochs = 3.0  # ToRA
-    config.mesh.update(data=1, fsdp=-1)  # ours: parameters and optimizer state spread over all chips
+    config.mesh.update(data=1, fsdp=-1)  # ours: shards parameters and optimizer state over all chips
     config.optimizer.update(
         learning_rate=2e-5,  # ToRA
         warmup_fraction=0.03,  # ToRA
         decay="linear",  # ToRA
         final_learning_rate_fraction=0.0,  # ToRA
-        b1=0.9,  # ours, these three: the defaults of the library that ToRA's script uses
+        b1=0.9,  # ours, as the next two: defaults of the library that ToRA's script uses
         b2=0.999,
         clip_norm=1.0,
         weight_decay=0.0,  # ToRA
     )
-    config.selection.ratio = 0.6  # ours: the paper's for pre-training
+    config.selection.ratio = 0.6  # ours: the Rho-1 paper's ratio for pre-training
     return config

@@ -1,4 +1,4 @@
-"""As `llama3_8b_math`, at 70 billion parameters; its stage "weak_to_strong" selects by the reference of 8 billion."""
+"""`llama3_8b_math` at 70 billion parameters. Its stage "weak_to_strong" selects with the 8-billion reference."""
 
 import ml_collections
 
@@ -14,5 +14,5 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     config.init.checkpoint = "models/llama3_70b"
     if not weak:
         config.reference.checkpoint = config.reference.checkpoint.replace("llama3_8b", "llama3_70b")
-    config.mesh.tensor = 2  # ours: 256 rows a step are fewer than the chips
+    config.mesh.tensor = 2  # ours: a step has only 256 rows, fewer than there are chips
     return config

@@ -1,11 +1,11 @@
-"""The math recipe for a model that the paper did not train: Llama 3 8B on OpenWebMath."""
+"""The math recipe applied to a model the paper did not train: Llama 3 8B on OpenWebMath."""
 
 import ml_collections
 
 from rho1_jax.configs.models import LLAMA3_8B
 from rho1_jax.configs.recipe import recipe
 
-SEQ_LEN = 4096  # ours: as Mistral 7B; the model would take 8192
+SEQ_LEN = 4096  # ours: as for Mistral 7B; the model supports 8192
 
 
 def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
@@ -14,6 +14,6 @@ def get_config(stage: str = "slm") -> ml_collections.ConfigDict:
     tokens = 3 * 0.5e9 if is_reference else 15e9  # paper, for its own models
     config = recipe(stage, "llama3_8b_math", LLAMA3_8B, "llama3_8b", SEQ_LEN, tokens)
     config.data.train = "data/math_reference_llama3" if is_reference else "data/openwebmath_llama3"
-    config.optimizer.learning_rate = 1e-5 if is_reference else 2e-5  # ours: as Mistral 7B, the nearest in size
-    config.selection.ratio = 0.7  # ours: as Mistral 7B
+    config.optimizer.learning_rate = 1e-5 if is_reference else 2e-5  # ours: as for Mistral 7B, the nearest in size
+    config.selection.ratio = 0.7  # ours: as for Mistral 7B
     return config

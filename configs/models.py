@@ -1,4 +1,4 @@
-"""The `model` sections of published models, as their config.json files have them. In what they run is the recipe's."""
+"""The `model` sections of published models, from their config.json files. Recipes choose how to run them."""
 
 TINYLLAMA_1B = {
     "family": "llama",

@@ -1,6 +1,6 @@
-"""What the paper's runs have in common. Each value is marked "paper" (arXiv 2404.07965), or "ours" with the reason.
+"""What the paper's runs share. Each value is marked "paper" (arXiv 2404.07965), or "ours" with a reason.
 
-The directories are those that docs/guides/recipes.md has the user make.
+docs/guides/recipes.md explains how to create the directories named here.
 """
 
 from typing import Any
@@ -19,32 +19,32 @@ def recipe(
 
     Args:
       stage: one of `default.STAGES`.
-      name: of the recipe; references are looked for in runs/NAME/reference and runs/NAME/self_reference.
-      model: its `model` section.
+      name: the recipe's name; its references are runs/NAME/reference and runs/NAME/self_reference.
+      model: a `model` section from configs/models.py.
       folder: the Hugging Face folder in models/ that all stages start from.
-      seq_len: targets in a row, as the data were prepared.
-      tokens: to train on, passes over the same ones counted anew.
+      seq_len: targets in a row of the prepared data.
+      tokens: tokens to train on, counting every epoch.
     """
     config = default.get_config(stage)
     config.model.update(model)
-    config.model.compute_dtype = "bfloat16"  # ours: the paper does not tell its precision; master weights are float32
+    config.model.compute_dtype = "bfloat16"  # ours: not in the paper; master weights are float32
     config.model.remat = "full"  # ours: memory
     config.init.checkpoint = f"models/{folder}"  # paper: all stages start from the base model
     trained = "self_reference" if stage.startswith("self_") else "reference"
     config.reference.checkpoint = f"runs/{name}/{trained}"
     config.batch_size = STEP_TOKENS // seq_len
     config.steps = int(tokens) // STEP_TOKENS
-    config.mesh.update(data=1, fsdp=-1)  # ours: parameters and optimizer state spread over all chips
+    config.mesh.update(data=1, fsdp=-1)  # ours: shards parameters and optimizer state over all chips
     config.optimizer.update(
-        warmup_fraction=0.03,  # ours: the paper tells none; that of ToRA's script
+        warmup_fraction=0.03,  # ours: the paper does not report warm-up; ToRA's script uses this
         decay="cosine",  # paper
-        final_learning_rate_fraction=0.1,  # ours: the paper tells none; usual in pre-training
-        b1=0.9,  # ours, these five: the paper tells none; they are Llama 2's
+        final_learning_rate_fraction=0.1,  # ours: not in the paper; usual in pre-training
+        b1=0.9,  # ours, as the next four: not in the paper; Llama 2's values
         b2=0.95,
         eps=1e-5,
         weight_decay=0.1,
         clip_norm=1.0,
     )
     config.eval.every = 250  # ours: every quarter of a billion tokens
-    config.checkpoint.update(every=250, keep=2)  # ours: what an interruption may cost
+    config.checkpoint.update(every=250, keep=2)  # ours: limits what an interruption loses
     return config

@@ -1,6 +1,6 @@
-"""Turns a checkpoint into a Hugging Face folder that other tools serve and evaluate.
+"""Turns a checkpoint into a Hugging Face folder, for other tools to serve and evaluate.
 
-python -m tools.export_hf --checkpoint=DIR --output=DIR [--dtype=bfloat16]
+rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16]
 """
 
 import json
@@ -23,7 +23,7 @@ from rho1_jax.models.decoder import param_count
 from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, named_tensors
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import write_text
+from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
 
@@ -31,10 +31,10 @@ SHARD_BYTES = 4 << 30
 
 
 def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors of a checkpoint, SHARD_BYTES or one parameter of all layers at a time.
+    """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
 
     Raises:
-      UserError: a value is finite in the checkpoint and not in the dtype.
+      UserError: a finite value of the checkpoint is not finite in the dtype.
     """
     shard: dict[str, np.ndarray] = {}
     for path, array in checkpoint.iterate_params(directory):
@@ -52,7 +52,7 @@ def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> It
 
 
 def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer_config.json with which Transformers gives the same ids as a bare SentencePiece model."""
+    """The tokenizer_config.json that makes Transformers return the same ids as a bare SentencePiece model."""
     return {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": tokenizer.bos_id is not None,
@@ -64,14 +64,18 @@ def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_weights(directory: pathlib.Path, partial: pathlib.Path, dtype: str | None, progress: Progress) -> str:
-    """Writes a checkpoint's parameters as safetensors, with an index where there are several files. Returns a dtype."""
+    """Writes a checkpoint's parameters as safetensors, with an index if there are several files.
+
+    Returns:
+      The dtype of the tensors.
+    """
     files: list[list[str]] = []
-    size, found = 0, ""
+    size, written_dtype = 0, ""
     for shard in shards(directory, dtype, progress):
         save_file(shard, partial / f"{len(files)}.part", metadata={"format": "pt"})
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
-        found = str(next(iter(shard.values())).dtype)
+        written_dtype = str(next(iter(shard.values())).dtype)
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     if len(files) == 1:
         names = [SINGLE_FILE]
@@ -81,7 +85,7 @@ def write_weights(directory: pathlib.Path, partial: pathlib.Path, dtype: str | N
         write_text(partial / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     for n, name in enumerate(names):
         (partial / f"{n}.part").rename(partial / name)
-    return found
+    return written_dtype
 
 
 def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
@@ -90,20 +94,20 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
     Args:
       path: a run directory or one of its checkpoints.
       output: the folder to write, which must not exist.
-      dtype: of the tensors; None leaves them as the checkpoint has them.
+      dtype: dtype of the tensors; None keeps that of the checkpoint.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: there is no checkpoint, `output` exists, or the model has no form in Hugging Face's families.
+      UserError: there is no checkpoint, `output` exists, or none of Hugging Face's families can express the model.
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     directory = checkpoint.find(path, "--checkpoint")
     model = ModelConfig(**checkpoint.load_meta(directory).config["model"])
     tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
-    hf_config.to_hf(model, "float32", None, 0)  # refuses before anything is written
+    hf_config.to_hf(model, "float32", None, 0)  # raises before anything is written
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
@@ -113,21 +117,21 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
     count = param_count(model)
     with Progress(f"writing {output.name}", count, unit="params") as progress:
         written = write_weights(directory, partial, dtype, progress)
-    said = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id)
-    write_text(partial / "config.json", json.dumps(said, indent=2) + "\n")
+    config = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id)
+    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     partial.rename(output)
     return count
 
 
 def main() -> None:
-    """The command: its flags, then `export_hf`."""
-    path = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
-    output = flags.DEFINE_string("output", None, "The folder to write.", required=True)
-    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Of the tensors; as in the checkpoint if not given.")
+    """The command: parses the flags and calls `export_hf`."""
+    path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
+    output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the tensors. By default, that of the checkpoint.")
 
     def command() -> None:
         start = time.monotonic()
-        count = export_hf(path.value, pathlib.Path(output.value), dtype.value)
+        count = export_hf(path.value, local_path(output.value, "--output"), dtype.value)
         print(f"{output.value}: {count:,} parameters, {usage(start)}")
 
     run(command)

@@ -1,9 +1,9 @@
-"""Grades generations: extracts each answer, compares it with the right one, and tells the accuracy.
+"""Grades generations: extracts each answer, compares it with the right one, and prints the accuracy.
 
-python -m tools.grade --input=FILE.jsonl --task=gsm8k [--json] [--output=FILE.jsonl]
+rho1 grade --input=FILE.jsonl --task=gsm8k [--json] [--output=FILE.jsonl]
 
-Records have the generation under "generation" (or "code", as Rho-1 published them: a list of one) and the right answer
-under "gt" or "answer". Where a record has a "score" of its own, the verdicts that differ are listed.
+A record holds the generation under "generation" (or under "code" as a list of one, as Rho-1 published them) and the
+right answer under "gt" or "answer". If records also hold a "score", the verdicts that differ from it are listed.
 """
 
 import json
@@ -20,15 +20,15 @@ from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import TASKS
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import json_lines, write_text
+from rho1_jax.runtime.files import json_lines, local_path, write_text
 from rho1_jax.runtime.progress import Progress
 
 
 def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Line, record and generation of each record of a JSON lines file, with progress under a title.
+    """Yields line number, record and generation of each record of a JSON lines file. `title` names the progress bar.
 
     Raises:
-      UserError: with file and line, where the file is missing or a record is bad.
+      UserError: the file is missing, or a record is bad (with file and line).
     """
     if not path.is_file():
         raise UserError(f"--input={path}: no such file")
@@ -45,20 +45,24 @@ def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str,
 
 
 def field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
-    """The first of some keys that a record has, or of the list there. Raises UserError where it has none."""
-    found = next((record[name] for name in names if name in record), None)
-    if isinstance(found, list):
-        found = found[0] if found else None
-    if found is None:
+    """The value of the first of `names` that is a key of the record; of a list, its first element.
+
+    Raises:
+      UserError: the record has none of the keys.
+    """
+    value = next((record[name] for name in names if name in record), None)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None:
         raise UserError(f"{where}: none of the keys {', '.join(names)}")
-    return str(found)
+    return str(value)
 
 
 def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
-    """Each record's extracted answer, the right one, whether it is correct, and the verdict that it came with.
+    """Grades each record: its extracted answer, the right answer, whether they are equal, and the published verdict.
 
     Raises:
-      UserError: with file and line, where a record is bad.
+      UserError: a record is bad (with file and line), or there is none.
     """
     kind, graded = TASKS[task].kind, []
     with Grader() as grader:
@@ -80,31 +84,32 @@ def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command: its flags, then `grade`."""
+    """The command: parses the flags and calls `grade`."""
     path = flags.DEFINE_string("input", None, "JSON lines file of generations.", required=True)
-    task = flags.DEFINE_enum("task", None, list(TASKS), "Says how answers are read.", required=True)
+    task = flags.DEFINE_enum("task", None, list(TASKS), "Task, which decides how answers are read.", required=True)
     as_json = flags.DEFINE_bool("json", False, "Print the figures as JSON.")
-    output = flags.DEFINE_string("output", None, "JSON lines file for the graded items.")
+    output = flags.DEFINE_string("output", None, "JSON lines file to write the graded items to.")
 
     def command() -> None:
-        graded = grade(pathlib.Path(path.value), task.value)
-        found: dict[str, Any] = {
+        output_path = local_path(output.value, "--output") if output.value else None
+        graded = grade(local_path(path.value, "--input"), task.value)
+        figures: dict[str, Any] = {
             "items": len(graded),
             "accuracy": sum(item["correct"] for item in graded) / len(graded),
         }
-        told = [item for item in graded if item["published"] is not None]
-        differ = [item for item in told if item["correct"] != item["published"]]
-        if told:
-            found["published_accuracy"] = sum(item["published"] for item in told) / len(told)
-            found["same_verdict"] = 1 - len(differ) / len(told)
-        if output.value:
-            write_text(pathlib.Path(output.value), json_lines(graded))
+        published = [item for item in graded if item["published"] is not None]
+        differ = [item for item in published if item["correct"] != item["published"]]
+        if published:
+            figures["published_accuracy"] = sum(item["published"] for item in published) / len(published)
+            figures["same_verdict"] = 1 - len(differ) / len(published)
+        if output_path:
+            write_text(output_path, json_lines(graded))
         if as_json.value:
-            json.dump(found | {"differ": differ}, sys.stdout, indent=2)
+            json.dump(figures | {"differ": differ}, sys.stdout, indent=2)
             print()
             return
         print(
-            ", ".join(f"{name} {value:.2%}" if name != "items" else f"{value} items" for name, value in found.items())
+            ", ".join(f"{name} {value:.2%}" if name != "items" else f"{value} items" for name, value in figures.items())
         )
         for item in differ:
             ours, theirs = ("right" if verdict else "wrong" for verdict in (item["correct"], item["published"]))

@@ -1,9 +1,9 @@
-"""Turns a Hugging Face folder into a checkpoint, or compares what both compute.
+"""Turns a Hugging Face folder into a checkpoint, or compares our logits with those of Transformers.
 
-python -m tools.import_hf --hf=DIR --output=DIR [--dtype=bfloat16]
-python -m tools.import_hf --hf=DIR --verify=FILE.txt
+rho1 import --hf=DIR --output=DIR [--dtype=bfloat16]
+rho1 import --hf=DIR --verify=FILE.txt
 
-Nothing is fetched: the folder is one that was downloaded before. --verify needs torch and transformers.
+Nothing is downloaded: the folder must be on this machine. --verify needs torch and transformers.
 """
 
 import pathlib
@@ -24,6 +24,7 @@ from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.config import as_saved, model_config, run_settings
 from rho1_jax.training.state import TrainState
@@ -32,13 +33,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def usage(start: float) -> str:
-    """Seconds since `start` and the most memory that this process ever held."""
+    """Seconds since `start`, and the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return f"{time.monotonic() - start:.0f} seconds, peak memory {peak:.2f} GiB"
 
 
 def config_of(folder: HuggingFaceFolder) -> ml_collections.ConfigDict:
-    """The default config with the folder's model."""
+    """The default config, with the folder's model."""
     config = default.get_config("clm")
     model = hf_config.from_hf(folder.config, f"{folder.path}/config.json", run_settings(config))
     config.model.update(vars(model))
@@ -49,15 +50,15 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
     """Writes the folder's weights and tokenizer as a run directory with one checkpoint, at step 0.
 
     Args:
-      hf: the folder.
-      output: the directory to write, which must not exist.
-      dtype: of the parameters; None leaves each as it is in the file.
+      hf: the Hugging Face folder.
+      output: the run directory to write, which must not exist.
+      dtype: dtype of the parameters; None keeps that of the files.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: the folder is incomplete or not of a known family, or `output` exists.
+      UserError: the folder is incomplete, its model family is unknown, or `output` exists.
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
@@ -85,23 +86,26 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
 
 
 def main() -> None:
-    """The command: its flags, then `import_hf` or `verify`."""
-    hf = flags.DEFINE_string("hf", None, "A folder with config.json, safetensors and a tokenizer.", required=True)
-    output = flags.DEFINE_string("output", None, "The directory to write the checkpoint to.")
-    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; as in the files if not given.")
-    text = flags.DEFINE_string("verify", None, "A text file: compare logits and losses on it with Transformers.")
+    """The command: parses the flags and calls `import_hf` or `verify`."""
+    hf = flags.DEFINE_string("hf", None, "Folder with config.json, safetensors and a tokenizer.", required=True)
+    output = flags.DEFINE_string("output", None, "Run directory to write.")
+    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the parameters. By default, that of the files.")
+    text = flags.DEFINE_string(
+        "verify", None, "Text file to compare logits and losses on with Transformers, instead of --output."
+    )
 
     def command() -> None:
         start = time.monotonic()
         if (output.value is None) == (text.value is None):
             raise UserError("give either --output or --verify")
-        if text.value is not None:
-            folder = HuggingFaceFolder(hf.value)
-            for line in verify(folder, model_config(config_of(folder)), pathlib.Path(text.value)):
-                print(line)
-        else:
-            count = import_hf(pathlib.Path(hf.value), pathlib.Path(output.value or ""), dtype.value)
+        hf_path = local_path(hf.value, "--hf")
+        if output.value is not None:
+            count = import_hf(hf_path, local_path(output.value, "--output"), dtype.value)
             print(f"{output.value}: {count:,} parameters, {usage(start)}")
+        elif text.value is not None:
+            text_path, folder = local_path(text.value, "--verify"), HuggingFaceFolder(hf_path)
+            for line in verify(folder, model_config(config_of(folder)), text_path):
+                print(line)
 
     run(command)
 

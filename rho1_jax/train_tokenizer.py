@@ -1,12 +1,13 @@
 """Trains a SentencePiece tokenizer with byte fallback on text files.
 
-python -m tools.train_tokenizer --input=FILES --output=FILE.model --vocab_size=8192 [--text_key=text]
+rho1 tokenizer --input=FILES --output=FILE.model --vocab_size=8192 [--text_key=text]
 """
 
 import io
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from absl import flags
@@ -14,14 +15,14 @@ from absl import flags
 from rho1_jax.data import records
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import replacing
+from rho1_jax.runtime.files import local_path, replacing
 
-# Longer lines than this are cut: SentencePiece drops them otherwise.
+# Longer lines are split: SentencePiece would drop them.
 MAX_SENTENCE_BYTES = 4192
 
 
 def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterator[str]:
-    """The lines of all documents. Raises UserError, with file and line, at a bad record."""
+    """Yields the lines of all documents. Raises UserError, with file and line, at a bad record."""
     for path in files:
         for line, record, _ in records.read(path):
             try:
@@ -36,10 +37,17 @@ def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterat
 def train_tokenizer(
     files: Sequence[pathlib.Path], output: pathlib.Path, vocab_size: int, templates: Sequence[str], max_sentences: int
 ) -> None:
-    """Writes a byte-pair model: lossless, digits one by one, line breaks tokens of their own.
+    """Writes a byte-pair model. It is lossless, and each digit and each line break is a token.
+
+    Args:
+      files: the text to learn from.
+      output: the model file.
+      vocab_size: pieces, including 256 bytes.
+      templates: format strings over a record's keys, see `records.document`.
+      max_sentences: lines to learn from, sampled from all.
 
     Raises:
-      UserError: a record is bad, or the text does not fill the vocabulary.
+      UserError: a record is bad, or the text is too short for the vocabulary.
     """
     model = io.BytesIO()
     try:
@@ -61,31 +69,39 @@ def train_tokenizer(
         )
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--vocab_size={vocab_size} does not suit this text: {reason}") from error
+        raise UserError(f"--vocab_size={vocab_size} does not fit this text: {reason}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as beside:
-        beside.write_bytes(model.getvalue())
+    with replacing(output) as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def define_document_flags() -> tuple[Any, Any, Any]:
+    """Defines --input, --text_key and --text_template, and returns their holders."""
+    return (
+        flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True),
+        flags.DEFINE_string("text_key", "text", "Key of a record that holds its text."),
+        flags.DEFINE_multi_string(
+            "text_template",
+            [],
+            r"Format string over a record's keys, instead of --text_key: '{question}\n{answer}'. May be given several "
+            "times: the first one whose keys the record has is used.",
+        ),
+    )
 
 
 def main() -> None:
-    """The command: its flags, then `train_tokenizer`."""
-    inputs = flags.DEFINE_list("input", None, "Files or globs, divided by commas.", required=True)
-    output = flags.DEFINE_string("output", None, "The model file to write.", required=True)
-    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of pieces, 256 bytes among them.")
-    text_key = flags.DEFINE_string("text_key", "text", "The key of a record that holds its text.")
-    text_templates = flags.DEFINE_multi_string(
-        "text_template",
-        [],
-        r"Format string over a record's keys, instead: '{question}\n{answer}'. Of several the first that fits is used.",
-    )
-    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, drawn from all.")
+    """The command: parses the flags and calls `train_tokenizer`."""
+    inputs, text_key, text_templates = define_document_flags()
+    output = flags.DEFINE_string("output", None, "Model file to write.", required=True)
+    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Pieces, including 256 bytes.")
+    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.")
 
     def command() -> None:
-        files = records.expand(inputs.value)
+        files, path = records.expand(inputs.value), local_path(output.value, "--output")
         templates = records.parse_templates(text_key.value, text_templates.value)
         print(f"training on {len(files)} files; SentencePiece shows no progress", file=sys.stderr, flush=True)
-        train_tokenizer(files, pathlib.Path(output.value), vocab_size.value, templates, max_sentences.value)
-        print(f"wrote {output.value}")
+        train_tokenizer(files, path, vocab_size.value, templates, max_sentences.value)
+        print(f"wrote {path}")
 
     run(command)
 

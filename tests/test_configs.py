@@ -1,4 +1,4 @@
-"""Every config file loads in every stage, holds exactly the default's keys, and says what each is for."""
+"""Every config loads in every stage with exactly the default's keys; recipes hold the paper's figures."""
 
 import importlib
 import pathlib
@@ -22,14 +22,14 @@ def keys(config, prefix=""):
 
 @pytest.mark.parametrize("stage", default.STAGES)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_stages_differ_in_their_score_and_no_key_is_new(file, stage):
+def test_a_stage_sets_the_score_and_adds_no_key(file, stage):
     config = importlib.import_module(f"rho1_jax.configs.{file.stem}").get_config(stage)
     assert config.selection.score == default.STAGES[stage]
     assert set(keys(config)) == set(keys(default.get_config()))
 
 
 @pytest.mark.parametrize("stage, score", [("sft", "none"), ("slm", "excess"), ("sft_7b", "none"), ("slm_7b", "excess")])
-def test_fine_tuning_has_stages_of_its_own(stage, score):
+def test_fine_tuning_has_its_own_stages(stage, score):
     config = finetune_tora.get_config(stage)
     assert config.selection.score == score
     assert set(keys(config)) == set(keys(default.get_config()))
@@ -46,7 +46,7 @@ def test_each_stage_refers_to_the_right_reference(recipe):
     assert get_config("self_reference").data.train == get_config("clm").data.train
 
 
-def test_weak_to_strong_refers_to_a_smaller_model_of_the_same_tokenizer():
+def test_weak_to_strong_refers_to_a_smaller_model_with_the_same_tokenizer():
     config = llama3_70b_math.get_config("weak_to_strong")
     weak = llama3_8b_math.get_config("reference")
     assert config.reference.checkpoint == llama3_8b_math.get_config("slm").reference.checkpoint
@@ -54,7 +54,7 @@ def test_weak_to_strong_refers_to_a_smaller_model_of_the_same_tokenizer():
     assert config.model.layers > weak.model.layers
 
 
-# The sizes that the models' publishers give.
+# Parameter counts, as published with the models.
 COUNTS = {
     "TINYLLAMA_1B": 1_100_048_384,
     "MISTRAL_7B": 7_241_732_096,
@@ -95,7 +95,7 @@ def test_recipes_have_the_papers_figures(
         assert config.selection.ratio == ratio
 
 
-def test_every_key_has_a_comment_or_a_group_that_has():
+def test_every_key_has_a_comment():
     keys_with_comment = 0
     for line in pathlib.Path(default.__file__).read_text().splitlines():
         if re.match(r"    \w+: [^=]+ = ", line) and "Config()" not in line:

@@ -214,7 +214,7 @@ def test_a_reference_of_another_tokenizer_is_refused(corpus, reference, tmp_path
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.optimizer.learning_rat=1"], 'learning_rat.*Did you mean "learning_rate"'),
+        (["--config.optimizer.learning_rat=1"], r"learning_rat: .*Did you mean config.optimizer.learning_rate\?"),
         (["--config.steps=many"], "--config.steps=many"),
         (["--confg.steps=3"], "confg.steps"),
         (["extra"], "unexpected argument 'extra'"),

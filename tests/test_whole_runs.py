@@ -131,7 +131,7 @@ def test_token_dynamics_of_a_run(data, reference, tmp_path):
     for step in (4, 6, 8, 10):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     done = run_command("tools.token_dynamics", *flags)
-    assert done.returncode == 2 and "1 checkpoints, two or more are needed" in done.stderr
+    assert done.returncode == 2 and "1 checkpoints, but at least two are needed" in done.stderr
 
 
 def test_the_example_of_a_users_score_trains(data, tmp_path):

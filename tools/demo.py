@@ -13,22 +13,17 @@ import platform
 import time
 from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 from absl import flags
 
-from rho1_jax.analysis.token_report import TokenScores, score_tokens
+from rho1_jax.analysis.token_report import TokenScores
 from rho1_jax.configs import demo as demo_config
-from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data import preparation
-from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.models import decoder
+from rho1_jax.report import compare
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import write_text
-from rho1_jax.runtime.sharding import make_mesh
 from rho1_jax.score import score_data
 from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
@@ -79,18 +74,9 @@ def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.Conf
 
 def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> TokenScores:
     """Token losses on held-out noisy rows, of the SLM run half way and of its reference."""
-    mesh = make_mesh(**config.mesh)
     half_way = min(checkpoint.steps(output / "slm"), key=lambda step: abs(step - config.steps / 2))
-    models = []
-    with jax.set_mesh(mesh):
-        for directory in (checkpoint.at(output / "slm", half_way), checkpoint.find(output / "reference", "reference")):
-            model_config = ModelConfig(**checkpoint.load_meta(directory).config["model"])
-            params = checkpoint.load_params(directory, model_config, mesh, "float32")
-            models.append((decoder.build(model_config), params))
-        rows = Store(output / "data" / "noisy").rows("eval")
-        batch = next(eval_batches(rows, 4 * SHOWN_ROWS, np.arange(4 * SHOWN_ROWS)))
-        policy, reference = models
-        return score_tokens(policy, reference, batch, config.selection.ratio, config.data.document_mask)
+    policy, store = checkpoint.at(output / "slm", half_way), Store(output / "data" / "noisy")
+    return compare(policy, output / "reference", store, 4 * SHOWN_ROWS, config.selection.ratio)[0]
 
 
 def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import pathlib
 from typing import Any
 
 from rho1_jax.analysis.plots import Curve, plot_curves
-from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html
+from rho1_jax.analysis.token_report import TokenScores
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.report import LEGEND, page, selection_html
 from rho1_jax.runtime.files import read_json, write_text
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.training.accounting import LEDGER_FILE
@@ -22,21 +23,10 @@ LABELS = {
 }
 SHOWN_ROWS = 10
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Selective Language Modeling, demonstrated</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
-th, td {{ text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }}
-{css}
-</style></head><body>
-<h1>Training on the tokens that matter</h1>
-<p>Four models of the same size and first weights. The <b>reference</b> saw clean worked problems only. The other three
-read the same noisy pages in the same order and differ in which tokens they update on: <b>CLM</b> on all of them,
-<b>random</b> on a random {ratio:.0%}, <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the model's
-loss minus the reference's.</p>
+BODY = """<p>Four models of the same size and first weights. The <b>reference</b> saw clean worked problems only. The
+other three read the same noisy pages in the same order and differ in which tokens they update on: <b>CLM</b> on all of
+them, <b>random</b> on a random {ratio:.0%}, <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the
+model's loss minus the reference's.</p>
 <img alt="accuracy and loss over tokens" src="data:image/png;base64,{png}">
 <table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>answers right</th>
 <th>tokens a second</th><th>seconds</th></tr>
@@ -44,13 +34,8 @@ loss minus the reference's.</p>
 </table>
 <p>{speedup}</p>
 <h2>What SLM selects</h2>
-<p>Rows of the noisy corpus under the model half way through its training. Colour is excess loss: <span
-style="background:rgba(255,140,60,.7)">warm</span> where the reference knows better, <span
-style="background:rgba(90,150,255,.7)">cold</span> where the text is noise to it. Underlined tokens are selected. Grey
-ones are context: the first token of a row or of a document is no target.</p>
-{rows}
-</body></html>
-"""
+<p>Rows of the noisy corpus under the model half way through its training. {legend}</p>
+{rows}"""
 
 
 def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
@@ -111,19 +96,13 @@ def write_report(
         if speedup is None
         else (f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens.")
     )
-    page = PAGE.format(
-        css=CSS,
+    body = BODY.format(
         ratio=ratio,
         png=base64.b64encode((output / "curves.png").read_bytes()).decode(),
         arms=arms,
         speedup=reached,
-        rows=rows_html(
-            scores.batch.tokens,
-            scores.eligible_BL,
-            tokenizer,
-            range(min(SHOWN_ROWS, len(scores.batch.tokens))),
-            excess_marks(scores),
-        ),
+        legend=LEGEND,
+        rows=selection_html(scores, tokenizer, SHOWN_ROWS),
     )
-    write_text(output / "report.html", page)
+    write_text(output / "report.html", page("Training on the tokens that matter", body))
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.export_hf`."""
+"""In a clone: `python -m tools.export_hf` is `rho1 export`."""
 
 from rho1_jax.export_hf import main
 

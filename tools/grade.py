@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.grade`."""
+"""In a clone: `python -m tools.grade` is `rho1 grade`."""
 
 from rho1_jax.grade import main
 

@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.import_hf`."""
+"""In a clone: `python -m tools.import_hf` is `rho1 import`."""
 
 from rho1_jax.import_hf import main
 

@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.prepare_data`."""
+"""In a clone: `python -m tools.prepare_data` is `rho1 prepare`."""
 
 from rho1_jax.prepare import main
 

@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.token_dynamics`."""
+"""In a clone: `python -m tools.token_dynamics` is `rho1 dynamics`."""
 
 from rho1_jax.token_dynamics import main
 

@@ -1,4 +1,4 @@
-"""`rho1 X` in a clone: `python -m tools.train_tokenizer`."""
+"""In a clone: `python -m tools.train_tokenizer` is `rho1 tokenizer`."""
 
 from rho1_jax.train_tokenizer import main
 

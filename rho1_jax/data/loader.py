@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.sharding import batch_sharding, local_rows
 
 
@@ -26,6 +27,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     """
     mixture = []
     for part in filter(None, text.split(",")):
+        local_path(part, "config.data.train")
         directory, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
         try:
             mixture.append((directory, float(weight)))

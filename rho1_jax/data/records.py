@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".tex": "text"}
@@ -29,6 +30,7 @@ def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
     """
     files: list[pathlib.Path] = []
     for pattern in patterns:
+        local_path(pattern, "--input")
         matches = sorted(path for path in map(pathlib.Path, glob.glob(pattern, recursive=True)) if path.is_file())
         if not matches:
             raise UserError(f"{pattern}: no such file")

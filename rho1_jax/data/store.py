@@ -17,6 +17,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 MANIFEST = "manifest.json"
 _ROWS = "rows"
@@ -81,7 +82,7 @@ class Store:
 
     def __init__(self, path: str | pathlib.Path):
         """Opens the data set. Raises UserError if `path` does not hold one."""
-        self.path = pathlib.Path(path)
+        self.path = local_path(path, "data set")
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:

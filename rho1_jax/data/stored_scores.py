@@ -18,7 +18,7 @@ from rho1_jax.data.store import MANIFEST, Store
 from rho1_jax.method.signals import SUFFIX
 from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import read_json, replacing, sha256, write_text
+from rho1_jax.runtime.files import local_path, read_json, replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
 
 KEY = "config.reference.scores"
@@ -207,7 +207,7 @@ class ExternalColumn:
     def __init__(self, path: str, store: Store):
         """Raises UserError if the file holds no such array."""
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._array = np.load(local_path(path, "config.data.external"), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{EXTERNAL_KEY}: {path}: {error}") from None
         expected = (len(store.rows(SPLIT)), store.seq_len)

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import read_json
+from rho1_jax.runtime.files import local_path, read_json
 
 TOKENIZER_DIR = "tokenizer"  # folder of the tokenizer in a run or a prepared data set
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -48,7 +48,7 @@ class Tokenizer:
         Raises:
           UserError: the file does not exist, is not a tokenizer, or has no end-of-sequence token.
         """
-        self.path = pathlib.Path(path)
+        self.path = local_path(path, "tokenizer")
         if self.path.is_dir():
             names = [name for name in (JSON_FILE, SENTENCEPIECE_FILE) if (self.path / name).is_file()]
             if not names:

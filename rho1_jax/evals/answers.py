@@ -19,6 +19,7 @@ from rho1_jax.evals.tasks import STOPS, TASKS, read_exemplars, read_items
 from rho1_jax.evals.tool_use import run_with_tools
 from rho1_jax.models.generation import Generator
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_questions(path: str | pathlib.Path, config: EvalConfig) -> Questions:
     if re.compile(config.answer_pattern).groups != 1:
         raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r} must have exactly one group")
     questions = []
-    for file in records.expand([str(path)]):
+    for file in records.expand([str(local_path(path, "config.eval.questions"))]):
         for line, record, _ in records.read(file):
             try:
                 parsed = records.parse(file, record)

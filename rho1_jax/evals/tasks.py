@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from rho1_jax.evals.extraction import last_boxed
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 
 Record = dict[str, Any]
 LETTERS = "ABCDE"
@@ -166,7 +167,7 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
       UserError: the file is missing or empty, or a record does not fit the task (the message names file and line).
     """
     task, items = TASKS[name], []
-    path = pathlib.Path(data_dir) / task.file
+    path = local_path(data_dir, "config.eval.data_dir") / task.file
     if not path.is_file():
         raise UserError(f"{path}: no such file; task {name} reads its items from it (see config.eval.data_dir)")
     text = path.read_text(encoding="utf-8")
@@ -204,7 +205,7 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
         return []
     try:
         if file:
-            exemplars = _parse_exemplars(pathlib.Path(file).read_text(encoding="utf-8"))
+            exemplars = _parse_exemplars(local_path(file, f"config.eval.exemplars: {name}").read_text(encoding="utf-8"))
         elif task.exemplars == "gsm8k":
             exemplars = _gsm8k_exemplars()
         elif task.exemplars == "math":

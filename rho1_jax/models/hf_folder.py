@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import read_json
+from rho1_jax.runtime.files import local_path, read_json
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import param_shardings, path_name
 
@@ -108,7 +108,7 @@ def _their_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ..
 
 def is_hugging_face_folder(path: str | pathlib.Path) -> bool:
     """Whether a folder holds safetensors under the names that Hugging Face gives them."""
-    return any((pathlib.Path(path) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return any((local_path(path, "model") / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 class HuggingFaceFolder:
@@ -121,7 +121,7 @@ class HuggingFaceFolder:
 
     def __init__(self, path: str | pathlib.Path):
         """Raises UserError where it holds no config.json or no safetensors."""
-        self.path = pathlib.Path(path)
+        self.path = local_path(path, "Hugging Face folder")
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if (self.path / INDEX_FILE).is_file():
             index = read_json(self.path / INDEX_FILE)

@@ -1,5 +1,5 @@
-"""The error that is the user's to mend."""
+"""The error for anything a user can fix."""
 
 
 class UserError(Exception):
-    """Wrong input. The message says what was wrong, where, and what to do, in one line."""
+    """Wrong input. The message is one line: what was wrong, where, and what to do."""

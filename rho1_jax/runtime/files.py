@@ -1,36 +1,54 @@
-"""Files that are written whole or not at all, and read with errors a user can act on."""
+"""Local files: written whole or not at all, and read with errors a user can act on."""
 
 import contextlib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rho1_jax.runtime.errors import UserError
 
+# The start of gs://bucket/run. One slash is enough: that is all `pathlib.Path` leaves of the two.
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/")
+
+
+def local_path(text: str | pathlib.Path, name: str) -> pathlib.Path:
+    """A path the user gave. `name` is the flag or config key it came from, for the error.
+
+    Raises:
+      UserError: the path has a scheme, such as gs:// or s3://.
+    """
+    if _SCHEME.match(str(text)):
+        raise UserError(
+            f"{name}={text}: rho1 reads and writes local files only; mount the bucket, for example with gcsfuse"
+        )
+    return pathlib.Path(text)
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write to. It takes the place of `path` when the block ends without an error."""
-    beside = path.with_name(f"{path.name}.tmp")
-    yield beside
-    beside.replace(path)
+    """A temporary path to write to. It replaces `path` when the block ends without an error."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    yield temporary
+    temporary.replace(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a whole UTF-8 text file, or leaves what was there."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Writes a UTF-8 text file, and its folder if needed. On failure the previous file stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_lines(records: Iterable[Any]) -> str:
-    """Records as JSON lines. What is read back is to be split at "\\n" alone: a record may hold other line ends."""
+    """Records as JSON lines. Split them at "\\n" only: a record may contain other line separators."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file. Raises UserError where it is absent or not JSON."""
+    """The content of a JSON file. Raises UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -40,6 +58,6 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def sha256(path: pathlib.Path) -> str:
-    """The checksum of a file's bytes, in hex."""
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.decoder import Params, abstract_params
 from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.sharding import param_shardings, path_name
 from rho1_jax.training.config import complete
 from rho1_jax.training.state import TrainState
@@ -115,7 +116,7 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
     Raises:
       UserError: there is no checkpoint.
     """
-    directory = pathlib.Path(path).absolute()
+    directory = local_path(path, key).absolute()
     if (directory / "meta").is_dir():
         return directory
     saved_steps = steps(directory)

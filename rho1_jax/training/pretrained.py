@@ -13,6 +13,7 @@ from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.config import changes, run_settings
@@ -96,7 +97,7 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     Raises:
       UserError: there is no model, or its tokenizer or vocabulary differ from the run's.
     """
-    if is_hugging_face_folder(path):
+    if is_hugging_face_folder(local_path(path, key)):
         folder = HuggingFaceFolder(path)
         model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings(config))
         pretrained = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)

@@ -1,0 +1,119 @@
+"""Continues prompts with a checkpoint.
+
+rho1 generate --checkpoint=DIR --prompt='2+2=' [--prompt=...] [--max_new_tokens=256] [--temperature=0.7 --seed=1]
+rho1 generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl [--stop='\\n\\n']
+"""
+
+import pathlib
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from rho1_jax.data import records
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.models import decoder
+from rho1_jax.models.generation import Generator
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import run
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import json_lines, local_path, write_text
+from rho1_jax.training import checkpoint as checkpoints
+from rho1_jax.training.config import model_config
+
+
+def generate_text(
+    checkpoint: str | pathlib.Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> list[str]:
+    """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
+
+    Args:
+      checkpoint: a run directory (its newest checkpoint) or one of its checkpoints.
+      prompts: the texts to continue.
+      max_new_tokens: longest continuation.
+      temperature: 0 takes the likeliest token; above 0, tokens are sampled.
+      seed: seed of the samples.
+      stops: strings that end a continuation, and are not part of it.
+
+    Returns:
+      The continuations, without their prompts, in the order of the prompts.
+
+    Raises:
+      UserError: there is no checkpoint, or a prompt is empty.
+    """
+    directory = checkpoints.find(checkpoint, "--checkpoint")
+    config = ml_collections.ConfigDict(checkpoints.load_meta(directory).config)
+    tokenizer = Tokenizer(checkpoints.tokenizer_path(directory))
+    policy_config, mesh = model_config(config), sharding.mesh_of_run(**config.mesh)
+    with jax.set_mesh(mesh):
+        params = checkpoints.load_params(directory, policy_config, mesh, "float32")
+        rows = max(1, min(len(prompts), config.eval.generate_batch))
+        generator = Generator(decoder.build(policy_config), params, tokenizer, rows)
+        continuations = generator.run(
+            deque(enumerate(prompts)), max_new_tokens=max_new_tokens, stops=stops, temperature=temperature, seed=seed
+        )
+        texts = {number: text for number, text, *_ in continuations}
+    return [texts[number] for number in range(len(prompts))]
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a file: each line of a text file, or the key "prompt" of each record of a JSON lines file.
+
+    Raises:
+      UserError: the file is missing or holds no prompt, or a record is bad (with file and line).
+    """
+    prompts: list[str] = []
+    for file in records.expand([str(path)]):
+        for line, raw, _ in records.read(file):
+            try:
+                text = records.document(records.parse(file, raw), ["{prompt}"])
+            except records.BadRecord as error:
+                raise UserError(f"{file}:{line}: {error}") from None
+            prompts += [text] if records.file_format(file) != "text" else filter(None, text.split("\n"))
+    if not prompts:
+        raise UserError(f"{path}: no prompts")
+    return prompts
+
+
+def main() -> None:
+    """The command: parses the flags and calls `generate_text`."""
+    path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
+    prompt = flags.DEFINE_multi_string("prompt", [], "Text to continue. May be given several times.")
+    file = flags.DEFINE_string("prompts", None, 'JSON lines with the key "prompt", or text with one prompt a line.')
+    output = flags.DEFINE_string("output", None, "JSON lines file to write. By default, texts are printed.")
+    max_new_tokens = flags.DEFINE_integer("max_new_tokens", 256, "Longest continuation.", lower_bound=1)
+    temperature = flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; above 0: sample.", lower_bound=0.0)
+    seed = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+    stop = flags.DEFINE_multi_string("stop", [], r"String that ends a continuation; '\n' is a line break. Repeatable.")
+
+    def command() -> None:
+        output_path = local_path(output.value, "--output") if output.value else None
+        prompts = prompt.value + (read_prompts(local_path(file.value, "--prompts")) if file.value else [])
+        if not prompts:
+            raise UserError("nothing to continue: give --prompt=TEXT or --prompts=FILE")
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens.value,
+            "temperature": temperature.value,
+            "seed": seed.value,
+        }
+        texts = generate_text(path.value, prompts, **options, stops=[text.replace("\\n", "\n") for text in stop.value])
+        if output_path:
+            items = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts)]
+            write_text(output_path, json_lines(items))
+        else:
+            print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts)))
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Shows which tokens SLM selects: held-out rows as HTML, each token coloured by its excess loss.
+
+rho1 report --policy=DIR --reference=DIR --data=DIR --output=FILE.html [--rows=16] [--ratio=0.6]
+"""
+
+import html
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html, score_tokens
+from rho1_jax.data.loader import eval_batches
+from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.models import decoder
+from rho1_jax.runtime import sharding
+from rho1_jax.runtime.command_line import run
+from rho1_jax.runtime.files import local_path, write_text
+from rho1_jax.training import checkpoint
+from rho1_jax.training.pretrained import open_pretrained
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
+th, td {{ text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }}
+{css}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+LEGEND = """Colour is excess loss: <span style="background:rgba(255,140,60,.7)">warm</span> where the reference predicts
+the token better, <span style="background:rgba(90,150,255,.7)">cold</span> where the policy does. Underlined tokens are
+selected. Grey tokens are context: the first token of a row or document is not a target."""
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained HTML page."""
+    return PAGE.format(title=html.escape(title), css=CSS, body=body)
+
+
+def selection_html(scores: TokenScores, tokenizer: Tokenizer, rows: int) -> str:
+    """The first `rows` rows as HTML, without those that are only padding."""
+    shown = np.flatnonzero(scores.eligible_BL.any(axis=1))[:rows].tolist()
+    return rows_html(scores.batch.tokens, scores.eligible_BL, tokenizer, shown, excess_marks(scores))
+
+
+def compare(
+    policy: str | pathlib.Path, reference: str | pathlib.Path, store: Store, rows: int, ratio: float | None
+) -> tuple[TokenScores, float]:
+    """Scores the first held-out rows of a data set with two models.
+
+    Args:
+      policy: a run directory or one of its checkpoints.
+      reference: the same, or a Hugging Face folder.
+      store: a data set with a split "eval", prepared with the tokenizer of both.
+      rows: number of rows, at most. Padding rows fill them up to a multiple of the mesh's data-parallel size.
+      ratio: share of the tokens to select; None: that of the policy's run.
+
+    Returns:
+      Both models' token losses with the tokens selected, and the ratio.
+
+    Raises:
+      UserError: a model is missing, or its tokenizer is not that of the data.
+    """
+    config = ml_collections.ConfigDict(checkpoint.load_meta(checkpoint.find(policy, "--policy")).config)
+    ratio = config.selection.ratio if ratio is None else ratio
+    models, mesh = [], sharding.mesh_of_run(**config.mesh)
+    with jax.set_mesh(mesh):
+        for key, path in (("--policy", policy), ("--reference", reference)):
+            pretrained = open_pretrained(str(path), key, config, store)
+            models.append((decoder.build(pretrained.model), pretrained.load(mesh, "float32")))
+        held_out, size = store.rows("eval"), sharding.even_rows(rows)
+        batch = next(eval_batches(held_out, size, np.arange(size), range(min(rows, len(held_out)))))
+        return score_tokens(models[0], models[1], batch, ratio, config.data.document_mask), ratio
+
+
+def main() -> None:
+    """The command: parses the flags, calls `compare` and writes the page."""
+    policy = flags.DEFINE_string("policy", None, "Run directory or checkpoint of the model in training.", required=True)
+    reference = flags.DEFINE_string(
+        "reference", None, "Run directory, checkpoint or Hugging Face folder of the reference.", required=True
+    )
+    data = flags.DEFINE_string("data", None, "Prepared data set with a split 'eval'.", required=True)
+    rows = flags.DEFINE_integer("rows", 16, "Rows to score and show, at most.", lower_bound=1)
+    ratio = flags.DEFINE_float(
+        "ratio", None, "Share of the tokens to select. By default, that of the policy's run.", 0.0001, 1.0
+    )
+    output = flags.DEFINE_string("output", None, "HTML file to write.", required=True)
+
+    def command() -> None:
+        path, store = local_path(output.value, "--output"), Store(local_path(data.value, "--data"))
+        scores, share = compare(policy.value, reference.value, store, rows.value, ratio.value)
+        models = f"Policy: {html.escape(policy.value)}. Reference: {html.escape(reference.value)}."
+        legend = f"<p>{models} SLM selects {share:.0%} of these tokens.</p>\n<p>{LEGEND}</p>\n"
+        write_text(path, page("What SLM selects", legend + selection_html(scores, store.tokenizer(), rows.value)))
+        print(f"wrote {path}")
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()
