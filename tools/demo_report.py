@@ -1,4 +1,4 @@
-"""The demonstration's report: summary.json, curves.png and a self-contained report.html."""
+"""Write the demo's report: summary.json, curves.png and a self-contained report.html."""
 
 import base64
 import html
@@ -23,7 +23,7 @@ LABELS = {
 SHOWN_ROWS = 10
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Selective Language Modeling, demonstrated</title>
+<html lang="en"><head><meta charset="utf-8"><title>Selective Language Modeling: demo</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
@@ -33,28 +33,29 @@ img {{ max-width: 100%; }}
 {css}
 </style></head><body>
 <h1>Training on the tokens that matter</h1>
-<p>Four models of the same size and first weights. The <b>reference</b> saw clean worked problems only. The other three
-read the same noisy pages in the same order and differ in which tokens they update on: <b>CLM</b> on all of them,
-<b>random</b> on a random {ratio:.0%}, <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the model's
-loss minus the reference's.</p>
-<img alt="accuracy and loss over tokens" src="data:image/png;base64,{png}">
-<table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>answers right</th>
-<th>tokens a second</th><th>seconds</th></tr>
+<p>All models have the same size and initial weights. The <b>reference</b> is trained on clean worked problems only. The
+others read the same noisy pages in the same order, but train on different tokens: <b>CLM</b> on all of them,
+<b>random</b> on a random {ratio:.0%}, and <b>SLM</b> on the {ratio:.0%} with the highest excess loss. Excess loss is the
+model's loss minus the reference's.</p>
+<img alt="accuracy and loss over training tokens" src="data:image/png;base64,{png}">
+<table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>accuracy</th>
+<th>tokens per second</th><th>seconds</th></tr>
 {arms}
 </table>
 <p>{speedup}</p>
 <h2>What SLM selects</h2>
-<p>Rows of the noisy corpus under the model half way through its training. Colour is excess loss: <span
-style="background:rgba(255,140,60,.7)">warm</span> where the reference knows better, <span
-style="background:rgba(90,150,255,.7)">cold</span> where the text is noise to it. Underlined tokens are selected. Grey
-ones are context: the first token of a row or of a document is no target.</p>
+<p>These are rows of the noisy corpus, scored by the SLM model halfway through training. The colour shows excess loss:
+<span style="background:rgba(255,140,60,.7)">warm</span> where the reference predicts the token better, <span
+style="background:rgba(90,150,255,.7)">cold</span> where it predicts it worse. Underlined tokens are selected. Grey
+tokens are context only: the first token of a row or document is never a target. Hover over a token to see its
+losses.</p>
 {rows}
 </body></html>
 """
 
 
 def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """One run's totals and evaluations, from its metrics.jsonl."""
+    """One run's totals and evaluations, from its metrics.jsonl and ledger.json."""
     metrics = read_metrics(workdir)
     curve = [
         {"tokens": line["tokens_seen"], "loss": line["eval/clean/loss"], "accuracy": line["eval/problems/accuracy"]}
@@ -72,12 +73,12 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> float | None:
-    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if there is none.
+    """Tokens that CLM needs to reach its best accuracy, divided by the tokens that SLM needs to reach the same.
 
-    SLM's curve is taken as straight between its evaluations, and as zero at its start. Where CLM has no answer right,
-    or SLM never as many as CLM, there is no speed-up to tell.
+    Interpolates SLM's curve linearly between evaluations, from zero accuracy at zero tokens. Returns None if CLM has no
+    correct answer or SLM never reaches CLM's best.
     """
-    best = max(clm, key=lambda point: point["accuracy"])  # the first of equal ones
+    best = max(clm, key=lambda point: point["accuracy"])  # the first maximum
     if best["accuracy"] == 0:
         return None
     before = {"tokens": 0, "accuracy": 0.0}
@@ -92,7 +93,7 @@ def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> f
 def write_report(
     output: pathlib.Path, summary: dict[str, Any], scores: TokenScores, tokenizer: Tokenizer, ratio: float
 ) -> None:
-    """Writes summary.json, curves.png and report.html into `output`."""
+    """Write summary.json, curves.png and report.html into `output`."""
     curves = [
         Curve(LABELS[arm], *([point[key] for point in values["curve"]] for key in ("tokens", "loss", "accuracy")))
         for arm, values in summary["arms"].items()
@@ -106,17 +107,17 @@ def write_report(
         for arm, values in summary["arms"].items()
     )
     speedup = summary["token_speedup"]
-    reached = (
-        "CLM had no answer right, or SLM never as many as CLM: there is no speed-up to tell."
+    verdict = (
+        "There is no speed-up to report: CLM answered nothing correctly, or SLM never reached CLM's best accuracy."
         if speedup is None
-        else (f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens.")
+        else f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens."
     )
     page = PAGE.format(
         css=CSS,
         ratio=ratio,
         png=base64.b64encode((output / "curves.png").read_bytes()).decode(),
         arms=arms,
-        speedup=reached,
+        speedup=verdict,
         rows=rows_html(
             scores.batch.tokens,
             scores.eligible_BL,
