@@ -35,8 +35,8 @@ img {{ max-width: 100%; }}
 <h1>Training on the tokens that matter</h1>
 <p>All models have the same size and initial weights. The <b>reference</b> is trained on clean worked problems only. The
 others read the same noisy pages in the same order, but train on different tokens: <b>CLM</b> on all of them,
-<b>random</b> on a random {ratio:.0%}, and <b>SLM</b> on the {ratio:.0%} with the highest excess loss. Excess loss is the
-model's loss minus the reference's.</p>
+<b>random</b> on a random {ratio:.0%}, and <b>SLM</b> on the {ratio:.0%} with the highest excess loss. Excess loss is
+the model's loss minus the reference's.</p>
 <img alt="accuracy and loss over training tokens" src="data:image/png;base64,{png}">
 <table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>accuracy</th>
 <th>tokens per second</th><th>seconds</th></tr>
