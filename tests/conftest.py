@@ -1,4 +1,4 @@
-"""Eight simulated devices, and the fixtures that several test files share."""
+"""Eight simulated devices, and fixtures for several test files."""
 
 import importlib.util
 import os
@@ -24,13 +24,13 @@ logging.set_verbosity(logging.ERROR)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "rho1_jax_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# Only `make test-peers` installs what these compare with. Without it, `pytest -m peers` finds no test and fails.
+# Only `make test-peers` installs the libraries these tests need. Elsewhere `pytest -m peers` finds no tests and fails.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["peers"]
 
 
 @pytest.fixture(scope="session")
 def params():
-    """Parameters of the small model, and of another seed, to stand for a reference."""
+    """Parameters of the small model from two seeds: policy and reference."""
     return decoder.init_params(TINY, 0), decoder.init_params(TINY, 1)
 
 
@@ -54,7 +54,7 @@ def tokenizer(corpus, tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def data(corpus, tokenizer, tmp_path_factory) -> pathlib.Path:
-    """The corpus as a prepared data set of rows of 16 targets, a tenth of it held out."""
+    """The corpus as a prepared data set: rows of 16 targets, a tenth of the documents held out."""
     output = tmp_path_factory.mktemp("data") / "rows"
     prepare([corpus], tokenizer, output, OPTIONS, workers=1)
     return output
@@ -62,7 +62,7 @@ def data(corpus, tokenizer, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def reference(data, tmp_path_factory):
-    """A reference's run directory."""
+    """The workdir of a trained reference."""
     workdir = tmp_path_factory.mktemp("runs") / "reference"
     train_model(config_of("reference", data), workdir)
     return workdir

@@ -1,4 +1,4 @@
-"""What several test files share: small models, batches and configs, and running a command as a user does."""
+"""Helpers for several test files: small models, batches and configs, and running commands as a user does."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from rho1_jax.models.generation import Generator
 from rho1_jax.models.hf_folder import named_tensors
 from rho1_jax.runtime.sharding import path_name
 
-# The tests' small model; every key it does not name has its default.
+# The small model of the tests. Other keys have their defaults.
 TINY = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_width=8, ff_width=48, context_length=64, loss_chunk=64
 )
@@ -29,7 +29,7 @@ STEPS = 12
 
 
 def tiny(**changes) -> ModelConfig:
-    """The tests' small model, with changes."""
+    """TINY with changes."""
     return dataclasses.replace(TINY, **changes)
 
 
@@ -39,7 +39,7 @@ def selection_of(**changes) -> Selection:
 
 
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:
-    """Rows of random tokens, [rows, length + 1]: documents of random lengths, some rows with padding at the end."""
+    """Random tokens [rows, length + 1] in documents of random lengths. Every third row ends in padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, vocab_size, (rows, length + 1), dtype=np.int32)
     segment_ids = 1 + np.cumsum(rng.random((rows, length + 1)) < 0.15, axis=1, dtype=np.int32)
@@ -51,15 +51,15 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) ->
 
 
 def tensors(tree) -> dict[str, np.ndarray]:
-    """Parameters, or their gradients, under Hugging Face's names and shapes."""
+    """Parameters or their gradients, under Hugging Face's names and in its shapes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
 
 
 def continuations(graphdef, params, tokenizer, prompts, rows=None, **options) -> list[str]:
-    """Of all prompts, in their order, so many at a time."""
-    found = Generator(graphdef, params, tokenizer, rows or len(prompts)).run(deque(enumerate(prompts)), **options)
-    return [text for _, text in sorted(found)]
+    """Continue all prompts, `rows` at a time, and return the texts in the order of the prompts."""
+    answers = Generator(graphdef, params, tokenizer, rows or len(prompts)).run(deque(enumerate(prompts)), **options)
+    return [text for _, text in sorted(answers)]
 
 
 def options(**changes) -> Options:

@@ -1,4 +1,4 @@
-"""Commands and runs from their beginning to their end."""
+"""Whole runs of the demo and the commands."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def short(monkeypatch):
-    """A demonstration of a few steps."""
+    """Shrink the demo to a few steps."""
     monkeypatch.setattr(demo, "CLEAN_PROBLEMS", 600)
     monkeypatch.setattr(demo, "NOISY_PROBLEMS", 1200)
     monkeypatch.setattr(demo, "QUESTIONS", 16)
@@ -38,7 +38,7 @@ def short(monkeypatch):
     monkeypatch.setattr(demo_config, "get_config", get_config)
 
 
-def test_the_demonstration_runs_and_writes_its_report(short, tmp_path, monkeypatch):
+def test_the_demo_runs_and_writes_its_report(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = demo.demo(pathlib.Path("demo"), seed=0, cached=True)
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
@@ -48,8 +48,8 @@ def test_the_demonstration_runs_and_writes_its_report(short, tmp_path, monkeypat
         assert [point["tokens"] for point in arm["curve"]] == [2 * 1024, 4 * 1024]
         assert arm["final"] == {name: arm["curve"][-1][name] for name in ("loss", "accuracy")}
     assert summary["arms"]["random"]["tokens_selected"] == summary["arms"]["slm"]["tokens_selected"]
-    for ours, theirs in zip(summary["arms"]["slm_cached"]["curve"], summary["arms"]["slm"]["curve"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    for cached, online in zip(summary["arms"]["slm_cached"]["curve"], summary["arms"]["slm"]["curve"], strict=True):
+        assert cached == pytest.approx(online, rel=1e-4)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
     assert page.count('class="row"') == 10 and 'class="selected"' in page
@@ -59,21 +59,21 @@ def test_the_demonstration_runs_and_writes_its_report(short, tmp_path, monkeypat
 
 
 def test_all_ten_tasks_in_one_command(reference, tmp_path):
-    """With the run's own small model, two items each."""
+    """Two items per task, with the run's own small model."""
     published = root().parent / "shared" / "data" / "eval"
     if not published.is_dir():
-        pytest.skip(f"{published} is absent: the ten tasks were not evaluated")
+        pytest.skip(f"{published} is missing: cannot evaluate the ten tasks")
     names = "gsm8k,math,svamp,asdiv,mawps,tabmwp,mathqa,mmlu_stem,sat_math,gsm_hard"
     arguments = [f"--checkpoint={reference}", "--data=", f"--tasks={names}", f"--data_dir={published}"]
     arguments += ["--task_items=2", "--max_new_tokens=16", "--generate_batch=2", f"--output={tmp_path / 'out'}"]
     result = run_command("rho1_jax.evaluate", *arguments)
     assert result.returncode == 0, result.stderr
-    told = [line.split()[0] for line in result.stdout.splitlines()]
-    assert told == [f"eval/{name}/accuracy" for name in [*names.split(","), "average"]]
+    metrics = [line.split()[0] for line in result.stdout.splitlines()]
+    assert metrics == [f"eval/{name}/accuracy" for name in [*names.split(","), "average"]]
     assert len(list((tmp_path / "out").glob("*.jsonl"))) == 10
 
 
-def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, reference, tmp_path):
+def test_fine_tuning_selects_among_response_tokens(tokenizer, reference, tmp_path):
     path = tmp_path / "chat.jsonl"
     records = [{"question": f"Document {n}:", "answer": f"{n}+1={n + 1}. and so on, " * 3} for n in range(40)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -102,7 +102,7 @@ def test_fine_tuning_by_the_command_with_selection_among_responses(tokenizer, re
     assert last["step"] == steps and last["eval/held_out/loss"] > 0
     rows = store.rows("train")
     responses = sum(int(rows[n]["responses"].sum()) for n in range(len(rows)))
-    # About two passes over the responses, of which six tenths are selected.
+    # About two epochs over the response tokens, of which 60 % are selected.
     assert last["tokens_selected"] == pytest.approx(0.6 * responses * steps * 8 / len(rows), rel=0.1)
 
 
@@ -119,10 +119,10 @@ def test_token_dynamics_of_a_run(data, reference, tmp_path):
     ]
     done = run_command("tools.token_dynamics", *flags)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "dynamics.json").read_text())
-    assert found["steps"] == [2, 4, 6, 8, 10, 12]
-    assert sum(found["shares"].values()) == pytest.approx(1) and found["tokens"] > 100
-    assert len(found["selected_loss"]) == len(found["unselected_loss"]) == 6
+    dynamics = json.loads((tmp_path / "out" / "dynamics.json").read_text())
+    assert dynamics["steps"] == [2, 4, 6, 8, 10, 12]
+    assert sum(dynamics["shares"].values()) == pytest.approx(1) and dynamics["tokens"] > 100
+    assert len(dynamics["selected_loss"]) == len(dynamics["unselected_loss"]) == 6
     assert (tmp_path / "out" / "dynamics.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out" / "dynamics.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
@@ -134,7 +134,7 @@ def test_token_dynamics_of_a_run(data, reference, tmp_path):
     assert done.returncode == 2 and "1 checkpoints, but at least two are needed" in done.stderr
 
 
-def test_the_example_of_a_users_score_trains(data, tmp_path):
+def test_the_documented_custom_score_trains(data, tmp_path):
     small = ["width=32", "layers=2", "heads=4", "kv_heads=2", "head_width=8", "ff_width=48"]
     done = run_command(
         "rho1_jax.train",
@@ -151,7 +151,7 @@ def test_the_example_of_a_users_score_trains(data, tmp_path):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_optimizer_state_in_host_memory_changes_nothing(data, reference, tmp_path, microbatches):
-    """Each run is stopped half way and goes on, so that the state is also restored to where it belongs."""
+    """Each run stops halfway and resumes, so restoring the state to the right memory is tested too."""
     finals = {}
     for offload in (False, True):
         for steps in (4, 8):

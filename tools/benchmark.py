@@ -1,4 +1,4 @@
-"""Speeds, measured side by side in one run: every way has its turn in each round, and the median is told.
+"""Measure speeds side by side: every way runs once per round, and the table shows the median over the rounds.
 
 python -m tools.benchmark --what=steps [--size=6m --size=34m] [--peers] [--repeats=5] [--output=FILE.json]
 python -m tools.benchmark --what=generation [--peers]      python -m tools.benchmark --what=selection
@@ -6,20 +6,18 @@ python -m tools.benchmark --what=loading --data=DIR        python -m tools.bench
 python -m tools.benchmark --what=scoring --data=DIR --size=6m
 python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--text_template=...]
 
-"steps" are CLM, SLM with the reference in the step (online), SLM whose reference ran before (cached), and scoring, that
-is, the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
+"steps" times CLM, SLM with the reference in the step (online), SLM with stored reference losses (cached), and scoring,
+which runs the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
 """
 
 import dataclasses
 import importlib
 import json
 import pathlib
-import statistics
-import time
 import types
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ import numpy as np
 import optax
 from absl import flags
 
-from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data import records
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
@@ -43,59 +40,15 @@ from rho1_jax.runtime.files import write_text
 from rho1_jax.training.accounting import ForwardFlops, training_flops
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
+from tools.benchmark_cases import SIZES, Size, Speeds, Ways, Work, generation_work, timed
 from tools.benchmark_data import loading_ways, scoring_ways, tokenizing_ways
 
 RULE = Selection()
-NEW_TOKENS = 64
-SPREAD = 0.8  # of the logarithm of continuations' lengths; between the longest and the mean of 16 lies a factor of 3
-PAUSE = 0.5  # seconds between two ways: PyTorch's threads go on spinning for a while, at the next way's cost
-PRODUCT = 2048  # rows, columns and depth of the matrix product that tells what the machine can do
-
-
-class Size(NamedTuple):
-    """A model and the batch it is timed on."""
-
-    model: dict[str, Any]
-    rows: int
-    seq_len: int
-
-    def config(self) -> ModelConfig:
-        """The model in float32, its loop over layers unrolled."""
-        return ModelConfig(**self.model, context_length=self.seq_len, unroll=self.model["layers"])
-
-
-_6M = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32, "ff_width": 768}
-_34M = {"vocab_size": 32_000, "width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "head_width": 64, "ff_width": 1024}
-_1M = {"vocab_size": 640, "width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_width": 32, "ff_width": 384}
-_TINY = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ff_width": 48}
-SIZES = {"1m": Size(_1M, 16, 256), "6m": Size(_6M, 16, 256), "34m": Size(_34M, 8, 512), "tiny": Size(_TINY, 4, 32)}
-
-Ways = dict[str, Callable[[], object]]
-
-
-def timed(ways: Ways, amount: float, repeats: int) -> dict[str, dict[str, float]]:
-    """How much of `amount` each way does in a second: median, lowest and highest of the rounds, after one untold."""
-    for way in ways.values():
-        way()
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            way()
-            taken[name].append(time.perf_counter() - start)
-    return {
-        name: {
-            "median": amount / statistics.median(seconds),
-            "lowest": amount / max(seconds),
-            "highest": amount / min(seconds),
-        }
-        for name, seconds in taken.items()
-    }
+PRODUCT = 2048  # rows, columns and depth of the matrix product whose speed stands for the machine's peak
 
 
 def step_ways(size: Size) -> Ways:
-    """One step of each arm, and scoring."""
+    """One train step of each arm, and one forward pass of the reference."""
     config = size.config()
     graphdef, tx = decoder.build(config), optax.adamw(1e-3)
     rng = np.random.default_rng(0)
@@ -122,11 +75,11 @@ def step_ways(size: Size) -> Ways:
         params = decoder.init_params(config, 0)
         state = [TrainState(jnp.int32(0), params, tx.init(params))]
 
-        def one() -> None:
+        def run_step() -> None:
             state[0], *_ = step(state[0], frozen, rows)
             jax.block_until_ready(state[0])
 
-        return one
+        return run_step
 
     return {
         "CLM": arm("none", None, batch),
@@ -136,27 +89,8 @@ def step_ways(size: Size) -> Ways:
     }
 
 
-class Work(NamedTuple):
-    """Prompts [n, L] of half a row, and how many tokens the continuation of each has."""
-
-    prompts: np.ndarray
-    lengths: np.ndarray
-
-
-def generation_work(size: Size) -> dict[str, Work]:
-    """As many prompts as rows, continued alike; and four times as many, whose continuations end as answers do."""
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, size.model["vocab_size"], (4 * size.rows, size.seq_len // 2))
-    prompts[:, -1] = np.arange(len(prompts))  # by this the tokenizer knows them
-    spread = (NEW_TOKENS // 2 * np.exp(SPREAD * rng.normal(size=len(prompts)))).astype(int).clip(8, 4 * NEW_TOKENS)
-    return {
-        f"{NEW_TOKENS} tokens each": Work(prompts[: size.rows], np.full(size.rows, NEW_TOKENS)),
-        f"{spread.min()} to {spread.max()} tokens, {spread.mean():.0f} on average": Work(prompts, spread),
-    }
-
-
 class _Tokenizer:
-    """Stands for one: a prompt is its number, and a continuation ends with a dot when it is as long as it shall be."""
+    """A tokenizer for `Work`: a prompt is its number as text, and a continuation of the right length ends in a dot."""
 
     eos_id = -1
 
@@ -172,28 +106,28 @@ class _Tokenizer:
 
 
 def generation_ways(size: Size, work: Work) -> Ways:
-    """Greedy continuation of prompts, as many at a time as the size has rows."""
+    """Greedy generation for the prompts of `work`, `size.rows` at a time."""
     config = size.config()
     graphdef, params = decoder.build(config), decoder.init_params(config, 0)
     generator = Generator(graphdef, params, _Tokenizer(work), size.rows)  # type: ignore[arg-type]
 
-    def one() -> None:
+    def generate() -> None:
         requests = deque((number, str(number)) for number in range(len(work.prompts)))
         for number, text in generator.run(requests, max_new_tokens=int(work.lengths.max()), stops=["."]):
             assert len(text) == work.lengths[number]
 
-    return {"generate": one}
+    return {"generate": generate}
 
 
 def product_ways() -> Ways:
-    """A product of two square matrices in float32."""
+    """The product of two square float32 matrices."""
     a = jnp.ones((PRODUCT, PRODUCT))
     product = jax.jit(lambda a: a @ a)
     return {"JAX": lambda: jax.block_until_ready(product(a))}
 
 
 def selection_ways(tokens: int) -> Ways:
-    """Both selections of 60 % of so many scores."""
+    """The two ways to select 60 % of `tokens` scores."""
     rng = np.random.default_rng(0)
     score_BL = jnp.array(rng.normal(size=(tokens // 256, 256)), jnp.float32)
     eligible_BL = jnp.array(rng.random(score_BL.shape) < 0.95)
@@ -207,7 +141,7 @@ def selection_ways(tokens: int) -> Ways:
 
 
 def head_memory(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
-    """MiB of temporaries of loss and gradient of the output head: ours, and with all logits at once."""
+    """MiB of temporaries for the output head's loss and gradient: in chunks, and with all logits at once."""
     hidden = jax.ShapeDtypeStruct((tokens // 512, 512, width), jnp.float32)
     output = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
     targets = jax.ShapeDtypeStruct((tokens // 512, 512), jnp.int32)
@@ -217,25 +151,25 @@ def head_memory(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     ways: dict[str, Callable] = {"in chunks": lambda h, o, t: token_losses(h, o, t, 512, False)[0], "all logits": plain}
-    found = {}
+    sizes = {}
     for name, losses in ways.items():
         gradient = jax.grad(lambda h, o, t, losses=losses: losses(h, o, t).mean(), argnums=(0, 1))
         analysis: Any = jax.jit(gradient).lower(hidden, output, targets).compile().memory_analysis()
-        found[name] = analysis.temp_size_in_bytes / 2**20
-    return found
+        sizes[name] = analysis.temp_size_in_bytes / 2**20
+    return sizes
 
 
-def table(title: str, found: dict[str, dict[str, float]], unit: str) -> None:
-    """Prints the figures, each against the first."""
-    print(f"\n| {title} | {unit} | lowest to highest | of the first |\n| --- | --- | --- | --- |")
-    first = next(iter(found.values()))["median"]
-    for name, way in found.items():
+def print_table(title: str, speeds: Speeds, unit: str) -> None:
+    """Print the speeds in `unit`, and each median relative to the first way's."""
+    print(f"\n| {title} | {unit} | lowest to highest | relative to first |\n| --- | --- | --- | --- |")
+    first = next(iter(speeds.values()))["median"]
+    for name, way in speeds.items():
         spread = f"{way['lowest']:,.0f} to {way['highest']:,.0f}"
         print(f"| {name} | {way['median']:,.0f} | {spread} | {way['median'] / first:.2f} |", flush=True)
 
 
 def peer_module() -> types.ModuleType:
-    """tools/benchmark_peers.py, whose libraries are an extra. Raises UserError where they are not installed."""
+    """Import tools/benchmark_peers.py. Raises UserError if the libraries of its extra are not installed."""
     try:
         return importlib.import_module("tools.benchmark_peers")
     except ModuleNotFoundError as error:
@@ -243,72 +177,82 @@ def peer_module() -> types.ModuleType:
 
 
 def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[Ways, int] | None) -> dict[str, Any]:
-    """Measures and prints; returns the figures by title. `text` are ways to handle text, and how much of it."""
-    found: dict[str, Any] = {}
+    """Measure `what`, print the figures, and return them by title.
+
+    Args:
+      what: a value of --what.
+      sizes: names in SIZES, for "steps" and "generation".
+      peers: whether to measure Transformers on PyTorch too.
+      repeats: rounds per measurement.
+      text: for "loading", "scoring" and "tokenizing", the ways to measure and the tokens each one processes.
+    """
+    figures: dict[str, Any] = {}
+
+    def compare(title: str, ways: Ways, amount: float, unit: str = "tokens/s") -> None:
+        figures[title] = timed(title, ways, amount, repeats)
+        print_table(title, figures[title], unit)
+
     if what == "selection":
         for tokens in (2**12, 2**14, 2**16, 2**18, 2**20):
-            title = f"selection among {tokens:,} scores"
-            found[title] = timed(selection_ways(tokens), tokens, repeats)
-            table(title, found[title], "scores a second")
+            compare(f"selection among {tokens:,} scores", selection_ways(tokens), tokens, "scores/s")
     elif what == "head_memory":
-        found[what] = head_memory(16_384, 32_000, 384)
-        print(", ".join(f"{name}: {size:,.0f} MiB" for name, size in found[what].items()))
+        figures[what] = head_memory(16_384, 32_000, 384)
+        print(", ".join(f"{name}: {size:,.0f} MiB" for name, size in figures[what].items()))
     elif text is not None:
-        found[what] = timed(*text, repeats)
-        table(what, found[what], "tokens a second")
+        compare(what, *text)
+    elif what == "generation":
+        for name in sizes:
+            for title, work in generation_work(SIZES[name]).items():
+                ways = generation_ways(SIZES[name], work)
+                if peers:
+                    ways |= peer_module().generation_ways(SIZES[name], work)
+                compare(f"{name}, {title}", ways, work.lengths.sum())
     else:
         for name in sizes:
-            if what == "generation":
-                for title, work in generation_work(SIZES[name]).items():
-                    ways = generation_ways(SIZES[name], work)
-                    if peers:
-                        ways |= peer_module().generation_ways(SIZES[name], work)
-                    found[f"{name}, {title}"] = timed(ways, work.lengths.sum(), repeats)
-                    table(f"{name}, {title}", found[f"{name}, {title}"], "tokens a second")
-                continue
             size = SIZES[name]
             ways = step_ways(size)
             if peers:
                 ways |= peer_module().step_ways(size, RULE.ratio)
-            found[name] = timed(ways, size.rows * size.seq_len, repeats)
-            table(f"{name} {what}", found[name], "tokens a second")
-            tell_products(size, found[name], peers, repeats)
-    return found
+            compare(f"{name} {what}", ways, size.rows * size.seq_len)
+            print_utilization(size, figures[f"{name} {what}"], peers, repeats)
+    return figures
 
 
-def tell_products(size: Size, found: dict[str, dict[str, float]], peers: bool, repeats: int) -> None:
-    """Prints how fast a matrix product is here, and at what share of that CLM and SLM compute what the model needs."""
+def print_utilization(size: Size, speeds: Speeds, peers: bool, repeats: int) -> None:
+    """Print the speed of a matrix product, and the model FLOPs of CLM and SLM as a share of it."""
     ways = product_ways()
     if peers:
         ways |= peer_module().product_ways(PRODUCT)
-    for name, speed in timed(ways, 2 * PRODUCT**3, repeats).items():
+    products = timed("matrix products", ways, 2 * PRODUCT**3, repeats)
+    for name, speed in products.items():
         print(f"{name}: matrix products at {speed['median'] / 1e9:,.0f} GFLOP/s")
-        if name == "JAX":
-            product_flops = speed["median"]
     forward = ForwardFlops.of(size.config(), size.seq_len)
     for name, reference, ratio in (("CLM", None, 1.0), ("SLM online", forward, RULE.ratio)):
         needed = sum(training_flops(forward, reference, 1, ratio).values())
-        print(f"{name}: {needed * found[name]['median'] / product_flops:.0%} of that in model FLOPs")
+        share = needed * speeds[name]["median"] / products["JAX"]["median"]
+        print(f"{name}: {share:.0%} of the JAX matrix product's speed, in model FLOPs")
 
 
 def main() -> None:
-    """The command: its flags, then `measure`."""
+    """Define the flags and run `measure`."""
     kinds = ["steps", "generation", "selection", "head_memory", "loading", "scoring", "tokenizing"]
     what = flags.DEFINE_enum("what", "steps", kinds, "What to measure.")
-    sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Of the model; more than one may be given.")
-    peers = flags.DEFINE_bool("peers", False, "Transformers on PyTorch, too.")
-    repeats = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
-    data = flags.DEFINE_string("data", None, "A prepared data set, for loading and scoring.")
-    tokenizer = flags.DEFINE_string("tokenizer", None, "A tokenizer's file or folder, for tokenizing.")
-    inputs = flags.DEFINE_list("input", [], "Files or globs, divided by commas, for tokenizing.")
-    text_templates = flags.DEFINE_multi_string("text_template", [], "As in prepare_data.")
-    output = flags.DEFINE_string("output", None, "JSON file for all figures.")
+    sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Model size. Repeatable.")
+    peers = flags.DEFINE_bool("peers", False, "Also measure Transformers on PyTorch.")
+    repeats = flags.DEFINE_integer("repeats", 5, "Rounds per measurement.", lower_bound=1)
+    data = flags.DEFINE_string("data", None, "Prepared data set, for loading and scoring.")
+    tokenizer = flags.DEFINE_string("tokenizer", None, "Tokenizer file or folder, for tokenizing.")
+    inputs = flags.DEFINE_list("input", [], "Comma-separated files or globs, for tokenizing.")
+    text_templates = flags.DEFINE_multi_string(
+        "text_template", [], "Template of a document, as in prepare_data. Repeatable."
+    )
+    output = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
     def command() -> None:
         text = None
         if what.value in ("loading", "scoring"):
             if not data.value:
-                raise UserError(f"--what={what.value} needs --data=DIR, a prepared data set")
+                raise UserError(f"--what={what.value} needs a prepared data set: pass --data=DIR")
             size = SIZES[sizes.value[0]]
             text = loading_ways(data.value, 64) if what.value == "loading" else scoring_ways(data.value, size.config())
         elif what.value == "tokenizing":
@@ -316,9 +260,9 @@ def main() -> None:
                 raise UserError("--what=tokenizing needs --tokenizer=FILE and --input=FILES")
             templates = records.parse_templates("text", text_templates.value)
             text = tokenizing_ways(Tokenizer(tokenizer.value), records.expand(inputs.value), templates)
-        found = measure(what.value, sizes.value, peers.value, repeats.value, text)
+        figures = measure(what.value, sizes.value, peers.value, repeats.value, text)
         if output.value:
-            write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
+            write_text(pathlib.Path(output.value), json.dumps(figures, indent=2) + "\n")
 
     run(command)
 

@@ -1,4 +1,4 @@
-"""Tokenizing, loading and scoring, for tools/benchmark.py: each against what it cannot be faster than."""
+"""Tokenizing, loading and scoring, for tools/benchmark.py. Tokenizing and scoring come with an upper bound."""
 
 import dataclasses
 import functools
@@ -24,28 +24,27 @@ from rho1_jax.models.decoder import build, init_params
 from rho1_jax.models.forward import make_reference_signals
 from rho1_jax.runtime.sharding import make_mesh, replicated
 from rho1_jax.training.scoring import score_rows
+from tools.benchmark_cases import Ways
 
-SCORED_ROWS = 16  # in a batch, on each device
+SCORED_ROWS = 16  # per batch and device
 
 
-def bare(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """The library's own encoding, without anything of ours around it."""
+def bare_encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
+    """The tokenizer library's own encoder, without our wrapper."""
     if tokenizer.path.suffix == ".json":
         library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
         return lambda text: library.encode(text, add_special_tokens=False).ids
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode
 
 
-def tokenizing_ways(
-    tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...]
-) -> tuple[dict[str, Callable[[], object]], int]:
-    """The bare library, and `prepare_data`, which also reads, packs and writes; and how many tokens they make."""
+def tokenizing_ways(tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...]) -> tuple[Ways, int]:
+    """The bare library and `prepare_data`, which also reads, packs and writes. Also returns their number of tokens."""
     texts = [
         records.document(records.parse(file, record), templates)
         for file in files
         for _, record, _ in records.read(file)
     ]
-    encode = bare(tokenizer)
+    encode = bare_encoder(tokenizer)
     tokens = sum(len(encode(text)) for text in texts)
     cores = sorted(os.sched_getaffinity(0))
     options = Options(templates, None, seq_len=2048, eval_fraction=0.0, max_bad_fraction=0.0)
@@ -56,7 +55,7 @@ def tokenizing_ways(
             prepare(files, tokenizer, pathlib.Path(scratch) / "rows", options, workers=count)
         os.sched_setaffinity(0, cores)
 
-    ways: dict[str, Callable[[], object]] = {
+    ways: Ways = {
         "bare library, 1 core": lambda: [encode(text) for text in texts],
         "prepare_data, 1 core": lambda: prepared(1),
         f"prepare_data, {len(cores)} cores": lambda: prepared(len(cores)),
@@ -64,15 +63,15 @@ def tokenizing_ways(
     return ways, tokens
 
 
-def loading_ways(data: str, rows: int) -> tuple[dict[str, Callable[[], object]], int]:
-    """Ten batches of a prepared data set, and how many tokens they are."""
+def loading_ways(data: str, rows: int) -> tuple[Ways, int]:
+    """Loading ten batches of a prepared data set. Also returns their number of tokens."""
     stores, weights = open_mixture(data)
     stream = batches(stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4)
     return {"batches": lambda: list(itertools.islice(stream, 10))}, 10 * rows * stores[0].seq_len
 
 
-def scoring_ways(data: str, config: ModelConfig) -> tuple[dict[str, Callable[[], object]], int]:
-    """The forward pass over a data set whose rows are in memory, and all that `rho1_jax.score` does with it."""
+def scoring_ways(data: str, config: ModelConfig) -> tuple[Ways, int]:
+    """The forward pass over rows in memory, and the whole of `rho1_jax.score`. Also returns their number of tokens."""
     store, mesh = Store(data), make_mesh(-1, 1, 1)
     rows, size = store.rows(SPLIT), SCORED_ROWS * mesh.size
     params = init_params(dataclasses.replace(config, context_length=store.seq_len), 0)
@@ -88,5 +87,5 @@ def scoring_ways(data: str, config: ModelConfig) -> tuple[dict[str, Callable[[],
             writer = ScoreWriter(Store(scratch), "benchmark", description, "float16", entropies=False)
             score_rows(Store(scratch), writer, jitted, size, mesh, 0.0)
 
-    ways = {"forward pass": lambda: jax.block_until_ready([jitted(batch) for batch in ready]), "score": scored}
+    ways: Ways = {"forward pass": lambda: jax.block_until_ready([jitted(batch) for batch in ready]), "score": scored}
     return ways, len(rows) * store.seq_len

@@ -1,22 +1,21 @@
-"""What a user would take instead, for tools/benchmark.py: Transformers' Llama on PyTorch, eager and compiled.
+"""The peer in tools/benchmark.py: Transformers' Llama on PyTorch, eager and compiled.
 
-CLM and SLM as one would write them there: all logits, cross-entropy without reduction, top-k of the excess losses, the
-mean of those that are kept.
+CLM and SLM are written as a PyTorch user would write them: compute all logits, take the cross-entropy of each token,
+select the top k by excess loss, and average the losses of the selected tokens.
 """
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-if TYPE_CHECKING:
-    from tools.benchmark import Size, Work
+from tools.benchmark_cases import Size, Ways, Work
 
 
-def _model(size: "Size") -> Any:
+def _model(size: Size) -> Any:
     torch.manual_seed(0)
     shape = size.model
     return LlamaForCausalLM(
@@ -35,8 +34,8 @@ def _model(size: "Size") -> Any:
     )
 
 
-def step_ways(size: "Size", ratio: float) -> dict[str, Callable[[], object]]:
-    """One step of CLM and of SLM, eager and compiled."""
+def step_ways(size: Size, ratio: float) -> Ways:
+    """One train step of CLM and of SLM, eager and compiled."""
     tokens = torch.randint(1, size.model["vocab_size"], (size.rows, size.seq_len + 1))
 
     def losses(network: Any) -> torch.Tensor:
@@ -50,7 +49,7 @@ def step_ways(size: "Size", ratio: float) -> dict[str, Callable[[], object]]:
             policy, reference = torch.compile(policy), torch.compile(reference)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
 
-        def one() -> None:
+        def run_step() -> None:
             loss = losses(policy)
             if selective:
                 with torch.no_grad():
@@ -60,7 +59,7 @@ def step_ways(size: "Size", ratio: float) -> dict[str, Callable[[], object]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return one
+        return run_step
 
     return {
         "torch eager, CLM": arm(False, False),
@@ -70,14 +69,14 @@ def step_ways(size: "Size", ratio: float) -> dict[str, Callable[[], object]]:
     }
 
 
-def product_ways(size: int) -> dict[str, Callable[[], object]]:
-    """A product of two square matrices in float32."""
+def product_ways(size: int) -> Ways:
+    """The product of two square float32 matrices of `size` rows."""
     a = torch.ones(size, size)
     return {"PyTorch": lambda: a @ a}
 
 
 class _Lengths(StoppingCriteria):
-    """Ends each row of a batch at a length of its own."""
+    """Stops each row of a batch at its own length."""
 
     def __init__(self, lengths: torch.Tensor):
         self._lengths = lengths
@@ -86,20 +85,20 @@ class _Lengths(StoppingCriteria):
         return input_ids.shape[1] >= self._lengths
 
 
-def generation_ways(size: "Size", work: "Work") -> dict[str, Callable[[], object]]:
-    """Greedy continuation of prompts, batch after batch; a batch ends with its longest continuation."""
+def generation_ways(size: Size, work: Work) -> Ways:
+    """Greedy generation, one batch after another. Each batch runs until its longest continuation ends."""
     network = _model(size).eval()
     prompts, lengths = torch.from_numpy(work.prompts), torch.from_numpy(work.lengths)
 
-    def one() -> None:
-        for batch, most in zip(prompts.split(size.rows), lengths.split(size.rows)):
+    def generate() -> None:
+        for batch, new_tokens in zip(prompts.split(size.rows), lengths.split(size.rows)):
             network.generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
-                max_new_tokens=int(most.max()),
+                max_new_tokens=int(new_tokens.max()),
                 do_sample=False,
-                stopping_criteria=[_Lengths(batch.shape[1] + most)],
+                stopping_criteria=[_Lengths(batch.shape[1] + new_tokens)],
                 pad_token_id=0,
             )
 
-    return {"Transformers' generate": one}
+    return {"Transformers' generate": generate}

@@ -1,9 +1,10 @@
-"""Compiles a run's step for a TPU topology, without a TPU, by its real compiler: does it fit, and what does it take?
+"""Compile a run's train step with the real TPU compiler, without a TPU. Shows whether it fits and what it costs.
 
 python -m tools.compile_tpu --config=FILE:stage --topology=v5e:8x8 [--seq_len=2048] [--config.key=value]
 
-Needs the extra `tpu`. One line each for CLM, SLM with the reference in the step (online), and SLM whose reference ran
-before (cached); the exit status is not 0 where one does not fit a chip's memory. With --decode_rows, decoding instead.
+Needs the extra `tpu`. Prints one line each for CLM, SLM with the reference in the step (online), and SLM with stored
+reference losses (cached). The exit status is nonzero if one does not fit a chip's memory. --decode_rows compiles
+decoding instead of the train step.
 """
 
 import os
@@ -50,7 +51,11 @@ ARMS = ("clm", "online", "cached")
 
 
 def topology_mesh(name: str, slices: int, mesh: ml_collections.ConfigDict) -> Mesh:
-    """The mesh over the chips of a topology, "v5e:8x8" for one. Raises UserError where the compiler knows none such."""
+    """The mesh over the chips of a topology such as "v5e:8x8".
+
+    Raises:
+      UserError: the compiler does not know the topology.
+    """
     try:
         options = {"num_slices": slices} if slices > 1 else {}
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -60,7 +65,7 @@ def topology_mesh(name: str, slices: int, mesh: ml_collections.ConfigDict) -> Me
 
 
 def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy of the config with the kernel that "auto" takes on TPU."""
+    """A copy of the config with "auto" replaced by the attention kernel it selects on TPU."""
     config = config.copy_and_resolve_references()
     if config.model.attention == "auto":
         config.model.attention = KERNELS["tpu"][0]
@@ -68,7 +73,7 @@ def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step of an arm, for abstract arrays on the mesh."""
+    """Lower the train step of an arm for abstract arrays on the mesh."""
     setup = build_setup(config, mesh)
     state = abstract_state(setup)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, setup.model.compute_dtype), state.params)
@@ -83,7 +88,7 @@ def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh
 
 
 def memory_gib(compiled: jax.stages.Compiled, chip: accounting.Chip) -> dict[str, float]:
-    """What a program takes of a chip's memory, and what there is."""
+    """GiB of memory used on each chip and on its host, and the chip's total."""
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
@@ -97,8 +102,8 @@ def memory_gib(compiled: jax.stages.Compiled, chip: accounting.Chip) -> dict[str
 
 
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Raises UserError where what is compiled within does not fit a chip."""
+def must_fit(what: str) -> Iterator[None]:
+    """Turn the compiler's out-of-memory error into a UserError that names `what`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -109,7 +114,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def roofline_seconds(cost: hlo_cost.Cost, chip: accounting.Chip) -> dict[str, float]:
-    """How long each of a chip's three parts takes at its peak."""
+    """Seconds that compute, memory and links each need at their peak rate."""
     return {
         "compute": cost.flops / chip.flops,
         "memory": cost.memory_bytes / chip.memory_bandwidth,
@@ -117,8 +122,13 @@ def roofline_seconds(cost: hlo_cost.Cost, chip: accounting.Chip) -> dict[str, fl
     }
 
 
-def figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> dict[str, Any]:
-    """What the compiler makes of an arm's step, per chip, and what follows for the whole run."""
+def arm_figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> dict[str, Any]:
+    """Compile an arm's train step.
+
+    Returns:
+      Figures per chip: memory, FLOPs, collectives, and the roofline's seconds per step. For the whole run: MFU and
+      chip-hours at the roofline.
+    """
     chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
     policy_config = model_config(config)
     start = time.monotonic()
@@ -153,29 +163,29 @@ def figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mes
     }
 
 
-def line(found: dict[str, Any]) -> str:
-    """An arm's figures as a row of a table."""
-    memory, times, share = found["memory_gib"], found["roofline_seconds"], found["selection_share"]
+def table_row(arm: dict[str, Any]) -> str:
+    """An arm's figures as a row of a Markdown table."""
+    memory, times, share = arm["memory_gib"], arm["roofline_seconds"], arm["selection_share"]
     bound = max(("compute", "memory", "links"), key=lambda part: times[part])
-    received = sum(kind["bytes"] for kind in found["collectives"].values())
+    received = sum(kind["bytes"] for kind in arm["collectives"].values())
     return (
-        f"| {found['arm']} | {memory['arguments']:.2f} | {memory['temporaries']:.2f} | {memory['total']:.2f} of "
-        f"{memory['chip']:.0f} | {found['compile_seconds']:.0f} | {found['flops'] / 1e12:.1f} | {received / 1e9:.1f} | "
-        f"{share['flops']:.1e}, {share['collective_bytes']:.1e} | {times['step']:.2f} ({bound}) | {found['mfu']:.0%} | "
-        f"{found['chip_hours']:,.0f} |"
+        f"| {arm['arm']} | {memory['arguments']:.2f} | {memory['temporaries']:.2f} | {memory['total']:.2f} of "
+        f"{memory['chip']:.0f} | {arm['compile_seconds']:.0f} | {arm['flops'] / 1e12:.1f} | {received / 1e9:.1f} | "
+        f"{share['flops']:.1e}, {share['collective_bytes']:.1e} | {times['step']:.2f} ({bound}) | {arm['mfu']:.0%} | "
+        f"{arm['chip_hours']:,.0f} |"
     )
 
 
 HEADER = (
-    "| arm | arguments GiB | temporaries GiB | total GiB a chip | compile s | TFLOP a chip | GB received | "
-    "selection's share of FLOPs, bytes | roofline s a step | MFU | chip-hours |\n|" + " --- |" * 11
+    "| arm | arguments GiB | temporaries GiB | total GiB per chip | compile s | TFLOP per chip | GB received | "
+    "selection's share of FLOPs, bytes | roofline s per step | MFU | chip-hours |\n|" + " --- |" * 11
 )
 
 
 def compile_decoding(
     config: ml_collections.ConfigDict, topology: str, slices: int, rows: int, positions: int
 ) -> dict[str, Any]:
-    """Compiles greedy decoding, prints what a token of each row takes, per chip, and returns it."""
+    """Compile greedy decoding, print its cost per chip for one token in each row, and return the figures."""
     mesh = topology_mesh(topology, slices, config.mesh)
     chip = accounting.CHIPS[mesh.devices.flat[0].device_kind]
     policy_config = model_config(config)
@@ -189,7 +199,7 @@ def compile_decoding(
             lowered.compile().output_shardings,
         )
 
-    with jax.set_mesh(mesh), refusing(f"decoding on {topology}"):
+    with jax.set_mesh(mesh), must_fit(f"decoding on {topology}"):
         params = outputs(
             generation.decoding_params.lower(graphdef, placed(params, sharding.param_shardings(params, mesh)))
         )
@@ -201,8 +211,8 @@ def compile_decoding(
     times = {part: seconds / generation.STRETCH for part, seconds in roofline_seconds(cost, chip).items()}
     received, bound = cost.collective_bytes / generation.STRETCH, max(times, key=lambda part: times[part])
     print(
-        f"{topology}, {rows} rows of {positions} positions: {memory['total']:.2f} of {memory['chip']:.0f} GiB a chip, "
-        f"compiled in {compile_seconds:.0f} s; a token of each row: {received / 1e6:.0f} MB received, "
+        f"{topology}, {rows} rows of {positions} positions: {memory['total']:.2f} of {memory['chip']:.0f} GiB per "
+        f"chip, compiled in {compile_seconds:.0f} s; per token in each row: {received / 1e6:.0f} MB received, "
         f"roofline {1000 * times[bound]:.2f} ms ({bound})"
     )
     return {
@@ -218,44 +228,53 @@ def compile_decoding(
 def compile_arms(
     config: ml_collections.ConfigDict, arms: list[str], topology: str, slices: int, seq_len: int
 ) -> dict[str, Any]:
-    """Compiles each arm, prints its line, and returns all figures. Raises UserError where one does not fit a chip."""
+    """Compile each arm, print its row, and return all figures.
+
+    Raises:
+      UserError: an arm does not fit a chip's memory.
+    """
     config = for_tpu(config)
     mesh = topology_mesh(topology, slices, config.mesh)
     check(config)
     check_batch_size(config, mesh)
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.batch_size * seq_len
-    print(f"{topology}: {mesh.size} chips ({shape}); {tokens:,} tokens a step in {config.microbatches} microbatches")
+    print(f"{topology}: {mesh.size} chips ({shape}); {tokens:,} tokens per step in {config.microbatches} microbatches")
     print(HEADER, flush=True)
-    found = []
+    rows = []
     for arm in arms:
         config.selection.score = "none" if arm == "clm" else "excess"
-        with refusing(f"{arm} on {topology}"):
-            found.append(figures(config, arm, seq_len, mesh))
-        print(line(found[-1]), flush=True)
-    if not all(figure["fits"] for figure in found):
-        raise UserError(f"{topology}: more than a chip's memory; more microbatches, remat or chips would help")
-    return {"topology": topology, "slices": slices, "mesh": dict(mesh.shape), "seq_len": seq_len, "arms": found}
+        with must_fit(f"{arm} on {topology}"):
+            rows.append(arm_figures(config, arm, seq_len, mesh))
+        print(table_row(rows[-1]), flush=True)
+    if not all(row["fits"] for row in rows):
+        raise UserError(f"{topology}: out of chip memory; use more microbatches, remat or more chips")
+    return {"topology": topology, "slices": slices, "mesh": dict(mesh.shape), "seq_len": seq_len, "arms": rows}
 
 
 def main() -> None:
-    """The command: its flags, then `compile_arms`."""
+    """Define the flags, then run `compile_arms` or `compile_decoding`."""
     config = define_config_flag()
-    topology = flags.DEFINE_string("topology", None, "As v5e:8x8, v5p:4x4x4, v6e:16x16.", required=True)
-    slices = flags.DEFINE_integer("slices", 1, "So many of the topology, between them the data-centre network.")
-    seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.", lower_bound=1)
-    arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Which to compile; more than one may be given.")
-    decode_rows = flags.DEFINE_integer("decode_rows", 0, "Above 0: decoding of so many rows, in place of the step.")
-    output = flags.DEFINE_string("output", None, "JSON file for all figures.")
+    topology = flags.DEFINE_string(
+        "topology", None, "TPU topology, such as v5e:8x8, v5p:4x4x4 or v6e:16x16.", required=True
+    )
+    slices = flags.DEFINE_integer(
+        "slices", 1, "Number of slices of this topology, connected by the data-center network."
+    )
+    seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets per row.", lower_bound=1)
+    arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Arm to compile. Repeatable; all by default.")
+    decode_rows = flags.DEFINE_integer(
+        "decode_rows", 0, "If above 0, compile decoding of this many rows instead of the train step."
+    )
+    output = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
     def command() -> None:
         if decode_rows.value:
-            where = topology.value, slices.value
-            found = compile_decoding(config.value, *where, decode_rows.value, seq_len.value)
+            figures = compile_decoding(config.value, topology.value, slices.value, decode_rows.value, seq_len.value)
         else:
-            found = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
+            figures = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
         if output.value:
-            write_text(pathlib.Path(output.value), json.dumps(found, indent=2) + "\n")
+            write_text(pathlib.Path(output.value), json.dumps(figures, indent=2) + "\n")
 
     run(command)
 

@@ -1,9 +1,9 @@
-"""The method end to end on a corpus made on the spot: text, tokenizer, rows, reference, three arms, report.
+"""Run the method end to end on a generated corpus: text, tokenizer, packed rows, reference, three arms, report.
 
 python -m tools.demo [--output=runs/demo] [--seed=0] [--cached]
 
-Interrupted and started again, it goes on. Everything it writes is under --output. --cached adds SLM once more, from
-stored losses of the reference.
+An interrupted run resumes when the same command is run again. Everything is written under --output. --cached adds an
+arm that trains SLM from stored reference losses.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ from tools.demo_report import SHOWN_ROWS, arm_summary, token_speedup, write_repo
 
 ARMS = ("reference", "clm", "random", "slm")
 CACHED = "slm_cached"
-SCORES = "reference"  # name of the stored losses
+SCORES = "reference"  # name of the stored reference losses
 CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 12_000, 288
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
 
@@ -43,7 +43,7 @@ def say(text: str) -> None:
 
 
 def make_data(output: pathlib.Path, seed: int) -> None:
-    """Corpora, tokenizer and packed rows under `output`/data; what is there already is kept."""
+    """Write corpora, tokenizer and packed rows to `output`/data. Keep the ones that exist."""
     data = output / "data"
     corpora = [data / "clean.jsonl", data / "noisy.jsonl"]
     if not (data / "questions.jsonl").exists():
@@ -59,7 +59,7 @@ def make_data(output: pathlib.Path, seed: int) -> None:
 
 
 def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.ConfigDict:
-    """The stage's config with this run's directories."""
+    """The config of an arm, with its directories under `output`."""
     config = demo_config.get_config("slm" if arm == CACHED else arm)
     data = output / "data"
     config.seed = seed
@@ -73,17 +73,17 @@ def arm_config(arm: str, output: pathlib.Path, seed: int) -> ml_collections.Conf
 
 
 def half_way_scores(output: pathlib.Path, config: ml_collections.ConfigDict) -> TokenScores:
-    """Token losses on held-out noisy rows, of the SLM run half way and of its reference."""
+    """Score held-out noisy rows with the half-trained SLM model and its reference."""
     half_way = min(checkpoint.steps(output / "slm"), key=lambda step: abs(step - config.steps / 2))
     policy, store = checkpoint.at(output / "slm", half_way), Store(output / "data" / "noisy")
     return compare(policy, output / "reference", store, 4 * SHOWN_ROWS, config.selection.ratio)[0]
 
 
 def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any]:
-    """Runs everything, writes summary.json, curves.png and report.html, and returns the summary."""
+    """Run everything, write summary.json, curves.png and report.html, and return the summary."""
     start = time.monotonic()
     make_data(output, seed)
-    seconds_file = output / "seconds.json"  # of all starts together, where this one goes on
+    seconds_file = output / "seconds.json"  # totals over all starts of an interrupted run
     names = (*ARMS, CACHED) if cached else ARMS
     seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
     for arm in names:
@@ -91,7 +91,7 @@ def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any
         arm_start = time.monotonic()
         if arm == CACHED:
             score_data(config, "float32", entropies=False)
-        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN} tokens")
+        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN:,} tokens")
         train_model(config, output / arm)
         seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
         seconds["total"] = seconds.get("total", 0.0) + time.monotonic() - start
@@ -114,10 +114,10 @@ def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any
 
 
 def main() -> None:
-    """The command: its flags, then `demo`."""
-    output = flags.DEFINE_string("output", "runs/demo", "Directory for everything the demonstration writes.")
-    seed = flags.DEFINE_integer("seed", 0, "Of corpus, weights and order.")
-    cached = flags.DEFINE_bool("cached", False, "SLM once more, from stored losses of the reference.")
+    """Define the flags, run `demo` and print its summary."""
+    output = flags.DEFINE_string("output", "runs/demo", "Directory for everything the demo writes.")
+    seed = flags.DEFINE_integer("seed", 0, "Seed of corpus, initial weights and data order.")
+    cached = flags.DEFINE_bool("cached", False, "Also train SLM from stored reference losses.")
 
     def command() -> None:
         summary = demo(pathlib.Path(output.value), seed.value, cached.value)
@@ -125,7 +125,7 @@ def main() -> None:
             "tokens seen": 13,
             "trained on": 13,
             "clean loss": 12,
-            "answers right": 15,
+            "accuracy": 15,
             "tokens/s": 10,
             "seconds": 9,
         }
@@ -137,7 +137,7 @@ def main() -> None:
                 f"{final['accuracy']:>15.1%}{values['tokens_per_second']:>10,.0f}{values['seconds']:>9.0f}"
             )
         print(f"token_speedup {summary['token_speedup']}, seconds {summary['seconds']:.0f}")
-        print(f"see {output.value}/report.html")
+        print(f"report: {output.value}/report.html")
 
     run(command)
 

@@ -1,6 +1,6 @@
-"""The demonstration's corpora: worked problems, and a model of the web that hides some of them among noise.
+"""Generate the demo's corpora: worked problems, and a web-like corpus that hides some of them in noise.
 
-The problems come from reasoning-gym's generators; the worked solutions are written here from the items' metadata.
+reasoning-gym generates the problems. This module writes the worked solutions from each item's metadata.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 from rho1_jax.runtime.files import json_lines, write_text
 
-WORD_SHARE = 0.7  # of the problems; the others are arithmetic
+WORD_SHARE = 0.7  # of the problems; the rest are arithmetic
 PROBLEM_SHARE = 0.15  # of the noisy corpus's characters
 WRONG_SHARE = 0.4  # of the noisy corpus's problems
 PROBLEMS_A_PAGE = 4
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def arithmetic(seed: int, count: int) -> Iterator[Problem]:
-    """Sums and differences of two numbers of one or two digits: first the tens, then the ones."""
+    """Sums and differences of two numbers with one or two digits, solved tens first, then ones."""
     items = reasoning_gym.create_dataset(
         "chain_sum", seed=seed, size=count, min_terms=2, max_terms=2, min_digits=1, max_digits=2
     )
@@ -60,7 +60,7 @@ def arithmetic(seed: int, count: int) -> Iterator[Problem]:
 
 
 def word_problems(seed: int, count: int) -> Iterator[Problem]:
-    """How many legs one or two kinds of animals have together."""
+    """Problems that count the legs of one or two kinds of animals."""
     items = reasoning_gym.create_dataset(
         "leg_counting", seed=seed, size=count, min_animals=1, max_animals=2, min_instances=1, max_instances=5
     )
@@ -70,12 +70,12 @@ def word_problems(seed: int, count: int) -> Iterator[Problem]:
         steps = [f"{number}*{ANIMALS[name]}={sum_}" for (name, number), sum_ in zip(animals.items(), legs)]
         if len(legs) > 1:
             steps.append(f"{'+'.join(legs)}={item['answer']}")
-        asked = " and ".join(f"{number} {name}" for name, number in animals.items())
-        yield Problem(f"legs of {asked}", steps, item["answer"])
+        herd = " and ".join(f"{number} {name}" for name, number in animals.items())
+        yield Problem(f"legs of {herd}", steps, item["answer"])
 
 
 def problems(seed: int, count: int) -> list[Problem]:
-    """Arithmetic and word problems, shuffled."""
+    """`count` arithmetic and word problems, shuffled."""
     words = round(WORD_SHARE * count)
     mixed = [*arithmetic(seed, count - words), *word_problems(seed, words)]
     random.Random(seed).shuffle(mixed)
@@ -83,7 +83,7 @@ def problems(seed: int, count: int) -> list[Problem]:
 
 
 def corrupted(problem: Problem, rng: random.Random) -> Problem:
-    """The problem with every result, and the answer, replaced by a random number."""
+    """The problem with every result and the answer replaced by random numbers."""
 
     def wrong(number: str) -> str:
         return str(rng.randrange(max(10, 2 * abs(int(number)))))
@@ -93,7 +93,7 @@ def corrupted(problem: Problem, rng: random.Random) -> Problem:
 
 
 def noise(rng: random.Random) -> str:
-    """A line that teaches nothing: page furniture, unrelated prose, an identifier or numbers."""
+    """A line with nothing to learn: page furniture, random words, an identifier or numbers."""
     kind = rng.randrange(6)
     if kind == 0:
         return rng.choice(FURNITURE) + "\n"
@@ -104,17 +104,17 @@ def noise(rng: random.Random) -> str:
     return f"tel {rng.randrange(10**9)}, {rng.choice(WORDS)} {rng.randrange(1000)}-{rng.randrange(10**4)}\n"
 
 
-def clean_pages(found: list[Problem]) -> Iterator[str]:
+def clean_pages(worked: list[Problem]) -> Iterator[str]:
     """Pages of worked problems."""
-    for start in range(0, len(found), PROBLEMS_A_PAGE):
-        yield "".join(problem.text() for problem in found[start : start + PROBLEMS_A_PAGE])
+    for start in range(0, len(worked), PROBLEMS_A_PAGE):
+        yield "".join(problem.text() for problem in worked[start : start + PROBLEMS_A_PAGE])
 
 
-def noisy_pages(found: list[Problem], seed: int) -> Iterator[str]:
-    """Pages of the same form of problems, some of them wrong, among lines of noise."""
+def noisy_pages(worked: list[Problem], seed: int) -> Iterator[str]:
+    """Pages of problems in the same format, some with wrong solutions, shuffled with lines of noise."""
     rng = random.Random(seed)
-    for start in range(0, len(found), PROBLEMS_A_PAGE):
-        page = found[start : start + PROBLEMS_A_PAGE]
+    for start in range(0, len(worked), PROBLEMS_A_PAGE):
+        page = worked[start : start + PROBLEMS_A_PAGE]
         lines = [(corrupted(problem, rng) if rng.random() < WRONG_SHARE else problem).text() for problem in page]
         missing = sum(map(len, lines)) * (1 - PROBLEM_SHARE) / PROBLEM_SHARE
         while missing > 0:
@@ -125,21 +125,22 @@ def noisy_pages(found: list[Problem], seed: int) -> Iterator[str]:
 
 
 def write_corpora(directory: pathlib.Path, seed: int, clean: int, noisy: int, questions: int) -> None:
-    """Writes clean.jsonl and noisy.jsonl, of so many problems each, and questions.jsonl, of so many different ones.
+    """Write clean.jsonl, noisy.jsonl and questions.jsonl, with the given numbers of problems.
 
-    No question of questions.jsonl occurs in either corpus.
+    The questions in questions.jsonl are distinct, and none of them occurs in a corpus. A corpus may therefore have
+    slightly fewer problems than asked for.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    asked = list({problem.question: problem for problem in problems(3 * seed, 2 * questions)}.values())[:questions]
-    unseen = {problem.question for problem in asked}
-    clean_found, noisy_found = (
-        [problem for problem in problems(3 * seed + number, count) if problem.question not in unseen]
+    held_out = list({problem.question: problem for problem in problems(3 * seed, 2 * questions)}.values())[:questions]
+    held_out_questions = {problem.question for problem in held_out}
+    clean_problems, noisy_problems = (
+        [problem for problem in problems(3 * seed + number, count) if problem.question not in held_out_questions]
         for number, count in ((1, clean), (2, noisy))
     )
     records = {
-        "clean": ({"text": page} for page in clean_pages(clean_found)),
-        "noisy": ({"text": page} for page in noisy_pages(noisy_found, seed)),
-        "questions": ({"question": problem.question, "answer": f"A: {problem.answer}"} for problem in asked),
+        "clean": ({"text": page} for page in clean_pages(clean_problems)),
+        "noisy": ({"text": page} for page in noisy_pages(noisy_problems, seed)),
+        "questions": ({"question": problem.question, "answer": f"A: {problem.answer}"} for problem in held_out),
     }
     for name, lines in records.items():
         write_text(directory / f"{name}.jsonl", json_lines(lines))

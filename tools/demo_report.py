@@ -1,4 +1,4 @@
-"""The demonstration's report: summary.json, curves.png and a self-contained report.html."""
+"""Write the demo's report: summary.json, curves.png and a self-contained report.html."""
 
 import base64
 import html
@@ -23,23 +23,24 @@ LABELS = {
 }
 SHOWN_ROWS = 10
 
-BODY = """<p>Four models of the same size and first weights. The <b>reference</b> saw clean worked problems only. The
-other three read the same noisy pages in the same order and differ in which tokens they update on: <b>CLM</b> on all of
-them, <b>random</b> on a random {ratio:.0%}, <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the
+BODY = """<p>All models have the same size and initial weights. The <b>reference</b> is trained on clean worked problems
+only. The others read the same noisy pages in the same order, but train on different tokens: <b>CLM</b> on all of them,
+<b>random</b> on a random {ratio:.0%}, and <b>SLM</b> on the {ratio:.0%} with the highest excess loss, which is the
 model's loss minus the reference's.</p>
-<img alt="accuracy and loss over tokens" src="data:image/png;base64,{png}">
-<table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>answers right</th>
-<th>tokens a second</th><th>seconds</th></tr>
+<img alt="accuracy and loss over training tokens" src="data:image/png;base64,{png}">
+<table><tr><th>arm</th><th>tokens seen</th><th>tokens trained on</th><th>clean loss</th><th>accuracy</th>
+<th>tokens per second</th><th>seconds</th></tr>
 {arms}
 </table>
 <p>{speedup}</p>
 <h2>What SLM selects</h2>
-<p>Rows of the noisy corpus under the model half way through its training. {legend}</p>
+<p>These are rows of the noisy corpus, scored by the SLM model halfway through training. {legend} Hover over a token to
+see its losses.</p>
 {rows}"""
 
 
 def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """One run's totals and evaluations, from its metrics.jsonl."""
+    """One run's totals and evaluations, from its metrics.jsonl and ledger.json."""
     metrics = read_metrics(workdir)
     curve = [
         {"tokens": line["tokens_seen"], "loss": line["eval/clean/loss"], "accuracy": line["eval/problems/accuracy"]}
@@ -57,12 +58,12 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> float | None:
-    """Tokens that CLM needs for its best accuracy, over the tokens SLM needs for the same. None if there is none.
+    """Tokens that CLM needs to reach its best accuracy, divided by the tokens that SLM needs to reach the same.
 
-    SLM's curve is taken as straight between its evaluations, and as zero at its start. Where CLM has no answer right,
-    or SLM never as many as CLM, there is no speed-up to tell.
+    Interpolates SLM's curve linearly between evaluations, from zero accuracy at zero tokens. Returns None if CLM has no
+    correct answer or SLM never reaches CLM's best.
     """
-    best = max(clm, key=lambda point: point["accuracy"])  # the first of equal ones
+    best = max(clm, key=lambda point: point["accuracy"])  # the first maximum
     if best["accuracy"] == 0:
         return None
     before = {"tokens": 0, "accuracy": 0.0}
@@ -77,7 +78,7 @@ def token_speedup(clm: list[dict[str, float]], slm: list[dict[str, float]]) -> f
 def write_report(
     output: pathlib.Path, summary: dict[str, Any], scores: TokenScores, tokenizer: Tokenizer, ratio: float
 ) -> None:
-    """Writes summary.json, curves.png and report.html into `output`."""
+    """Write summary.json, curves.png and report.html into `output`."""
     curves = [
         Curve(LABELS[arm], *([point[key] for point in values["curve"]] for key in ("tokens", "loss", "accuracy")))
         for arm, values in summary["arms"].items()
@@ -91,16 +92,16 @@ def write_report(
         for arm, values in summary["arms"].items()
     )
     speedup = summary["token_speedup"]
-    reached = (
-        "CLM had no answer right, or SLM never as many as CLM: there is no speed-up to tell."
+    verdict = (
+        "There is no speed-up to report: CLM answered nothing correctly, or SLM never reached CLM's best accuracy."
         if speedup is None
-        else (f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens.")
+        else f"SLM reached CLM's best accuracy with {speedup:.1f} times fewer tokens."
     )
     body = BODY.format(
         ratio=ratio,
         png=base64.b64encode((output / "curves.png").read_bytes()).decode(),
         arms=arms,
-        speedup=reached,
+        speedup=verdict,
         legend=LEGEND,
         rows=selection_html(scores, tokenizer, SHOWN_ROWS),
     )

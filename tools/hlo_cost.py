@@ -1,4 +1,7 @@
-"""What a program that XLA compiled for TPU does, read from its text: every loop is counted as often as it runs."""
+"""Count the cost of a program that XLA compiled for TPU, from its text.
+
+Unlike `Compiled.cost_analysis`, this counts a loop's body once per iteration.
+"""
 
 import collections
 import dataclasses
@@ -10,9 +13,9 @@ from rho1_jax.training.accounting import seen_keys
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Products of matrices in each of splash attention's kernels, by a part of its name.
+# Number of matrix products in each splash attention kernel, by a part of the kernel's name.
 SPLASH_PRODUCTS = {"_fwd_": 2, "_dq_": 3, "_dkv_": 4}
-# What takes no time of its own: its result is an operand, or it is counted where it ends.
+# These take no time themselves: they only name a value, or their cost is counted in what they call.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
 _ARRAY = re.compile(r"\b(pred|[subf]+\d+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -20,7 +23,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 @dataclasses.dataclass
 class Instruction:
-    """One line of a computation: `shape` and `rest` as text, `operands` by name."""
+    """One instruction of a computation. `shape` and `rest` are raw text; `operands` are instruction names."""
 
     name: str
     shape: str
@@ -30,7 +33,7 @@ class Instruction:
     is_root: bool
 
     def arrays(self) -> list[tuple[str, tuple[int, ...], bool]]:
-        """Dtype and sizes of each array of the result, and whether it lies in the chip's main memory."""
+        """Each array of the result: its dtype, its sizes, and whether it is in the chip's main memory."""
         return [
             (dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" not in (layout or ""))
             for dtype, sizes, layout in _ARRAY.findall(self.shape)
@@ -38,24 +41,29 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        """The JAX operation and name scopes that the instruction comes from. Empty if the text does not say."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def attribute(self, name: str) -> str:
-        """The computation under a name, as in condition=%name."""
+        """The computation that an attribute refers to, as in `condition=%computation`."""
         return _groups(rf"\b{name}=%([^,\s)]+)", self.rest)[0]
 
     def called(self) -> list[str]:
-        """The computations that run where this does."""
+        """The computations that this instruction runs."""
         return re.findall(r"(?:calls|body|condition|true_computation|false_computation)=%([^,\s)]+)", self.rest)
 
 
 @dataclasses.dataclass
 class Cost:
-    """Per chip: FLOPs, bytes to and from main memory (estimated), and collectives by kind as [count, bytes received].
+    """Cost per chip.
 
-    The part of them that lies in the scope "selection" is in `selection_flops` and `selection_bytes`.
+    Attributes:
+      flops: of matrix products and attention kernels.
+      memory_bytes: estimated bytes read from and written to main memory.
+      collectives: [count, bytes received] of each kind.
+      selection_flops: elementwise operations under the name scope "selection". Not part of `flops`.
+      selection_bytes: bytes that collectives under the name scope "selection" receive. Part of `collectives`.
     """
 
     flops: float = 0
@@ -67,7 +75,7 @@ class Cost:
     selection_bytes: float = 0
 
     def add(self, other: "Cost", times: float) -> None:
-        """Counts another cost so many times."""
+        """Add another cost `times` times."""
         self.flops += times * other.flops
         self.memory_bytes += times * other.memory_bytes
         self.selection_flops += times * other.selection_flops
@@ -78,20 +86,20 @@ class Cost:
 
     @property
     def collective_bytes(self) -> float:
-        """Bytes received by all kinds of collectives."""
+        """Bytes received by all collectives."""
         return sum(size for _, size in self.collectives.values())
 
 
 class Program:
-    """A compiled program."""
+    """A compiled TPU program, parsed from its text."""
 
     def __init__(self, text: str, dynamic_trips: Callable[[str], float], sliding_window: int | None):
-        """Reads the text of `jax.stages.Compiled.as_text()`.
+        """Parse a program.
 
         Args:
-          text: of the optimized program.
-          dynamic_trips: how often a loop runs whose number of rounds is known only at run time, by its op_name.
-          sliding_window: of the attention kernels.
+          text: the optimized program, from `jax.stages.Compiled.as_text()`.
+          dynamic_trips: maps a loop's op_name to its number of iterations, for loops whose count is not in the text.
+          sliding_window: the window of the attention kernels, in tokens; None for full causal attention.
         """
         self._dynamic_trips, self._window = dynamic_trips, sliding_window
         self._computations: dict[str, dict[str, Instruction]] = {}
@@ -105,14 +113,14 @@ class Program:
                 if header[1]:
                     self._entry = header[2]
                 continue
-            found = _INSTRUCTION.match(line)
-            if found:
-                name, shape, opcode, rest = found.groups()
+            instruction = _INSTRUCTION.match(line)
+            if instruction:
+                name, shape, opcode, rest = instruction.groups()
                 operands = re.findall(r"%([^,\s)]+)", rest.split("), ")[0])
                 current[name] = Instruction(name, shape, opcode, operands, rest, "ROOT" in line[:10])
 
     def cost(self) -> Cost:
-        """Of the whole program."""
+        """The cost of the whole program."""
         return self._cost(self._entry, True)
 
     def _cost(self, computation: str, in_memory: bool) -> Cost:
@@ -128,7 +136,7 @@ class Program:
         return self._costs[key]
 
     def _trips(self, loop: Instruction) -> float:
-        """From the condition, which compares a counter that starts at zero with a constant, and the counter's step."""
+        """Iterations of a loop. Its condition compares a counter, which starts at zero, with a constant limit."""
         condition, body = (self._computations[loop.attribute(name)] for name in ("condition", "body"))
         counter, limit = (condition[operand] for operand in _root(condition).operands)
         if limit.opcode != "constant":
@@ -142,7 +150,7 @@ class Program:
         return math.ceil(_constant(limit) / (step or 1))
 
     def _is_first(self, collective: Instruction) -> bool:
-        """An asynchronous one stands in the fusions that start, overlap and end it, each time with its channel."""
+        """True for the first instruction of a collective: an asynchronous one has several, with the same channel."""
         channel = re.search(r"channel_id=(\d+)", collective.rest)
         return channel is None or self._channels.setdefault(channel[1], collective) is collective
 
@@ -158,7 +166,7 @@ class Program:
             cost.collectives[kind][0] += 1
             cost.collectives[kind][1] += received
         if in_memory and instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
-            cost.memory_bytes = 2 * self._written_bytes(instruction)
+            cost.memory_bytes = 2 * self._written_bytes(instruction)  # assumes that each result is read once
         if "selection" in instruction.op_name:
             cost.selection_bytes = sum(size for _, size in cost.collectives.values())
             if not in_memory and instruction.opcode not in _FREE:
@@ -166,7 +174,7 @@ class Program:
         return cost
 
     def _written_bytes(self, instruction: Instruction) -> float:
-        """Bytes of the result in main memory. Each is taken to be read once, too. A slice is written in place."""
+        """Bytes of the result that go to main memory. An update of a slice writes only the slice."""
         if instruction.opcode == "fusion":
             body = self._computations[instruction.called()[0]]
             root = _root(body)
@@ -175,7 +183,7 @@ class Program:
         return _array_bytes([array for array in instruction.arrays() if array[2]])
 
     def _splash_flops(self, kernel: Instruction, around: dict[str, Instruction]) -> float:
-        # The largest operand, [rows, heads, L, C]; a single row has no axis.
+        # The largest operand is [rows, heads, L, C]. The rows axis is missing for a single row.
         operands = (sizes for operand in kernel.operands for _, sizes, _ in around[operand].arrays())
         queries = max(operands, key=math.prod)
         products = next(count for part, count in SPLASH_PRODUCTS.items() if part in kernel.name)
@@ -191,10 +199,10 @@ def _constant(instruction: Instruction) -> int:
 
 
 def _groups(pattern: str, text: str) -> tuple[str, ...]:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the compiler's text has no {pattern!r} in {text[:300]!r}")
-    return found.groups()
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"cannot parse the compiled program: no match for {pattern!r} in {text[:300]!r}")
+    return match.groups()
 
 
 def _array_bytes(arrays: list[tuple[str, tuple[int, ...], bool]]) -> float:
@@ -202,10 +210,12 @@ def _array_bytes(arrays: list[tuple[str, tuple[int, ...], bool]]) -> float:
 
 
 def _received_bytes(instruction: Instruction, kind: str) -> float:
-    """Bytes that a chip of the group receives, by the algorithm that receives least."""
+    """Bytes that each chip of the group receives, with the algorithm that transfers the least."""
     arrays = instruction.arrays()
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # the operand is there, too
+        arrays = (
+            arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+        )  # skip the operand, which is listed first
     size = _array_bytes(arrays)
     if kind == "collective-permute":
         return size
@@ -215,18 +225,18 @@ def _received_bytes(instruction: Instruction, kind: str) -> float:
 
 
 def _group_size(text: str) -> int:
-    """Chips of a group, from replica_groups=[4,16]<=[64], {{0,1},{2,3}} or mesh['x'=4,'y'=16] {'y'}."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
+    """Chips per group, from replica_groups=[4,16]<=[64], {{0,1},{2,3}} or mesh['x'=4,'y'=16] {'y'}."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(match[1].split(","))
     mesh, axes = _groups(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     sizes = dict(axis.split("=") for axis in mesh.split(","))
     return math.prod(int(sizes[axis.strip()]) for axis in axes.split(","))
 
 
 def _convolution_flops(instruction: Instruction, around: dict[str, Instruction]) -> float:
-    """Two operations for each pair of an input and a weight that meet; those that meet padding do not count."""
+    """Two operations for each product of an input and a weight. Products with padding do not count."""
     lhs, rhs, out = _groups(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     lhs_sizes, rhs_sizes = (around[operand].arrays()[0][1] for operand in instruction.operands[:2])
     out_sizes = instruction.arrays()[0][1]
@@ -236,16 +246,16 @@ def _convolution_flops(instruction: Instruction, around: dict[str, Instruction])
     def per_axis(name: str, default: str, axis: int) -> str:
         return fields[name].split("x")[axis] if name in fields else default
 
-    meetings = 1
+    products = 1
     spatial = sorted(label for label in out if label.isdigit())
     for axis, label in enumerate(spatial):
         size, length, steps = lhs_sizes[lhs.index(label)], rhs_sizes[rhs.index(label)], out_sizes[out.index(label)]
         low = int(per_axis("pad", "0_0", axis).split("_")[0])
         stride, spread = int(per_axis("stride", "1", axis)), int(per_axis("rhs_dilate", "1", axis))
         holes = int(per_axis("lhs_dilate", "1", axis))
-        meetings *= sum(
+        products *= sum(
             0 <= (at := step * stride + tap * spread - low) <= (size - 1) * holes and at % holes == 0
             for step in range(steps)
             for tap in range(length)
         )
-    return 2 * out_sizes[out.index("b")] * out_sizes[out.index("f")] * rhs_sizes[rhs.index("i")] * meetings
+    return 2 * out_sizes[out.index("b")] * out_sizes[out.index("f")] * rhs_sizes[rhs.index("i")] * products

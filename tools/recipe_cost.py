@@ -1,8 +1,8 @@
-"""What a run will take: steps, FLOPs, chip-hours, memory and disk, by arithmetic alone.
+"""Estimate what a run will cost: steps, FLOPs, chip-hours, memory and disk.
 
 python -m tools.recipe_cost --config=configs/tinyllama_math.py:slm --seq_len=2048 [--utilization=0.4]
 
-Chip-hours stand on the utilization that is assumed; nothing is measured.
+Nothing is measured. The chip-hours depend on the assumed utilization.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ REFERENCE_BYTES = 2  # bfloat16
 
 
 def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, utilization: float) -> list[str]:
-    """The figures, for a reference of the policy's size."""
+    """The estimates as lines of text, for a reference of the policy's size."""
     model = model_config(config)
     tokens = config.steps * config.batch_size * seq_len
     forward, rule = ForwardFlops.of(model, seq_len), selection_rule(config)
@@ -33,19 +33,19 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     memory = state + parameters * (MASTER_BYTES + (REFERENCE_BYTES if online else 0))
     return [
         f"{parameters:,} parameters, {tokens:,} tokens in {config.steps:,} steps of {config.batch_size * seq_len:,}",
-        f"{flops:.2e} model FLOPs, {'reference' if online else 'no reference'}",
+        f"{flops:.2e} model FLOPs, {'with' if online else 'without'} a reference",
         f"{hours:,.0f} chip-hours at {utilization:.0%} of {peak_tflops:.0f} TFLOP/s",
-        f"{memory / 2**30:,.0f} GiB of parameters, optimizer state, gradient and reference over all chips",
-        f"{state / 2**30:,.0f} GiB a checkpoint, {config.checkpoint.keep} kept",
+        f"{memory / 2**30:,.0f} GiB of parameters, optimizer state, gradients and reference over all chips",
+        f"{state / 2**30:,.0f} GiB per checkpoint, {config.checkpoint.keep} kept",
     ]
 
 
 def main() -> None:
-    """The command: its flags, then `lines`."""
+    """Define the flags and print `lines`."""
     config = define_config_flag()
-    seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.", lower_bound=1)
-    peak = flags.DEFINE_float("peak_tflops", 197, "Of one chip in bfloat16: 197 for TPU v5e, 459 for v5p.")
-    utilization = flags.DEFINE_float("utilization", 0.4, "Share of the peak that is reached: an assumption.")
+    seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets per row.", lower_bound=1)
+    peak = flags.DEFINE_float("peak_tflops", 197, "Peak of one chip in bfloat16 TFLOP/s: 197 for TPU v5e, 459 for v5p.")
+    utilization = flags.DEFINE_float("utilization", 0.4, "Assumed share of the peak that training reaches.")
 
     def command() -> None:
         for line in lines(config.value, seq_len.value, peak.value, utilization.value):

@@ -1,9 +1,9 @@
-"""Runs the programs of transcripts again, and lists those whose output is another one than the transcript has.
+"""Run the programs of transcripts again, and list those whose output differs from the transcript.
 
 python -m tools.replay_programs --input=FILE.jsonl [--json]
 
-Records have the transcript under "generation", or "code" as Rho-1 published them: blocks of ```python, each followed by
-one of ```output. Programs of one transcript see each other's names.
+Each record holds its transcript under "generation", or under "code" as in the published Rho-1 outputs. A transcript has
+```python blocks, each followed by an ```output block. Programs of one transcript share their variables.
 """
 
 import json
@@ -23,33 +23,39 @@ BLOCKS = re.compile(r"```python\n(.*?)```\n```output\n(.*?)```", re.DOTALL)
 
 
 def replay(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Each program's line, recorded and new output. Raises UserError where the file is not one of transcripts."""
-    found = []
+    """Run every program of a file and return its line number, recorded output and new output.
+
+    Raises:
+      UserError: a record has no transcript, or the file has no programs.
+    """
+    programs = []
     for line, _, text in generations("replay", path):
         with Sandbox() as box:
             for program, output in BLOCKS.findall(text):
-                found.append({"line": line, "recorded": output.strip(), "now": shown(box.run(program))})
-    if not found:
-        raise UserError(f"{path}: no programs with their output")
-    return found
+                programs.append({"line": line, "recorded": output.strip(), "now": shown(box.run(program))})
+    if not programs:
+        raise UserError(
+            f"{path}: no programs with their output; expected ```python blocks, each with an ```output block"
+        )
+    return programs
 
 
 def main() -> None:
-    """The command: its flags, then `replay`."""
+    """Define the flags, run `replay` and report the differences."""
     path = flags.DEFINE_string("input", None, "JSON lines file of transcripts.", required=True)
     as_json = flags.DEFINE_bool("json", False, "Print the figures as JSON.")
 
     def command() -> None:
-        found = replay(pathlib.Path(path.value))
-        differ = [program for program in found if program["recorded"] != program["now"]]
-        share = 1 - len(differ) / len(found)
+        programs = replay(pathlib.Path(path.value))
+        differ = [program for program in programs if program["recorded"] != program["now"]]
+        share = 1 - len(differ) / len(programs)
         if as_json.value:
-            json.dump({"programs": len(found), "same_output": share, "differ": differ}, sys.stdout, indent=2)
+            json.dump({"programs": len(programs), "same_output": share, "differ": differ}, sys.stdout, indent=2)
             print()
             return
-        print(f"{len(found)} programs, the same output {share:.2%}")
+        print(f"{len(programs)} programs, {share:.2%} with the same output")
         for program in differ:
-            print(f"line {program['line']}: {program['recorded']!r} then, {program['now']!r} now")
+            print(f"line {program['line']}: recorded {program['recorded']!r}, now {program['now']!r}")
 
     run(command)
 

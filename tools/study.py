@@ -1,9 +1,9 @@
-"""Every selection rule on the demonstration's corpus: answers right, tokens trained on, FLOPs with all that it needs.
+"""Compare every selection rule on the demo's corpus: accuracy, tokens trained on, and total FLOPs.
 
 python -m tools.study [--output=runs/study] [--seed=0 --seed=1 --seed=2] [--arm=excess ...]
 
-Each arm is tried with each of RATES on the first seed; the other seeds take the better one. Runs that are finished are
-kept, so that two commands with different seeds, after the first seed is done, can share the work.
+Seed 0 tries each arm with every learning rate in RATES, and all seeds use the better one. Finished runs are kept. Once
+seed 0 is done, several commands can share the work, each with its own seeds.
 """
 
 import json
@@ -33,7 +33,7 @@ from tools.demo import SCORES, arm_config, make_data, say
 RATES = (7e-4, 1.5e-3)
 PROBLEM = re.compile(r"Q: [^\n]*\nS: [^\n]*\nA: [^\n]*\n")
 
-# What each arm changes in the demonstration's SLM.
+# What each arm changes in the demo's SLM config.
 ARMS: dict[str, dict[str, Any]] = {
     "CLM": {"selection": {"score": "none"}},
     "random": {"selection": {"score": "random"}},
@@ -53,17 +53,17 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Result(NamedTuple):
-    """A finished run."""
+    """The final figures of a run."""
 
-    rate: float
+    rate: float  # learning rate
     accuracy: float
-    loss: float  # nats a token, on clean text
-    trained: int  # tokens
-    flops: float  # with those of the reference's training and scoring
+    loss: float  # nats per token, on clean text
+    trained: int  # selected tokens
+    flops: float  # includes training the reference and scoring with it
 
 
 def problem_mask(store: Store, tokenizer: Tokenizer) -> np.ndarray:
-    """Which targets lie in a whole problem of their row, right or wrong: bool [rows, seq_len]."""
+    """Bool mask [rows, seq_len] of the targets that belong to a complete problem, correct or not."""
     rows = store.rows(SPLIT)
     mask = np.zeros((len(rows), store.seq_len), bool)
     for number in range(len(rows)):
@@ -75,7 +75,7 @@ def problem_mask(store: Store, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def prepare(output: pathlib.Path, seed: int) -> None:
-    """Data, reference, its scores and the mask of problems, for one seed; what is there is kept."""
+    """Make data, reference, its scores and the mask of problems for one seed. Keep the ones that exist."""
     make_data(output, seed)
     reference = arm_config("reference", output, seed)
     reference.eval.every = reference.checkpoint.every = reference.steps
@@ -91,7 +91,7 @@ def prepare(output: pathlib.Path, seed: int) -> None:
 
 
 def study_config(arm: str, output: pathlib.Path, seed: int, rate: float) -> ml_collections.ConfigDict:
-    """The config of a run. The reference's part comes from its scores."""
+    """The config of a run. It reads stored reference scores unless its reference is a moving average."""
     config = arm_config("slm", output, seed)
     config.eval.every = config.checkpoint.every = config.steps
     config.optimizer.learning_rate = rate
@@ -102,8 +102,8 @@ def study_config(arm: str, output: pathlib.Path, seed: int, rate: float) -> ml_c
     return config
 
 
-def one(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
-    """A run, or what it told if it is finished."""
+def run_arm(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
+    """Train one arm unless its run is finished, and return its result."""
     workdir = output / re.sub(r"\W+", "_", arm).strip("_") / f"{rate:g}"
     config = study_config(arm, output, seed, rate)
     if checkpoint.steps(workdir) != [config.steps]:
@@ -117,25 +117,25 @@ def one(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
 
 
 def study(output: pathlib.Path, seeds: list[int], arms: list[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Runs what is missing and returns each arm's results, seed after seed, and the trials of the first one."""
+    """Train every missing run. Returns, for each arm, the results by seed and the learning-rate trials of seed 0."""
     for seed in seeds:
         prepare(output / f"seed{seed}", seed)
-    found = {}
+    results = {}
     for arm in arms:
-        trials = [one(arm, output / "seed0", 0, rate) for rate in RATES]
+        trials = [run_arm(arm, output / "seed0", 0, rate) for rate in RATES]
         best = max(trials, key=lambda trial: (trial.accuracy, -trial.loss))
-        runs = [one(arm, output / f"seed{seed}", seed, best.rate) for seed in seeds]
-        found[arm] = {"trials": [trial._asdict() for trial in trials], "runs": [result._asdict() for result in runs]}
-    return found
+        runs = [run_arm(arm, output / f"seed{seed}", seed, best.rate) for seed in seeds]
+        results[arm] = {"trials": [trial._asdict() for trial in trials], "runs": [result._asdict() for result in runs]}
+    return results
 
 
-def table(found: dict[str, Any]) -> str:
-    """The results as a table in Markdown."""
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
     lines = [
-        "| arm | learning rate | answers right, mean (lowest to highest) | clean loss | tokens trained on | FLOPs |",
+        "| arm | learning rate | accuracy, mean (lowest to highest) | clean loss | tokens trained on | FLOPs |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for arm, values in found.items():
+    for arm, values in results.items():
         runs = values["runs"]
         accuracy, loss = ([result[key] for result in runs] for key in ("accuracy", "loss"))
         tokens, flops = (statistics.mean(result[key] for result in runs) for key in ("trained", "flops"))
@@ -147,15 +147,15 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command: its flags, then `study`."""
+    """Define the flags, run `study` and print its table."""
     output = flags.DEFINE_string("output", "runs/study", "Directory for everything.")
-    seeds = flags.DEFINE_multi_integer("seed", [0, 1, 2], "Of corpus, weights and order; more than one may be given.")
-    arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Which to run; more than one may be given.")
+    seeds = flags.DEFINE_multi_integer("seed", [0, 1, 2], "Seed of corpus, initial weights and data order. Repeatable.")
+    arms = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Arm to run. Repeatable; all by default.")
 
     def command() -> None:
-        found = study(pathlib.Path(output.value), seeds.value, arms.value)
-        write_text(pathlib.Path(output.value) / "study.json", json.dumps(found, indent=2) + "\n")
-        print(table(found))
+        results = study(pathlib.Path(output.value), seeds.value, arms.value)
+        write_text(pathlib.Path(output.value) / "study.json", json.dumps(results, indent=2) + "\n")
+        print(table(results))
 
     run(command)
 

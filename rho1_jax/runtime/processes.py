@@ -1,4 +1,4 @@
-"""Several processes as one: start-up, and what only one of them does."""
+"""Run one command as several processes: start-up, and output from the first process only."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ AUTOMATIC = "auto"
 
 
 def define_distributed_flag() -> flags.FlagHolder[str]:
-    """--distributed, for commands that run on several hosts at once."""
+    """Define --distributed, for commands that run on several hosts at once."""
     return flags.DEFINE_string(
         "distributed",
         "",
-        "Where several processes run this command: 'auto' on Cloud TPU, GKE, Slurm and Open MPI, whose environment "
-        "tells how many and which; HOST:PORT,PROCESSES,INDEX elsewhere, HOST:PORT being that of process 0.",
+        "Run this command as one of several processes: 'auto' on Cloud TPU, GKE, Slurm and Open MPI, where the "
+        "environment describes the processes; elsewhere HOST:PORT,PROCESSES,INDEX, with the HOST:PORT of process 0.",
     )
 
 
 def start(value: str) -> None:
-    """Joins the other processes, before anything else is asked of JAX. Nothing to do where the flag is empty.
+    """Join the other processes. Call this before any other use of JAX. Does nothing if `value` is empty.
 
     Raises:
-      UserError: the flag is neither "auto" nor HOST:PORT,PROCESSES,INDEX, or the others cannot be reached.
+      UserError: `value` is neither "auto" nor HOST:PORT,PROCESSES,INDEX, or the other processes cannot be reached.
     """
     if not value:
         return
@@ -42,11 +42,11 @@ def start(value: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and tells."""
+    """True on the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """A line on standard output, once for all processes."""
+    """Print a line on standard output, from the first process only."""
     if is_first():
         print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Progress on the screen: a bar in a terminal, plain lines elsewhere."""
+"""Report progress on standard error: a bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -8,13 +8,16 @@ from tqdm import tqdm
 
 from rho1_jax.runtime.processes import is_first
 
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
-LARGE_UNITS = ("B", "params", "tokens")  # shown in thousands and millions
-SILENT_SECONDS = 5.0  # work that was done sooner prints none
+PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
+LARGE_UNITS = ("B", "params", "tokens")  # shown with the suffixes k, M and G
+SILENT_SECONDS = 5.0  # without a terminal, shorter work prints nothing
 
 
 class Progress:
-    """A bar with rate and time left in a terminal; a plain line every PLAIN_SECONDS elsewhere."""
+    """Progress with rate and time left: a bar in a terminal, a plain line every PLAIN_SECONDS elsewhere.
+
+    Only the first process prints.
+    """
 
     def __init__(self, name: str, total: int, unit: str, initial: int = 0, leave: bool = True):
         self._terminal = is_first() and sys.stderr.isatty()
@@ -34,11 +37,11 @@ class Progress:
         self._start = self._last_line = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts `count` more units done; `note` is shown behind the rate."""
+        """Add `count` finished units. `note` is shown after the rate."""
         self.advance_to(self._done + count, note)
 
     def advance_to(self, done: int, note: str = "") -> None:
-        """Counts `done` units done in all."""
+        """Set the number of finished units to `done`."""
         self._note = note
         if self._terminal:
             self._bar.set_postfix_str(note, refresh=False)

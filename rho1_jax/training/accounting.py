@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations (FLOPs) by arithmetic, and where the time of a run goes."""
+"""The cost of training: floating-point operations (FLOPs) by formula, and the time a run spends."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ LEDGER_FILE = "ledger.json"
 
 
 class Chip(NamedTuple):
-    """A maker's figures, per chip.
+    """Peak figures of one chip, from its vendor.
 
     Attributes:
-      flops: bfloat16 operations a second.
+      flops: bfloat16 FLOPs per second.
       memory: bytes.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second into the chip over all its links to others.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second that the chip receives over all its links to other chips.
     """
 
     flops: float
@@ -32,7 +32,7 @@ class Chip(NamedTuple):
     link_bandwidth: float
 
 
-# By `jax.Device.device_kind`. TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm; GPUs: NVIDIA's data sheets.
+# Keyed by `jax.Device.device_kind`. From cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
@@ -46,14 +46,22 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """Operations of one token's forward pass, two a weight, and attention over the keys it sees on average."""
+    """FLOPs of the forward pass, per token: two per weight, plus attention over the average number of keys.
+
+    Attributes:
+      layers: FLOPs of the decoder layers.
+      head: FLOPs of the output head.
+    """
 
     layers: float
     head: float
 
     @classmethod
     def of(cls, model: ModelConfig, seq_len: int) -> "ForwardFlops":
-        """Of a token in rows of `seq_len`, each one document: shorter ones have less attention."""
+        """Count the FLOPs of `model` on rows of `seq_len` tokens.
+
+        Assumes one document per row. With shorter documents, attention costs less.
+        """
         embedding = model.vocab_size * model.width
         weights = param_count(model) - embedding * (1 if model.tied_embeddings else 2)
         attention = 4 * model.layers * model.heads * model.head_width * seen_keys(seq_len, model.sliding_window)
@@ -61,12 +69,12 @@ class ForwardFlops:
 
     @property
     def total(self) -> float:
-        """Layers and output head."""
+        """FLOPs of layers and output head."""
         return self.layers + self.head
 
 
 def seen_keys(seq_len: int, sliding_window: int | None) -> float:
-    """How many keys a query of a row sees on average."""
+    """Number of keys that causal attention reads per query, averaged over a row of `seq_len`."""
     window = min(sliding_window or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
 
@@ -74,13 +82,13 @@ def seen_keys(seq_len: int, sliding_window: int | None) -> float:
 def training_flops(
     policy: ForwardFlops, reference: ForwardFlops | None, tokens: float, selected: float
 ) -> dict[str, float]:
-    """Model FLOPs of training: what the method needs. What is computed twice to save memory does not count.
+    """Model FLOPs of training, by part. Recomputation to save memory does not count.
 
     Args:
-      policy: of the model in training.
-      reference: of the one that runs in the step; None where there is none.
-      tokens: that went through the models.
-      selected: of these, those that were trained on. The head's backward pass is for them alone.
+      policy: forward FLOPs of the model being trained.
+      reference: forward FLOPs of the reference that runs in the train step; None if the step has no reference.
+      tokens: number of tokens in the batches.
+      selected: number of these that were selected for training. Only they go through the head's backward pass.
     """
     return {
         "policy_forward": tokens * policy.total,
@@ -90,7 +98,7 @@ def training_flops(
 
 
 class Ledger:
-    """Where the operations of a run and the time of its latest start went; ledger.json in its directory."""
+    """Totals the FLOPs of a run, and the time since its latest start, for ledger.json."""
 
     def __init__(
         self,
@@ -100,14 +108,14 @@ class Ledger:
         scoring_flops: float,
         devices: Sequence[jax.Device],
     ):
-        """A ledger that is empty.
+        """Start an empty ledger.
 
         Args:
-          start_time: of the program, by `time.monotonic`.
-          policy: the model in training.
-          reference: that of the step; None where there is none.
-          scoring_flops: that the stored losses took which the run reads, of all rows once.
-          devices: the chips.
+          start_time: when the program started, from `time.monotonic`.
+          policy: forward FLOPs of the model being trained.
+          reference: forward FLOPs of the reference in the train step; None if the step has no reference.
+          scoring_flops: FLOPs of scoring every row once, if the run reads stored reference losses.
+          devices: the chips of the run.
         """
         self._start_time, self._policy, self._reference, self._devices = start_time, policy, reference, devices
         self._scoring_flops = scoring_flops
@@ -115,22 +123,22 @@ class Ledger:
         self._step_tokens = self._step_seconds = 0.0
 
     def add_steps(self, tokens: int, seconds: float) -> None:
-        """Counts steps that were already compiled, evaluations and checkpoints left out."""
+        """Add the tokens and time of compiled train steps, without evaluations and checkpoints."""
         self._step_tokens += tokens
         self._step_seconds += seconds
 
     def mfu(self, tokens: float, selected: float, seconds: float) -> float | None:
-        """Model FLOPs utilization: the share of the chips' peak that training used. None on chips not in CHIPS."""
+        """Model FLOPs utilization: training FLOPs as a share of the chips' peak. None for chips not in CHIPS."""
         if self._chip is None:
             return None
         flops = sum(training_flops(self._policy, self._reference, tokens, selected).values())
         return flops / seconds / (self._chip.flops * len(self._devices))
 
     def write(self, workdir: pathlib.Path, tokens: int, selected: int) -> None:
-        """Writes ledger.json for a run that went through `tokens`, and trained on `selected` of them, in all."""
+        """Write ledger.json for a run that has seen `tokens` and trained on `selected` of them."""
         seconds = time.monotonic() - self._start_time
         statistics = [device.memory_stats() or {} for device in self._devices if device in jax.local_devices()]
-        peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
+        peaks = [memory["peak_bytes_in_use"] for memory in statistics if "peak_bytes_in_use" in memory]
         rate = self._step_tokens / self._step_seconds if self._step_seconds else None
         share = selected / tokens if tokens else 0.0
         ledger = {

@@ -1,4 +1,4 @@
-"""metrics.jsonl over interruptions, and progress without a terminal."""
+"""metrics.jsonl across interruptions, and progress without a terminal."""
 
 import json
 
@@ -10,7 +10,7 @@ from rho1_jax.runtime.metrics import MetricsWriter, read_metrics
 from rho1_jax.runtime.progress import Progress
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_the_steps_after_its_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2, 3):
         writer.write(step, {"loss": 1.0 / step})
@@ -24,7 +24,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_new_run_keeps_nothing(tmp_path):
+def test_a_new_run_drops_old_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     MetricsWriter(tmp_path, 0).close()
     assert read_metrics(tmp_path) == []
@@ -36,7 +36,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_progress_without_a_terminal_prints_plain_lines_with_rate_and_time_left(capsys, monkeypatch):
+def test_progress_without_a_terminal_prints_lines_with_rate_and_time_left(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     with Progress("work", 100, unit="rows", initial=20) as progress:

@@ -1,4 +1,4 @@
-"""Two processes with four devices each against one with eight, in training and in scoring."""
+"""Two processes with four devices each train and score like one process with eight."""
 
 import json
 import shutil
@@ -42,20 +42,20 @@ def flags_of(data, reference, questions, workdir, mesh):
     return ["rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={workdir}", *named]
 
 
-def two_processes(flags, told="parameters on 8 devices"):
-    """Runs the command twice at once, as two hosts would, and returns what the first printed."""
-    where = f"localhost:{free_port()}"
+def two_processes(flags, message="parameters on 8 devices"):
+    """Run the command as two hosts would, and return the output of the first process, which alone prints `message`."""
+    address = f"localhost:{free_port()}"
     variables = {**environment(), "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": ""}
-    started = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *flags, f"--distributed={where},2,{index}"],
+            [sys.executable, "-m", *flags, f"--distributed={address},2,{index}"],
             cwd=root(), env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in (0, 1)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], printed
-    assert told in printed[0][0] and told not in printed[1][0]  # the first one tells
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert message in printed[0][0] and message not in printed[1][0]
     return printed[0][0]
 
 
@@ -73,7 +73,7 @@ def params_of(workdir):
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_two_processes_train_as_one_does(data, reference, questions, mesh, tmp_path):
+def test_two_processes_train_like_one(data, reference, questions, mesh, tmp_path):
     done = run_command(*flags_of(data, reference, questions, tmp_path / "one", mesh))
     assert done.returncode == 0, done.stderr
     two = flags_of(data, reference, questions, tmp_path / "two", mesh)
@@ -81,28 +81,28 @@ def test_two_processes_train_as_one_does(data, reference, questions, mesh, tmp_p
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
     assert "resumed from step 2" in two_processes(two)
     lines = [read_metrics(tmp_path / name) for name in ("one", "two")]
-    for ours, theirs in zip(*lines):
-        assert ours.keys() >= {"tokens_selected"}
-        for name in ours.keys() & theirs.keys() - {"tokens_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    for ours, theirs in zip(*(jax.tree.leaves(params_of(tmp_path / name)) for name in ("one", "two"))):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    for single, joint in zip(*lines):
+        assert single.keys() >= {"tokens_selected"}
+        for name in single.keys() & joint.keys() - {"tokens_per_second"}:
+            assert single[name] == pytest.approx(joint[name], rel=1e-4, abs=1e-5), name
+    for single, joint in zip(*(jax.tree.leaves(params_of(tmp_path / name)) for name in ("one", "two"))):
+        np.testing.assert_allclose(single, joint, rtol=1e-3, atol=1e-4)
 
 
-def test_two_processes_score_as_one_does(data, reference, questions, tmp_path):
+def test_two_processes_score_like_one(data, reference, questions, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(data, tmp_path / name)
     flags = flags_of(data, reference, questions, tmp_path, {"data": 4, "tensor": 2})[1:]
     flags = ["rho1_jax.score", *(flag for flag in flags if "workdir" not in flag), "--config.reference.scores=r"]
     done = run_command(*flags, f"--config.data.train={tmp_path / 'one'}", "--entropies")
     assert done.returncode == 0, done.stderr
-    two_processes([*flags, f"--config.data.train={tmp_path / 'two'}", "--entropies"], told="tokens scored")
+    two_processes([*flags, f"--config.data.train={tmp_path / 'two'}", "--entropies"], message="tokens scored")
     for signal in ("losses", "entropies"):
-        ours, theirs = (np.load(tmp_path / name / "scores" / "r" / f"{signal}-00000.npy") for name in ("one", "two"))
-        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2e-3, atol=1e-3)
+        single, joint = (np.load(tmp_path / name / "scores" / "r" / f"{signal}-00000.npy") for name in ("one", "two"))
+        np.testing.assert_allclose(single.astype(np.float32), joint.astype(np.float32), rtol=2e-3, atol=1e-3)
 
 
-def test_a_bad_flag_is_refused(data, reference, questions, tmp_path):
+def test_a_malformed_flag_is_refused(data, reference, questions, tmp_path):
     flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
     for value in ("localhost", "localhost:1,2", "localhost:1,two,0"):
         done = run_command(*flags, f"--distributed={value}")

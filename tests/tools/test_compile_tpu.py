@@ -1,4 +1,4 @@
-"""The real TPU compiler, without a TPU, and what is read from its text."""
+"""Compile with the real TPU compiler, without a TPU."""
 
 import dataclasses
 import json
@@ -36,11 +36,11 @@ def compile_small(topology, tmp_path, *flags):
     ],
 )
 def test_the_step_compiles_with_splash_and_both_models(topology, flags, tmp_path):
-    done, found = compile_small(topology, tmp_path, *flags)
+    done, figures = compile_small(topology, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
-    clm, online, cached = found["arms"]
+    clm, online, cached = figures["arms"]
     assert [len(re.findall(rf"^\| {arm} \|", done.stdout, re.M)) for arm in ("clm", "online", "cached")] == [1, 1, 1]
-    # The reference takes memory and work, and its losses take neither.
+    # The reference in the step costs memory and FLOPs; its stored losses do not.
     assert online["memory_gib"]["arguments"] > cached["memory_gib"]["arguments"]
     assert online["flops"] > cached["flops"]
     for arm in (online, cached):
@@ -55,25 +55,25 @@ def test_the_step_compiles_with_splash_and_both_models(topology, flags, tmp_path
         assert sizes[0] < sizes[1]
 
 
-def test_what_does_not_fit_is_an_error(tmp_path):
-    done, found = compile_small(
+def test_a_step_that_does_not_fit_is_an_error(tmp_path):
+    done, figures = compile_small(
         "v5e:2x2", tmp_path, "--config.model.ff_width=262144", "--config.model.layers=32", "--arm=clm"
     )
-    assert done.returncode != 0 and found is None
+    assert done.returncode != 0 and figures is None
     assert "clm on v5e:2x2 does not fit" in done.stderr and "available HBM" in done.stderr
 
 
-def test_a_topology_that_is_none_is_refused(tmp_path):
+def test_an_unknown_topology_is_refused(tmp_path):
     done, _ = compile_small("v5e:3x5x7", tmp_path)
     assert done.returncode == 2 and "--topology=v5e:3x5x7" in done.stderr
 
 
-def test_decoding_compiles_and_leaves_the_weights_where_they_lie(tmp_path):
-    done, found = compile_small("v5e:2x2", tmp_path, "--decode_rows=8")
+def test_decoding_compiles_without_gathering_the_weights(tmp_path):
+    done, figures = compile_small("v5e:2x2", tmp_path, "--decode_rows=8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("v5e:2x2, 8 rows of 256 positions: ")
     config = dataclasses.replace(model_config(get_config("slm")), **SMALL)
-    assert 0 < found["bytes_received"] < param_count(config)  # in bytes; they are two for each parameter
-    assert 0 < found["memory_gib"]["total"] < 0.1 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert 0 < figures["bytes_received"] < param_count(config)  # half the bytes of the bfloat16 weights
+    assert 0 < figures["memory_gib"]["total"] < 0.1 and figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     done, _ = compile_small("v5e:2x2", tmp_path, f"--decode_rows={1 << 22}")
     assert done.returncode == 2 and done.stderr.startswith("error: decoding on v5e:2x2 does not fit: Ran out of memory")

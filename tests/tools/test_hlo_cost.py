@@ -1,4 +1,4 @@
-"""What is read from the TPU compiler's text, against what XLA itself counts where there is no loop to miscount."""
+"""The cost read from a TPU program's text, against XLA's own count for programs without loops."""
 
 import os
 
@@ -39,7 +39,7 @@ def chips():
     }
     before = dict(os.environ)
     os.environ.update(variables)
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back what is compiled for absent chips
+    jax.config.update("jax_enable_compilation_cache", False)  # the cache cannot load programs for absent chips
     yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     jax.config.update("jax_enable_compilation_cache", True)
     os.environ.clear()
@@ -47,7 +47,7 @@ def chips():
 
 
 def compiled(chips, sizes, rows=4, **changes):
-    """The gradient of the mean loss, for the chips."""
+    """Compile the gradient of the mean loss for `chips`."""
     mesh = sharding.make_mesh(*sizes, devices=chips)
     config = tiny(**CONFIG | changes)
     losses = make_token_losses(decoder.build(config), document_mask=True)
@@ -58,25 +58,25 @@ def compiled(chips, sizes, rows=4, **changes):
         return jax.jit(jax.grad(lambda p, b: losses(p, b)[0].mean())).lower(params, Batch(row, row)).compile()
 
 
-def cost(found, rounds=1):
-    return Program(found.as_text(), lambda _: rounds, None).cost()
+def cost(program, rounds=1):
+    return Program(program.as_text(), lambda _: rounds, None).cost()
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
-def test_loops_are_counted_as_often_as_they_run(chips, sizes):
-    """Of the loop over layers XLA counts one round; unrolled, it counts them all, and so do we either way."""
+def test_loops_are_counted_once_per_iteration(chips, sizes):
+    """XLA counts the loop over layers once, so its count is right only for unrolled layers. Ours is right for both."""
     unrolled = compiled(chips, sizes, unroll=3)
     counted = unrolled.cost_analysis()["flops"]
     assert cost(unrolled).flops == pytest.approx(counted, rel=0.1)
     assert cost(compiled(chips, sizes)).flops == pytest.approx(cost(unrolled).flops, rel=0.05)
 
 
-def test_collectives_are_what_the_sharding_asks_for(chips):
+def test_collectives_match_the_sharding(chips):
     weights = sum(x.size for x in jax.tree.leaves(decoder.abstract_params(tiny(**CONFIG))))
-    # Copies of the model: every gradient is summed over the four, which a chip receives one and a half times. The
-    # embedding has two, one as input and one as output.
-    found = cost(compiled(chips, (4, 1, 1)))
-    assert found.collectives["all-reduce"][1] == pytest.approx(1.5 * 4 * (weights + 1024 * 256), rel=0.01)
-    assert set(found.collectives) == {"all-reduce"}
-    # Shared weights: each chip gathers the three quarters that it lacks, for forward and for backward pass.
+    # Replicated weights: all-reduce sums every gradient over four chips, and each chip receives 1.5 times its size. The
+    # tied embedding has two gradients, one as input and one as output.
+    replicated = cost(compiled(chips, (4, 1, 1)))
+    assert replicated.collectives["all-reduce"][1] == pytest.approx(1.5 * 4 * (weights + 1024 * 256), rel=0.01)
+    assert set(replicated.collectives) == {"all-reduce"}
+    # Sharded weights: each chip gathers the missing three quarters, in the forward and in the backward pass.
     assert cost(compiled(chips, (1, 4, 1))).collective_bytes > 2 * 0.75 * 4 * 0.9 * weights

@@ -1,4 +1,4 @@
-"""The programs that Rho-1 published, run again in the sandbox."""
+"""Run Rho-1's published programs again in the sandbox."""
 
 import json
 
@@ -13,12 +13,12 @@ PUBLISHED = root().parent / "shared" / "data" / "published" / "rho-math-1b-inter
 @pytest.mark.parametrize("task, programs", [("gsm8k", 1318), ("minerva_math", 501)])
 def test_published_programs_give_their_published_output(task, programs):
     if not PUBLISHED.is_dir():
-        pytest.skip(f"{PUBLISHED} is absent: the published programs were not run")
+        pytest.skip(f"{PUBLISHED} is missing: cannot replay the published programs")
     (file,) = (PUBLISHED / task).glob("*.jsonl")
     done = run_command("tools.replay_programs", f"--input={file}", "--json", seconds=1500)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["programs"] == programs
-    print(f"{task}: {found['same_output']:.2%}, differing: {found['differ']}")
-    # Of both files together 98 %; those of MATH print more that depends on the versions of Python and sympy.
-    assert found["same_output"] >= {"gsm8k": 0.99, "minerva_math": 0.9}[task]
+    figures = json.loads(done.stdout)
+    assert figures["programs"] == programs
+    print(f"{task}: {figures['same_output']:.2%}, differing: {figures['differ']}")
+    # 98 % over both files. MATH programs print more that depends on the versions of Python and sympy.
+    assert figures["same_output"] >= {"gsm8k": 0.99, "minerva_math": 0.9}[task]

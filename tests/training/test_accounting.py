@@ -1,4 +1,4 @@
-"""The arithmetic of a run's cost against what XLA counts, and the ledger of a run."""
+"""Computed FLOPs against XLA's count, and the ledger of a run."""
 
 import json
 
@@ -17,8 +17,8 @@ from rho1_jax.training.accounting import ForwardFlops, training_flops
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_forward_flops_are_those_of_the_compiled_program(tied):
-    # One layer, since XLA counts a scanned one once; wide enough for norms and softmax not to matter.
+def test_forward_flops_match_the_compiled_program(tied):
+    # One layer, because XLA counts the body of a scan once. The width makes norms and softmax negligible.
     length = 128
     config = tiny(
         width=256, layers=1, heads=4, head_width=64, ff_width=1024, vocab_size=512, tied_embeddings=tied, loss_chunk=128
@@ -27,19 +27,19 @@ def test_forward_flops_are_those_of_the_compiled_program(tied):
     losses = make_token_losses(decoder.build(config), document_mask=True)
     compiled = jax.jit(losses).lower(params, jax.tree.map(jnp.asarray, random_batch(1, length))).compile()
     forward = ForwardFlops.of(config, length)
-    # XLA computes, of two blocks of 64 queries, the second's keys in full and of the first's a half.
-    more = 4 * config.heads * config.head_width * (0.75 * length - accounting.seen_keys(length, None))
-    assert forward.total + more == pytest.approx(compiled.cost_analysis()["flops"] / length, rel=0.03)
+    # With two blocks of 64 queries, XLA computes all keys for the second block and half of them for the first.
+    extra = 4 * config.heads * config.head_width * (0.75 * length - accounting.seen_keys(length, None))
+    assert forward.total + extra == pytest.approx(compiled.cost_analysis()["flops"] / length, rel=0.03)
     assert forward.head == 2 * 512 * 256
 
 
-def test_seen_keys_by_counting():
+def test_seen_keys_match_a_count():
     for length, window in ((7, None), (7, 3), (4, 9)):
         counted = [min(query + 1, window or length) for query in range(length)]
         assert accounting.seen_keys(length, window) == pytest.approx(np.mean(counted))
 
 
-def test_the_backward_pass_of_the_head_is_for_selected_tokens_alone():
+def test_only_selected_tokens_go_through_the_heads_backward_pass():
     policy, reference = ForwardFlops(layers=10.0, head=4.0), ForwardFlops(layers=3.0, head=1.0)
     expected = {"policy_forward": 1400.0, "policy_backward": 2480.0, "reference_forward": 400.0}
     assert training_flops(policy, reference, 100, 60) == expected
