@@ -45,7 +45,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float, offset: float = 0.0):
         self.eps, self.offset = eps, offset
-        self.scale = nnx.Param(jnp.full(size, 1 - offset))
+        self.scale = nnx.Param(jnp.full(size, 1 - offset, jnp.float32))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Normalizes vectors [..., size] and keeps their dtype."""
