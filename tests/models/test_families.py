@@ -60,7 +60,7 @@ def sharp(config, seed=3):
 
 
 def test_the_page_trains_on_a_mesh_as_on_one_device(zigzag):
-    graphdef, optimizer, batches = decoder.build(zigzag), optax.adamw(1e-2), [random_batch(8, 16, n) for n in range(2)]
+    graphdef, optimizer, batches = decoder.build(zigzag), optax.sgd(1.0), [random_batch(8, 16, n) for n in range(2)]
     params, reference = decoder.init_params(zigzag, 0), decoder.init_params(zigzag, 1)
     assert "attention_post_norm" in params["layers"]
     settings = {"rule": selection_of(), "steps": 2, "microbatches": 1, "document_mask": True, "seed": 0}
@@ -79,7 +79,7 @@ def test_the_page_trains_on_a_mesh_as_on_one_device(zigzag):
     np.testing.assert_array_equal(selected_spread, selected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, alone)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, params)
-    assert min(jax.tree.leaves(moved)) > 1e-3
+    assert min(jax.tree.leaves(moved)) > 1e-5
 
 
 def test_the_page_decodes_as_one_pass_over_the_whole_text(zigzag, tokenizer):
@@ -175,7 +175,7 @@ def test_every_switch_changes_the_losses(family_with, switches):
         params = jax.tree.map(lambda x: 3 * x + 0.1, decoder.init_params(config, 0))
         return make_token_losses(decoder.build(config), True)(params, batch)[0]
 
-    assert np.abs(losses(**switches) - losses()).max() > 1e-3
+    assert np.abs(losses(**switches) - losses()).max() > 1e-4
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "both"])
@@ -206,8 +206,16 @@ def test_norms_are_where_the_structure_says(family_with, placement):
     np.testing.assert_allclose(layer(x, positions, mix, decoding=False), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"remat": "dots", "unroll": 4}], ids=str)
-@pytest.mark.parametrize("windows", [(3, None), (None, 2, 4), (2, 3, None, 4, 5, None)], ids=str)
+@pytest.mark.parametrize(
+    "windows, changes",
+    [
+        ((3, None), {}),
+        ((3, None), {"remat": "dots", "unroll": 4}),
+        ((None, 2, 4), {"remat": "full"}),
+        ((2, 3, None, 4, 5, None), {}),
+    ],
+    ids=str,
+)
 def test_a_pattern_of_windows_equals_each_layer_in_turn(family_with, windows, changes):
     """Five layers: two groups and one left over, one group and two left over, and fewer layers than the pattern."""
     config = dataclasses.replace(family_with(windows=windows), **changes)
@@ -227,9 +235,14 @@ def test_a_pattern_of_windows_equals_each_layer_in_turn(family_with, windows, ch
     def scanned(params):
         return nnx.merge(graphdef, params)(tokens, segments)
 
-    np.testing.assert_allclose(scanned(params), in_turn(params), rtol=1e-5, atol=1e-6)
-    ours, expected = (jax.grad(lambda p, f=f: (f(p) ** 2).sum())(params) for f in (scanned, in_turn))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, expected)
+    def weighted(params, run):
+        hidden = run(params)
+        return (hidden * jnp.sin(jnp.arange(hidden.size).reshape(hidden.shape))).sum(), hidden
+
+    both = jax.jit(jax.value_and_grad(weighted, has_aux=True), static_argnums=1)
+    ((_, ours), gradient), ((_, theirs), expected) = both(params, scanned), both(params, in_turn)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, expected)
 
 
 def test_scoring_and_decoding_cap_the_logits(family_with, tokenizer):

@@ -45,6 +45,7 @@ class Case:
 
     config: type
     changes: dict[str, Any]
+    norm_mean: float = 1.0  # of the random norm scales
 
 
 def _rope(theta, **scaling):
@@ -80,7 +81,9 @@ CASES = {
     "Qwen3, q/k norm": Case(transformers.Qwen3Config, {"head_dim": 16, **_rope(1_000_000.0)}),
     "Qwen3, tied": Case(transformers.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
     "Gemma 2, a family outside the package": Case(
-        transformers.Gemma2Config, {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7}
+        transformers.Gemma2Config,
+        {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7},
+        norm_mean=0.0,  # stored without the offset of 1
     ),
 }
 
@@ -107,7 +110,7 @@ def build(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
     peer = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+            torch.nn.init.normal_(parameter, mean=case.norm_mean if "norm" in name else 0.0, std=0.2)
     return peer.eval()
 
 
