@@ -101,14 +101,14 @@ def test_cudnn_lowers_to_its_fused_kernels(monkeypatch):
 
 
 def capped(q, k, v, segments, sliding_window):
-    """Attention with a soft cap of 1.5 and a query scale of 0.7, written out."""
+    """Attention with a soft cap of 1.5 and a query scale of 0.15, written out."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    logits = 1.5 * jnp.tanh(jnp.einsum("BLHC,BSHC->BHLS", 0.7 * q, k) / 1.5)
+    logits = 1.5 * jnp.tanh(jnp.einsum("BLHC,BSHC->BHLS", 0.15 * q, k) / 1.5)
     mask = attention_mask(segments, segments, 0, sliding_window)[:, None]
     return jnp.einsum("BHLS,BSHC->BLHC", jax.nn.softmax(logits, where=mask), v)
 
 
-CAP = {"query_scale": 0.7, "soft_cap": 1.5}
+CAP = {"query_scale": 0.15, "soft_cap": 1.5}
 
 
 @pytest.mark.parametrize("kernel, sliding_window", [("xla", None), ("xla", 70), ("splash", None), ("splash", 70)])
