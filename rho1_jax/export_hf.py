@@ -20,6 +20,7 @@ from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from rho1_jax.import_hf import DTYPES, usage
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
+from rho1_jax.models.families import Family, family_of
 from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, named_tensors
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -30,7 +31,9 @@ from rho1_jax.training import checkpoint
 SHARD_BYTES = 4 << 30
 
 
-def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> Iterator[dict[str, np.ndarray]]:
+def shards(
+    directory: pathlib.Path, family: Family, dtype: str | None, progress: Progress
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
 
     Raises:
@@ -42,7 +45,7 @@ def shards(directory: pathlib.Path, dtype: str | None, progress: Progress) -> It
             cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
         if not np.isfinite(cast.astype(np.float32, copy=False)).all() and np.isfinite(array).all():
             raise UserError(f"{path} has values too large for {dtype}; choose another --dtype")
-        shard |= named_tensors(path, cast)
+        shard |= named_tensors(family.tensors[path], cast)
         progress.advance(array.size)
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             yield shard
@@ -63,7 +66,9 @@ def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_weights(directory: pathlib.Path, partial: pathlib.Path, dtype: str | None, progress: Progress) -> str:
+def write_weights(
+    directory: pathlib.Path, partial: pathlib.Path, family: Family, dtype: str | None, progress: Progress
+) -> str:
     """Writes a checkpoint's parameters as safetensors, with an index if there are several files.
 
     Returns:
@@ -71,7 +76,7 @@ def write_weights(directory: pathlib.Path, partial: pathlib.Path, dtype: str | N
     """
     files: list[list[str]] = []
     size, written_dtype = 0, ""
-    for shard in shards(directory, dtype, progress):
+    for shard in shards(directory, family, dtype, progress):
         save_file(shard, partial / f"{len(files)}.part", metadata={"format": "pt"})
         files.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
@@ -116,7 +121,7 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
         write_text(settings, json.dumps(sentencepiece_settings(tokenizer), indent=2) + "\n")
     count = param_count(model)
     with Progress(f"writing {output.name}", count, unit="params") as progress:
-        written = write_weights(directory, partial, dtype, progress)
+        written = write_weights(directory, partial, family_of(model), dtype, progress)
     config = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id)
     write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     partial.rename(output)

@@ -16,6 +16,7 @@ from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.preparation import Options
 from rho1_jax.method.selection import Selection
+from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.generation import Generator
 from rho1_jax.models.hf_folder import named_tensors
 from rho1_jax.runtime.sharding import path_name
@@ -50,16 +51,16 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) ->
     return Batch(tokens, segment_ids)
 
 
-def tensors(tree) -> dict[str, np.ndarray]:
+def tensors(tree, family="llama") -> dict[str, np.ndarray]:
     """Parameters or their gradients, under Hugging Face's names and in its shapes."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(pair for path, leaf in leaves for pair in named_tensors(path_name(path), np.asarray(leaf)))
+    leaves, table = jax.tree_util.tree_flatten_with_path(tree)[0], FAMILIES[family].tensors
+    return dict(pair for path, leaf in leaves for pair in named_tensors(table[path_name(path)], np.asarray(leaf)))
 
 
 def continuations(graphdef, params, tokenizer, prompts, rows=None, **options) -> list[str]:
     """Continue all prompts, `rows` at a time, and return the texts in the order of the prompts."""
     answers = Generator(graphdef, params, tokenizer, rows or len(prompts)).run(deque(enumerate(prompts)), **options)
-    return [text for _, text in sorted(answers)]
+    return [text for _, text, *_ in sorted(answers)]
 
 
 def options(**changes) -> Options:

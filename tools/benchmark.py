@@ -113,7 +113,7 @@ def generation_ways(size: Size, work: Work) -> Ways:
 
     def generate() -> None:
         requests = deque((number, str(number)) for number in range(len(work.prompts)))
-        for number, text in generator.run(requests, max_new_tokens=int(work.lengths.max()), stops=["."]):
+        for number, text, *_ in generator.run(requests, max_new_tokens=int(work.lengths.max()), stops=["."]):
             assert len(text) == work.lengths[number]
 
     return {"generate": generate}

@@ -135,10 +135,10 @@ def answer_all(
     requests = [(index, item.prompt) for index, item in enumerate(items) if index not in answered]
     options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature, "seed": seed}
     if questions.tools:
-        generations = run_with_tools(generator, requests, questions.stops, **options)
+        generations: Iterator[tuple] = run_with_tools(generator, requests, questions.stops, **options)
     else:
         generations = generator.run(deque(requests), stops=questions.stops, **options)
-    for index, generation in generations:
+    for index, generation, *_ in generations:
         extracted = questions.extract(generation)
         yield {
             "index": index,

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.generation import Generator
+from rho1_jax.models.structure import soft_cap
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.sharding import batch_sharding, even_rows, replicate
@@ -119,7 +120,7 @@ class LanguageModel(TemplateLM):
         with Progress("generate", len(requests), unit="requests", leave=False) as progress:
             for (stops, limit, temperature), numbers in groups.items():
                 numbers.sort(key=lambda number: -len(requests[number].args[0]))
-                for number, text in generator.run(
+                for number, text, *_ in generator.run(
                     deque((number, requests[number].args[0]) for number in numbers),
                     max_new_tokens=limit,
                     stops=stops,
@@ -143,6 +144,7 @@ def _make_score(graphdef: nnx.GraphDef):
         def score_chunk(chunk):
             hidden_BcD, targets_Bc = chunk
             logits_BcV = jnp.einsum("BcD,VD->BcV", hidden_BcD, output_VD, preferred_element_type=jnp.float32)
+            logits_BcV = soft_cap(logits_BcV, model.structure.logit_soft_cap)
             target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
             return target_Bc - jax.nn.logsumexp(logits_BcV, axis=-1), logits_BcV.argmax(axis=-1) == targets_Bc
 

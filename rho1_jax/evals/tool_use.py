@@ -68,7 +68,7 @@ def run_with_tools(
 
         try:
             while waiting or running:
-                for number, text in generator.run(waiting, stops=[*stops, OUTPUT], **options):
+                for number, text, *_ in generator.run(waiting, stops=[*stops, OUTPUT], **options):
                     transcript = transcripts[number]
                     transcript.text += text
                     program = program_at_end(text)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention within documents: one function, a kernel for each kind of device.
+"""Causal grouped-query attention within documents: one function, with a kernel for each kind of device.
 
 Shapes: B batch rows, L queries, S keys, H query heads, K key/value heads, G query heads per key/value head, C head
 width.
@@ -10,15 +10,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
+from rho1_jax.models import structure
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
-# Which kernel "auto" takes on which devices, for rows whose length the kernel can divide.
+# Platform -> the kernel that "auto" selects there, and the multiple that row lengths must be.
 KERNELS = {"tpu": ("splash", 128), "gpu": ("cudnn", 64)}
 XLA_BLOCK = 64  # queries whose logits exist at once, in short rows
-XLA_BLOCKS = 8  # at most this many blocks, in long rows
-SPLASH_BLOCK = 512  # queries and keys, at most
+XLA_BLOCKS = 8  # maximum number of blocks, in long rows
+SPLASH_BLOCK = 512  # maximum number of queries and of keys in a block
 
 
 def attention(
@@ -29,47 +30,61 @@ def attention(
     *,
     sliding_window: int | None = None,
     kernel: str = "auto",
+    query_scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """Softmax attention with scale 1 / sqrt(C), the softmax in float32, to earlier keys of the same segment and itself.
+    """Softmax attention of each token to itself and to earlier tokens of its segment. The softmax is in float32.
 
     Args:
       q_BLHC: [B, L, H, C] queries.
       k_BLKC: [B, L, K, C] keys; K divides H.
       v_BLKC: [B, L, K, C] values.
       segments_BL: [B, L] segment ids.
-      sliding_window: how many keys, itself included, a query sees at most; None means all.
-      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": by the devices at hand.
+      sliding_window: maximum number of keys a query sees, itself included; None means all.
+      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", which selects by platform, row length and soft cap.
+      query_scale: factor on the queries; None means 1 / sqrt(C).
+      soft_cap: soft cap on the logits; None means no cap.
 
     Returns:
       [B, L, H, C] in the dtype of the queries.
 
     Raises:
-      UserError: the kernel cannot take rows of this length.
+      UserError: the kernel cannot compute rows of this length, or has no soft cap.
     """
     L = q_BLHC.shape[1]
     if kernel == "auto":
         kernel, multiple = KERNELS.get(jax.default_backend(), ("xla", 1))
-        kernel = "xla" if L % multiple else kernel
+        kernel = "xla" if L % multiple or (kernel == "cudnn" and soft_cap is not None) else kernel
     row_kernels = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
-    return row_kernels[kernel](q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window)
+    return row_kernels[kernel](q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap)
 
 
-def cached_attention(q_BHC: jax.Array, k_BKCS: jax.Array, v_BKSC: jax.Array, visible_BS: jax.Array) -> jax.Array:
-    """The same, of one query a row, to those of S cached keys that it sees. Keys lie as the product reads them.
+def cached_attention(
+    q_BHC: jax.Array,
+    k_BKCS: jax.Array,
+    v_BKSC: jax.Array,
+    visible_BS: jax.Array,
+    query_scale: float | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Attention of one query per row to the visible ones of S cached keys, which are stored in the product's layout.
 
     Args:
       q_BHC: [B, H, C] queries.
       k_BKCS: [B, K, C, S] keys; K divides H.
       v_BKSC: [B, K, S, C] values.
-      visible_BS: [B, S] which keys each query sees, one at least.
+      visible_BS: [B, S] bool, which keys each query sees, at least one.
+      query_scale: as in `attention`.
+      soft_cap: as in `attention`.
 
     Returns:
       [B, H, C] in the dtype of the queries.
     """
     B, H, C = q_BHC.shape
     q_BKGC = q_BHC.reshape(B, k_BKCS.shape[1], -1, C)
-    logits_BKGS = jnp.einsum("BKGC,BKCS->BKGS", q_BKGC * C**-0.5, k_BKCS, preferred_element_type=jnp.float32)
-    weights_BKGS = jax.nn.softmax(logits_BKGS, where=visible_BS[:, None, None])
+    scale = C**-0.5 if query_scale is None else query_scale
+    logits_BKGS = jnp.einsum("BKGC,BKCS->BKGS", q_BKGC * scale, k_BKCS, preferred_element_type=jnp.float32)
+    weights_BKGS = jax.nn.softmax(structure.soft_cap(logits_BKGS, soft_cap), where=visible_BS[:, None, None])
     mixed_BKGC = jnp.einsum("BKGS,BKSC->BKGC", weights_BKGS.astype(v_BKSC.dtype), v_BKSC)
     return mixed_BKGC.reshape(B, H, C)
 
@@ -80,13 +95,13 @@ def attention_mask(
     first_query: jax.Array | int,
     sliding_window: int | None,
 ) -> jax.Array:
-    """Which keys each query sees: those of its own segment, not after it, and within the window.
+    """Marks the keys each query sees: those of its own segment, up to its own position, and within the window.
 
     Args:
       query_segments_BL: [B, L] segment ids of the queries.
       key_segments_BS: [B, S] segment ids of the keys.
       first_query: index, among the S keys, of the first query.
-      sliding_window: how many keys, itself included, a query sees at most; None means all.
+      sliding_window: maximum number of keys a query sees, itself included; None means all.
 
     Returns:
       [B, L, S] bool.
@@ -99,17 +114,22 @@ def attention_mask(
     return (query_segments_BL[:, :, None] == key_segments_BS[:, None, :]) & near_LS
 
 
-def _attend(q_BLHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BLS: jax.Array) -> jax.Array:
-    """The G query heads of a key/value head are stacked along the sequence, so that each of the two products is one
-    batched matrix multiplication, which XLA runs well on CPU too."""
+def _attend(q_BLHC, k_BSKC, v_BSKC, mask_BLS, query_scale, soft_cap) -> jax.Array:
+    """Attention with an explicit mask.
+
+    Stacking the G query heads of a key/value head along the sequence makes each of the two products one batched matrix
+    multiplication, which XLA runs well on CPU too.
+    """
     B, L, H, C = q_BLHC.shape
     S, K = k_BSKC.shape[1:3]
     G = H // K
     q_BKXC = q_BLHC.reshape(B, L, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, C)
     k_BKSC, v_BKSC = k_BSKC.swapaxes(1, 2), v_BSKC.swapaxes(1, 2)
-    logits_BKXS = jnp.einsum("BKXC,BKSC->BKXS", q_BKXC * C**-0.5, k_BKSC, preferred_element_type=jnp.float32)
+    scale = C**-0.5 if query_scale is None else query_scale
+    logits_BKXS = jnp.einsum("BKXC,BKSC->BKXS", q_BKXC * scale, k_BKSC, preferred_element_type=jnp.float32)
+    logits_BKXS = structure.soft_cap(logits_BKXS, soft_cap)
     mask_B1XS = jnp.broadcast_to(mask_BLS[:, None, None], (B, 1, G, L, S)).reshape(B, 1, G * L, S)
-    # A query that sees no key is padding; a finite floor keeps its softmax, and its gradient, from being NaN.
+    # A query that sees no key is padding. The finite floor keeps its softmax and its gradient free of NaN.
     logits_BKXS = jnp.where(mask_B1XS, logits_BKXS, jnp.finfo(jnp.float32).min)
     largest_BKX1 = jax.lax.stop_gradient(logits_BKXS.max(axis=-1, keepdims=True))
     weights_BKXS = jnp.exp(logits_BKXS - largest_BKX1)
@@ -121,8 +141,8 @@ def _attend(q_BLHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BLS: j
     return mixed_BKXC.reshape(B, K, G, L, C).transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
 
 
-def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
-    """Block after block of queries, each against the keys it can see; the backward pass makes its logits again."""
+def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
+    """Blocks of queries in turn, each against the keys it can see. The backward pass recomputes their logits."""
     L = q_BLHC.shape[1]
     size = max(XLA_BLOCK, -(-L // XLA_BLOCKS))
     mixed = []
@@ -133,7 +153,7 @@ def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
         @jax.checkpoint
         def block(q_BlHC, k_BSKC, v_BSKC, query_segments_Bl, key_segments_BS, first_query=start - first):
             mask_BlS = attention_mask(query_segments_Bl, key_segments_BS, first_query, sliding_window)
-            return _attend(q_BlHC, k_BSKC, v_BSKC, mask_BlS)
+            return _attend(q_BlHC, k_BSKC, v_BSKC, mask_BlS, query_scale, soft_cap)
 
         queries, keys = slice(start, stop), slice(first, stop)
         mixed.append(
@@ -142,12 +162,12 @@ def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
     return jnp.concatenate(mixed, axis=1)
 
 
-def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
-    """Splash attention, a Pallas kernel that skips blocks no query sees. Each device has its own rows and heads."""
+def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
+    """Splash attention, a Pallas kernel that skips blocks no query sees, on each device's own rows and heads."""
     L, C = q_BLHC.shape[1], q_BLHC.shape[3]
     block = next((size for size in (SPLASH_BLOCK, 256, 128) if L % size == 0), None)
     if block is None:
-        raise UserError(f"config.model.attention='splash' needs rows of a multiple of 128 tokens, not {L}; take 'xla'")
+        raise UserError(f"attention kernel 'splash' needs rows of a multiple of 128 tokens, not {L}; use 'xla'")
     sizes = splash_kernel.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -156,13 +176,14 @@ def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    # Without a window, that of a whole row.
+    scale = C**-0.5 if query_scale is None else query_scale
+    # Without a window, the mask is as wide as a row.
     head_mask = splash_mask.LocalMask((L, L), window_size=((sliding_window or L) - 1, 0), offset=0)
 
     def on_device(q_BLhC, k_BLkC, v_BLkC, segments_BL):
         masks = splash_mask.MultiHeadMask([head_mask] * q_BLhC.shape[2])
-        kernel = splash_kernel.make_splash_mha_single_device(masks, block_sizes=sizes)
-        heads_first = [x.swapaxes(1, 2) for x in (q_BLhC * C**-0.5, k_BLkC, v_BLkC)]
+        kernel = splash_kernel.make_splash_mha_single_device(masks, block_sizes=sizes, attn_logits_soft_cap=soft_cap)
+        heads_first = [x.swapaxes(1, 2) for x in (q_BLhC * scale, k_BLkC, v_BLkC)]
         segments = splash_kernel.SegmentIds(segments_BL, segments_BL)
         return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
 
@@ -170,13 +191,16 @@ def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
     return on_mesh(on_device, (heads, heads, heads, rows), heads)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
 
 
-def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window):
+def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
     """cuDNN's fused attention, through JAX."""
+    if soft_cap is not None:
+        raise UserError(f"attention kernel 'cudnn' cannot compute a soft cap ({soft_cap:g}); use 'xla'")
     return jax.nn.dot_product_attention(
         q_BLHC,
         k_BLKC,
         v_BLKC,
         mask=(segments_BL[:, :, None] == segments_BL[:, None, :])[:, None],
+        scale=query_scale,
         is_causal=True,
         local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
         implementation="cudnn",

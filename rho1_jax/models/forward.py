@@ -17,12 +17,12 @@ from rho1_jax.models.token_loss import token_losses
 
 
 class Rows(NamedTuple):
-    """Packed rows as a model reads them, [B, L] each."""
+    """Packed rows as a model reads them. All arrays are [B, L]."""
 
     inputs: jax.Array
     targets: jax.Array
     segment_ids: jax.Array  # of the inputs; attention stays within equal ones
-    eligible: jax.Array  # bool: the target may be selected or counted
+    eligible: jax.Array  # bool: the target may be selected, and counts in means
 
 
 def rows_of(batch: Batch, document_mask: bool) -> Rows:
@@ -39,14 +39,15 @@ def rows_of(batch: Batch, document_mask: bool) -> Rows:
 def row_losses(
     graphdef: nnx.GraphDef, params: Params, rows: Rows, entropies: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Losses [B, L] of the targets and, if asked, entropies [B, L] of their predictions, in nats."""
+    """Losses [B, L] of the targets and, if `entropies`, entropies [B, L] of their predictions, in nats."""
     model = nnx.merge(graphdef, params)
     hidden_BLD = model(rows.inputs, rows.segment_ids)
-    return token_losses(hidden_BLD, model.output_VD(), rows.targets, model.config.loss_chunk, entropies)
+    config, soft_cap = model.config, model.structure.logit_soft_cap
+    return token_losses(hidden_BLD, model.output_VD(), rows.targets, config.loss_chunk, entropies, soft_cap)
 
 
 def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:
-    """A function of (params, batch): losses [B, L] in nats, and which of them are eligible [B, L]."""
+    """Makes a function of (params, batch) that returns losses [B, L] in nats, and which are eligible [B, L], bool."""
 
     def batch_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         rows = rows_of(batch, document_mask)
@@ -58,5 +59,5 @@ def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[
 def make_reference_signals(
     graphdef: nnx.GraphDef, document_mask: bool, entropies: bool
 ) -> Callable[[Params, Batch], tuple]:
-    """A function of (params, batch): losses [B, L] in nats, and entropies [B, L] in nats or None."""
+    """Makes a function of (params, batch) that returns losses [B, L] and entropies [B, L] or None, in nats."""
     return lambda params, batch: row_losses(graphdef, params, rows_of(batch, document_mask), entropies)

@@ -1,8 +1,9 @@
 """Decoding with a key/value cache: a batch of rows, each of which takes the next prompt when its own has ended.
 
 Prompts are padded on the left to one of a few lengths, and their keys and values are computed for a few rows at a time
-(prefill). Then all rows decode together, STRETCH tokens on the device; between two stretches the host looks for ends
-and fills the free rows. The cache is a ring: all rows write the same position, wherever each of them began.
+(prefill). Then all rows decode STRETCH tokens together on the device. Between two stretches, the host looks for
+continuations that have ended and fills their rows. The cache is a ring: all rows write the same position, no matter
+where each of them began.
 
 Shapes: B rows, P rows that are filled together, L padded prompt length, S positions of the cache, D model width,
 H query heads, K key/value heads, C head width, V vocabulary, T tokens of one stretch.
@@ -27,25 +28,44 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import even_rows, replicate, shard_cache
 
 STRETCH = 16
-SHORTEST = 32  # lengths are multiples of it
-PREFILL_TOKENS = 2048  # of prompts that are filled together, about
-TAIL = 8  # tokens of a prompt that the text of its continuation is decoded with
+SHORTEST = 32  # lengths are multiples of this
+PREFILL_TOKENS = 2048  # approximate number of tokens in the prompts that are filled together
+TAIL = 8  # tokens at the end of a prompt that are detokenized together with its continuation
 
-Request = tuple[int, str]  # a number that the caller knows it by, and the prompt
+Request = tuple[int, str]  # the caller's number for it, and the prompt
+
+
+class Continuation(NamedTuple):
+    """What a model generated after a prompt.
+
+    Attributes:
+      number: the request's.
+      text: the continuation without its prompt and without the stop string.
+      token_ids: the generated tokens, without the end-of-sequence token. If a stop string ended the continuation, they
+        include it: the last token is the one that completed it.
+      logprobs: log-probability of each of these tokens under the model, in nats, from float32 logits. The temperature
+        does not change them.
+    """
+
+    number: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
 
 
 class State(NamedTuple):
-    """What decoding carries from token to token."""
+    """The state of decoding between two tokens."""
 
     caches: list[tuple[jax.Array, jax.Array]]  # of each layer: keys [B, K, C, S], values [B, K, S, C]
-    token_B: jax.Array  # the newest, which is not in the cache yet
-    length_B: jax.Array  # tokens that are
-    number_B: jax.Array  # of the request, for draws that do not depend on what else is in the batch
+    token_B: jax.Array  # newest token, which is not in the cache yet
+    logprob_B: jax.Array  # its log-probability
+    length_B: jax.Array  # number of tokens in the cache
+    number_B: jax.Array  # number of the request; seeds draws that do not depend on the rest of the batch
     next: jax.Array  # position of the ring that all rows write next
 
     @property
     def positions(self) -> int:
-        """S, the length of the ring."""
+        """The length S of the ring."""
         return self.caches[0][1].shape[2]
 
 
@@ -54,16 +74,16 @@ def _up(number: int, multiple: int) -> int:
 
 
 def bucket(length: int) -> int:
-    """A length rounded up, so that few shapes are compiled: by a quarter at most, and to a multiple of SHORTEST."""
+    """Rounds a length up to a multiple of SHORTEST and by at most a quarter, so that few shapes are compiled."""
     step = max(SHORTEST, 1 << max(0, (length - 1).bit_length() - 3))
     return _up(length, step)
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def decoding_params(graphdef: nnx.GraphDef, params: Params) -> tuple[Params, list[Params]]:
-    """The parameters as decoding reads them: matrices in the compute dtype, and a list of each layer by itself.
+    """The parameters for decoding: matrices in the compute dtype, and a list with each layer's parameters.
 
-    In the first of the two, layer 0 stands in the place of all.
+    In the first of the two trees, layer 0 replaces the stacked layers.
     """
     config = nnx.merge(graphdef, params).config
 
@@ -76,46 +96,51 @@ def decoding_params(graphdef: nnx.GraphDef, params: Params) -> tuple[Params, lis
 
 @partial(jax.jit, static_argnames=("config", "rows", "positions"))
 def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
-    """A state of so many rows, none of which has a request, and so many positions of the cache."""
+    """A state with `rows` rows without a request, and a cache of `positions` positions."""
     shape = rows, config.kv_heads, config.head_width, positions
     keys = [shard_cache(jnp.zeros(shape, config.compute_dtype)) for _ in range(config.layers)]
     none_B = jnp.zeros(rows, jnp.int32)
-    return State([(k, k.swapaxes(2, 3)) for k in keys], none_B, none_B, none_B, jnp.int32(0))
+    caches = [(k, k.swapaxes(2, 3)) for k in keys]
+    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, jnp.int32(0))
 
 
-def _next_token(model: Decoder, hidden_BD, number_B, length_B, key, temperature: float) -> jax.Array:
-    """The likeliest token, or one drawn with a key of its own for each request and length."""
+def _next_token(model: Decoder, hidden_BD, number_B, length_B, key, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """The likeliest token, or one drawn with a separate key for each request and length; and its log-probability."""
     logits_BV = model.logits(hidden_BD)
-    if temperature == 0:
-        return logits_BV.argmax(axis=-1)
 
     def draw(number, length, logits_V):
         return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), length), logits_V)
 
-    return jax.vmap(draw)(number_B, length_B, logits_BV / temperature)
+    if temperature == 0:
+        token_B = logits_BV.argmax(axis=-1)
+    else:
+        token_B = jax.vmap(draw)(number_B, length_B, logits_BV / temperature)
+    # A sum over the vocabulary keeps it sharded; indexing would gather the logits.
+    is_token_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
+    return token_B, jnp.where(is_token_BV, logits_BV, 0).sum(axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
 def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, key, *, temperature):
-    """Reads prompts into the rows `slot_P` of the cache; those of a row that does not exist are dropped."""
+    """Writes prompts into the rows `slot_P` of the cache. A prompt whose row does not exist is dropped."""
     outer, layers = params
-    model, caches = nnx.merge(graphdef, outer), []
-    attend, before = model.mix_within(segment_ids_PL), iter(state.caches)
+    model, caches = nnx.merge(graphdef, outer), list(state.caches)
     L, S = tokens_PL.shape[1], state.positions
 
     def written(cache, new_PLKC, axes):
-        # The last token of each prompt goes before the position that is written next.
+        # The last token of each prompt goes just before the position that is written next.
         ring = jnp.roll(jnp.pad(new_PLKC, ((0, 0), (0, S - L), (0, 0), (0, 0))), state.next - L, axis=1)
         return shard_cache(cache.at[slot_P].set(ring.transpose(axes), mode="drop"))
 
-    def mix(q_PLHC, k_PLKC, v_PLKC):
-        k_BKCS, v_BKSC = next(before)
-        caches.append((written(k_BKCS, k_PLKC, (0, 2, 3, 1)), written(v_BKSC, v_PLKC, (0, 2, 1, 3))))
-        return attend(q_PLHC, k_PLKC, v_PLKC)
+    def mix(n, q_PLHC, k_PLKC, v_PLKC):
+        k_BKCS, v_BKSC = caches[n]
+        caches[n] = written(k_BKCS, k_PLKC, (0, 2, 3, 1)), written(v_BKSC, v_PLKC, (0, 2, 1, 3))
+        return model.mix_within(segment_ids_PL, model.structure.window(n))(q_PLHC, k_PLKC, v_PLKC)
 
-    hidden_PLD = model.layer_by_layer(layers, tokens_PL, segment_positions(segment_ids_PL), mix)
+    positions_PL = segment_positions(segment_ids_PL)
+    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, mix, decoding=False)
     length_P = segment_ids_PL.sum(axis=1)
-    token_P = _next_token(model, hidden_PLD[:, -1], number_P, length_P, key, temperature)
+    token_P, logprob_P = _next_token(model, hidden_PLD[:, -1], number_P, length_P, key, temperature)
 
     def filled(old_B, new_P):
         return old_B.at[slot_P].set(new_P, mode="drop")
@@ -123,6 +148,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
     return State(
         caches,
         filled(state.token_B, token_P),
+        filled(state.logprob_B, logprob_P),
         filled(state.length_B, length_P),
         filled(state.number_B, number_P),
         state.next,
@@ -132,44 +158,53 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
 @partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
 def decode(
     graphdef: nnx.GraphDef, params: tuple[Params, list[Params]], state: State, key: jax.Array, *, temperature: float
-) -> tuple[State, jax.Array]:
-    """The state after STRETCH more tokens of each row, and these tokens, [B, T], beginning with the newest it had.
+) -> tuple[State, jax.Array, jax.Array]:
+    """Decodes STRETCH more tokens of each row.
 
     Args:
       graphdef: structure of the model.
-      params: of `decoding_params`.
-      state: given away.
-      key: of the draws.
-      temperature: 0: no draws.
+      params: from `decoding_params`.
+      state: donated.
+      key: seeds the draws.
+      temperature: of the draws; 0 selects the likeliest token.
+
+    Returns:
+      The state afterwards, the tokens [B, T] and their log-probabilities [B, T] in nats. They begin with the newest
+      token of the state before, and the newest token of the state afterwards is not among them.
     """
     outer, layers = params
     model, S = nnx.merge(graphdef, outer), state.positions
-    reach = min(S, model.config.sliding_window or S)
+    structure = model.structure
 
     def one(state, _):
-        caches, before = [], iter(state.caches)
+        caches = list(state.caches)
         age_S = (state.next - jnp.arange(S)) % S  # tokens ago
-        visible_BS = (age_S <= state.length_B[:, None]) & (age_S < reach)
+        visible_by_window = {
+            window: (age_S <= state.length_B[:, None]) & (age_S < min(S, window or S)) for window in structure.windows
+        }
 
-        def mix(q_B1HC, k_B1KC, v_B1KC):
-            k_BKCS, v_BKSC = next(before)
+        def mix(n, q_B1HC, k_B1KC, v_B1KC):
+            k_BKCS, v_BKSC = caches[n]
             k_BKCS = jax.lax.dynamic_update_slice_in_dim(k_BKCS, k_B1KC.transpose(0, 2, 3, 1), state.next, axis=3)
             v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_B1KC.swapaxes(1, 2), state.next, axis=2)
-            caches.append((shard_cache(k_BKCS), shard_cache(v_BKSC)))
-            return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS)[:, None]
+            caches[n] = shard_cache(k_BKCS), shard_cache(v_BKSC)
+            visible_BS = visible_by_window[structure.window(n)]
+            scale, soft_cap = structure.query_scale, structure.attention_soft_cap
+            return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS, scale, soft_cap)[:, None]
 
-        hidden_B1D = model.layer_by_layer(layers, state.token_B[:, None], state.length_B[:, None], mix)
-        length_B = state.length_B + 1
-        token_B = _next_token(model, hidden_B1D[:, 0], state.number_B, length_B, key, temperature)
-        return State(caches, token_B, length_B, state.number_B, (state.next + 1) % S), state.token_B
+        token_B1, length_B1 = state.token_B[:, None], state.length_B[:, None]
+        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, mix, decoding=True)
+        length_B, number_B, last = state.length_B + 1, state.number_B, (state.token_B, state.logprob_B)
+        token_B, logprob_B = _next_token(model, hidden_B1D[:, 0], number_B, length_B, key, temperature)
+        return State(caches, token_B, logprob_B, length_B, number_B, (state.next + 1) % S), last
 
-    state, tokens_TB = jax.lax.scan(one, state, length=STRETCH)
-    return state, replicate(tokens_TB.T)
+    state, (tokens_TB, logprobs_TB) = jax.lax.scan(one, state, length=STRETCH)
+    return state, replicate(tokens_TB.T), replicate(logprobs_TB.T)
 
 
 @partial(jax.jit, static_argnames="positions")
 def _grow(state: State, *, positions: int) -> State:
-    """The state with a longer ring: what it holds stands at its beginning, in the order of writing."""
+    """The state with a longer ring. Its old content moves to the beginning, in the order of writing."""
 
     def grown(cache, axis):
         padding = [(0, positions - state.positions if number == axis else 0) for number in range(4)]
@@ -186,19 +221,20 @@ class _Row:
     number: int
     ids: list[int]  # of the prompt
     new_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 class Generator:
-    """Continues prompts with one model, so many at a time."""
+    """Continues prompts with one model, `rows` of them at a time."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, rows: int):
-        """Takes a copy of the parameters, as decoding reads them.
+        """Copies the parameters into the form that decoding needs.
 
         Args:
           graphdef: structure of the model.
           params: its parameters.
           tokenizer: of the model.
-          rows: of the batch; rounded up to what the mesh can spread.
+          rows: of the batch, rounded up to a multiple of the mesh's data-parallel size.
         """
         self._graphdef, self._tokenizer = graphdef, tokenizer
         self._config = nnx.merge(graphdef, params).config
@@ -214,19 +250,19 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         max_prompt_tokens: int | None = None,
-    ) -> Iterator[Request]:
+    ) -> Iterator[Continuation]:
         """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
 
         Args:
-          requests: what to continue, taken from the left. The caller may add to it between two continuations.
-          max_new_tokens: most tokens to add.
-          stops: strings that end a continuation; they are not part of it.
-          temperature: 0 takes the likeliest token; otherwise tokens are drawn at this temperature.
-          seed: of the draws, which are the same whatever else is in the batch.
-          max_prompt_tokens: of longer prompts, only so many tokens at their end are used.
+          requests: the prompts, taken from the left. The caller may add more between two continuations.
+          max_new_tokens: maximum number of tokens to generate for each prompt.
+          stops: strings that end a continuation and are not part of its text.
+          temperature: of the draws; 0 selects the likeliest token.
+          seed: of the draws. They do not depend on the rest of the batch.
+          max_prompt_tokens: a longer prompt keeps only this many tokens at its end.
 
         Yields:
-          Number and continuation, without its prompt, as each ends.
+          The continuations, in the order in which they end.
 
         Raises:
           UserError: a prompt is empty.
@@ -252,13 +288,14 @@ class Generator:
                 state = self._read(state, new, slots, width, room, key, temperature)
                 for slot, added in zip(slots, new):
                     rows[slot] = added
-            state, tokens_BT = decode(self._graphdef, self._params, state, key, temperature=temperature)
-            for slot, (row, stretch) in enumerate(zip(rows, np.asarray(tokens_BT).tolist())):
+            state, *stretch = decode(self._graphdef, self._params, state, key, temperature=temperature)
+            tokens_BT, logprobs_BT = (np.asarray(x_BT).tolist() for x_BT in stretch)
+            for slot, row in enumerate(rows):
                 if row is not None:
-                    text, ended = self._extend(row, stretch, max_new_tokens, stops)
+                    text, ended = self._extend(row, tokens_BT[slot], logprobs_BT[slot], max_new_tokens, stops)
                     if ended:
                         rows[slot] = None
-                        yield row.number, text
+                        yield Continuation(row.number, text, row.new_ids, row.logprobs[: len(row.new_ids)])
 
     def _read(self, state, new, slots, width, room, key, temperature) -> State:
         """The state with new requests in free slots."""
@@ -274,13 +311,23 @@ class Generator:
         arrays = tokens_PL, segment_ids_PL, slot_P, number_P
         return _prefill(self._graphdef, self._params, state, *arrays, key, temperature=temperature)
 
-    def _extend(self, row, stretch, max_new_tokens, stops) -> tuple[str, bool]:
-        """The text of a row with some more tokens, and whether it has ended."""
-        row.new_ids = (row.new_ids + stretch)[:max_new_tokens]
+    def _extend(self, row, tokens, logprobs, max_new_tokens, stops) -> tuple[str, bool]:
+        """Adds a stretch to a row. Returns the row's text, and True if it has ended."""
+        before = len(row.new_ids)
+        row.new_ids, row.logprobs = (row.new_ids + tokens)[:max_new_tokens], row.logprobs + logprobs
         ended = self._tokenizer.eos_id in row.new_ids
         if ended:
             row.new_ids = row.new_ids[: row.new_ids.index(self._tokenizer.eos_id)]
+        text = self._text(row, len(row.new_ids))
+        if not any(stop in text for stop in stops):
+            return text, ended or len(row.new_ids) == max_new_tokens
+        # Cut the tokens after the one that completed the stop string.
+        lengths = range(before + 1, len(row.new_ids))
+        stopped = (n for n in lengths if any(stop in self._text(row, n) for stop in stops))
+        row.new_ids = row.new_ids[: next(stopped, len(row.new_ids))]
+        return text[: min(text.find(stop) for stop in stops if stop in text)], True
+
+    def _text(self, row, length: int) -> str:
+        """The text of the first `length` tokens generated for a row."""
         tail = row.ids[-TAIL:]
-        text = self._tokenizer.decode(tail + row.new_ids)[len(self._tokenizer.decode(tail)) :]
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
-        return (text[: min(found)], True) if found else (text, ended or len(row.new_ids) == max_new_tokens)
+        return self._tokenizer.decode(tail + row.new_ids[:length])[len(self._tokenizer.decode(tail)) :]

@@ -1,17 +1,16 @@
-"""Hugging Face's config.json to a model's config and back. What the decoder cannot compute is refused by name."""
+"""Hugging Face's config.json to a ModelConfig and back.
+
+This module handles what all families share; `families` adds the rest. Import refuses, by name, every key that asks for
+something the decoder does not compute.
+"""
 
 from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
+from rho1_jax.models.families import FAMILIES, ConfigJson, family_of
 from rho1_jax.runtime.errors import UserError
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-# config.json's key -> our field.
+# Key of config.json -> our field.
 FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -21,9 +20,8 @@ FIELDS = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "norm_eps",
 }
-# Keys under which a model of these architectures computes something else than the decoder does.
-ALWAYS: dict[str, Any] = {
-    "hidden_act": "silu",
+# Keys of config.json with the only value that the decoder computes, in every family.
+CONSTANTS: ConfigJson = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
@@ -35,100 +33,79 @@ ROPE_FIELDS = {
     "high_freq_factor": "rope_high_frequency_factor",
     "original_max_position_embeddings": "rope_original_length",
 }
-# Rotary positions that are not scaled.
+# Rotary positions without scaling.
 UNSCALED = {
     "rope_factor": 1.0,
     "rope_low_frequency_factor": 1.0,
     "rope_high_frequency_factor": 4.0,
     "rope_original_length": 8192,
 }
-# Transformers' own, for a config.json without the key.
-DEFAULT_THETA = 10_000.0
-DEFAULT_MISTRAL_WINDOW = 4096
+DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
 
 
-def from_hf(said: dict[str, Any], where: str, run_settings: dict[str, Any]) -> ModelConfig:
+def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Args:
-      said: its content.
-      where: its path, for errors.
+      hf_config: content of config.json.
+      path: its path, for errors.
       run_settings: the fields that belong to a run rather than to a model: compute_dtype and so on.
 
     Raises:
       UserError: the architecture is unknown, a size is missing, or a key asks for what the decoder does not compute.
     """
-    architecture = (said.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{where}: unknown architecture {architecture}; known are {', '.join(ARCHITECTURES)}")
-    for key, value in ALWAYS.items():
-        if said.get(key, value) != value:
-            raise UserError(f"{where}: {key}={said[key]!r} is not supported, only {value!r}")
-    heads_key = [] if architecture == "LlamaForCausalLM" else ["num_key_value_heads"]
-    missing = [key for key in [*FIELDS, *heads_key] if said.get(key) is None]
+    architecture = (hf_config.get("architectures") or ["none"])[0]
+    families = {family.architecture: family for family in FAMILIES.values()}
+    if architecture not in families:
+        raise UserError(f"{path}: unknown architecture {architecture}; known are {', '.join(families)}")
+    family = families[architecture]
+    for key, value in {**CONSTANTS, **family.constants}.items():
+        if hf_config.get(key, value) != value:
+            raise UserError(f"{path}: {key}={hf_config[key]!r} is not supported, only {value!r}")
+    missing = [key for key in [*FIELDS, *family.required] if hf_config.get(key) is None]
     if missing:
-        raise UserError(f"{where}: lacks {', '.join(missing)}")
-    fields = {ours: said[theirs] for theirs, ours in FIELDS.items()}
-    return ModelConfig(
-        family=ARCHITECTURES[architecture],
-        kv_heads=said.get("num_key_value_heads") or said["num_attention_heads"],
-        head_width=said.get("head_dim") or said["hidden_size"] // said["num_attention_heads"],
-        tied_embeddings=said.get("tie_word_embeddings", False),
-        sliding_window=_sliding_window(said, architecture, where),
-        **_rope(said, where),
-        **fields,
-        **run_settings,
-    )
+        raise UserError(f"{path}: lacks {', '.join(missing)}")
+    fields = {
+        **{ours: hf_config[theirs] for theirs, ours in FIELDS.items()},
+        "kv_heads": hf_config.get("num_key_value_heads"),
+        "head_width": hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"],
+        "tied_embeddings": hf_config.get("tie_word_embeddings", False),
+        **_rope(hf_config, path),
+        **family.from_hf(hf_config, path),
+    }
+    return ModelConfig(family=family.name, **fields, **run_settings)
 
 
-def _rope(said: dict[str, Any], where: str) -> dict[str, Any]:
-    # Transformers 5 keeps all of it in rope_parameters; before, rope_theta stood beside rope_scaling.
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+def _rope(hf_config: ConfigJson, path: str) -> dict[str, Any]:
+    # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields = UNSCALED | {"rope_theta": float(rope.get("rope_theta") or said.get("rope_theta") or DEFAULT_THETA)}
+    fields = UNSCALED | {"rope_theta": float(rope.get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_THETA)}
     if kind == "llama3":
         missing = [key for key in ROPE_FIELDS if key not in rope]
         if missing:
-            raise UserError(f"{where}: its rope scaling lacks {', '.join(missing)}")
+            raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
         fields |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}
     elif kind != "default":
-        raise UserError(f"{where}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise UserError(f"{path}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
     return fields
 
 
-def _sliding_window(said: dict[str, Any], architecture: str, where: str) -> int | None:
-    if architecture == "LlamaForCausalLM":
-        return None
-    if architecture == "MistralForCausalLM":
-        return said.get("sliding_window", DEFAULT_MISTRAL_WINDOW)
-    window = said.get("sliding_window") if said.get("use_sliding_window") else None
-    if window is None:
-        return None
-    layers = said["num_hidden_layers"]
-    first = said.get("max_window_layers", layers)
-    kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    if len(set(kinds)) > 1:
-        raise UserError(f"{where}: a sliding window in some layers and not in others is not supported")
-    return window if kinds[0] == "sliding_attention" else None
-
-
 def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
-    """The config.json of a model, in the keys that Transformers 4 and 5 and the servers read.
+    """The config.json of a model, with the keys that Transformers 4 and 5 and inference servers read.
 
     Raises:
-      UserError: no architecture of Hugging Face's computes what the model does.
+      UserError: the family has no Hugging Face format for this model.
     """
-    if model.sliding_window is not None and model.family == "llama":
-        raise UserError("config.model.sliding_window: Llama has none in Hugging Face's form; the family mistral has")
-    architecture = {ours: theirs for theirs, ours in ARCHITECTURES.items()}[model.family]
-    said: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model.family,
+    family = family_of(model)
+    hf_config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "dtype": dtype,
-        "torch_dtype": dtype,  # its name before Transformers 5
+        "torch_dtype": dtype,  # the name of `dtype` before Transformers 5
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        "hidden_act": "silu",
+        **family.constants,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
         "tie_word_embeddings": model.tied_embeddings,
@@ -137,10 +114,5 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
     }
     if model.rope_factor != 1:
         scaling = {theirs: getattr(model, ours) for theirs, ours in ROPE_FIELDS.items()}
-        said["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    if model.family != "llama":
-        said["sliding_window"] = model.sliding_window
-    if model.family.startswith("qwen"):
-        windowed = model.sliding_window is not None
-        said |= {"use_sliding_window": windowed, "max_window_layers": 0 if windowed else model.layers}
-    return said
+        hf_config["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    return hf_config | family.to_hf(model)

@@ -1,6 +1,6 @@
 """Hugging Face folders: safetensors and config.json, in and out.
 
-One table, TENSORS, says where each parameter lies; it is read in both directions.
+The tensor table of the model's family says which tensor stores each parameter, in both directions.
 """
 
 import math
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
+from rho1_jax.models.families import Tensor, family_of
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, read_json
 from rho1_jax.runtime.progress import Progress
@@ -26,60 +27,21 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class _Stored(NamedTuple):
+    """A tensor in a file."""
+
     file: pathlib.Path
     shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
-
-
-class Tensor(NamedTuple):
-    """Where a parameter lies in a Hugging Face folder.
-
-    Attributes:
-      name: of the tensor; {n} is the layer.
-      ours: the parameter's axes (without N), one letter each.
-      theirs: the tensor's axes, divided by spaces; letters that stand together are one axis of it.
-    """
-
-    name: str
-    ours: str
-    theirs: str
-
-    @property
-    def stacked(self) -> bool:
-        """Whether each layer has one."""
-        return "{n}" in self.name
+    dtype: str  # safetensors' name for it
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-_LAYER = "model.layers.{n}."
-# Torch keeps a matrix as outputs by inputs, we as inputs by outputs.
-TENSORS = {
-    "embedding": Tensor("model.embed_tokens.weight", "VD", "V D"),
-    "layers/attention_norm/scale": Tensor(_LAYER + "input_layernorm.weight", "D", "D"),
-    "layers/attention/q": Tensor(_LAYER + "self_attn.q_proj.weight", "DHC", "HC D"),
-    "layers/attention/k": Tensor(_LAYER + "self_attn.k_proj.weight", "DKC", "KC D"),
-    "layers/attention/v": Tensor(_LAYER + "self_attn.v_proj.weight", "DKC", "KC D"),
-    "layers/attention/q_bias": Tensor(_LAYER + "self_attn.q_proj.bias", "HC", "HC"),
-    "layers/attention/k_bias": Tensor(_LAYER + "self_attn.k_proj.bias", "KC", "KC"),
-    "layers/attention/v_bias": Tensor(_LAYER + "self_attn.v_proj.bias", "KC", "KC"),
-    "layers/attention/q_norm/scale": Tensor(_LAYER + "self_attn.q_norm.weight", "C", "C"),
-    "layers/attention/k_norm/scale": Tensor(_LAYER + "self_attn.k_norm.weight", "C", "C"),
-    "layers/attention/o": Tensor(_LAYER + "self_attn.o_proj.weight", "HCD", "D HC"),
-    "layers/feed_forward_norm/scale": Tensor(_LAYER + "post_attention_layernorm.weight", "D", "D"),
-    "layers/feed_forward/gate": Tensor(_LAYER + "mlp.gate_proj.weight", "DF", "F D"),
-    "layers/feed_forward/up": Tensor(_LAYER + "mlp.up_proj.weight", "DF", "F D"),
-    "layers/feed_forward/down": Tensor(_LAYER + "mlp.down_proj.weight", "FD", "D F"),
-    "norm/scale": Tensor("model.norm.weight", "D", "D"),
-    "head": Tensor("lm_head.weight", "VD", "V D"),
-}
 ALIGNMENT = 64  # bytes
-# Buffers that older files carry; both sides compute them.
+# Buffers in older files. Both we and Transformers compute them.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
 def to_theirs(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """A parameter of one layer, in the axes of its Hugging Face tensor."""
+    """A parameter of one layer, with the axes of its Hugging Face tensor."""
     letters = tensor.theirs.replace(" ", "")
     sizes = dict(zip(tensor.ours, array.shape))
     shape = [math.prod(sizes[letter] for letter in group) for group in tensor.theirs.split()]
@@ -93,7 +55,7 @@ def _to_ours(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.nd
 
 
 def _their_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of the tensor that holds a part of the parameter. Only the first letter of a group may be divided."""
+    """The part of the tensor that stores a part of the parameter. Only the first letter of a group may be sharded."""
     ranges = {letter: part.indices(size)[:2] for letter, part, size in zip(tensor.ours, index, shape)}
     sizes = dict(zip(tensor.ours, shape))
     slices = []
@@ -107,20 +69,20 @@ def _their_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ..
 
 
 def is_hugging_face_folder(path: str | pathlib.Path) -> bool:
-    """Whether a folder holds safetensors under the names that Hugging Face gives them."""
+    """True if a folder contains safetensors under the names that Hugging Face gives them."""
     return any((local_path(path, "model") / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 class HuggingFaceFolder:
-    """The tensors of a folder, read where and when they are needed.
+    """The tensors of a folder, read only when and where they are needed.
 
     Attributes:
       path: the folder.
-      config: its config.json.
+      config: content of its config.json.
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Raises UserError where it holds no config.json or no safetensors."""
+        """Raises UserError if the folder has no config.json or no safetensors."""
         self.path = local_path(path, "Hugging Face folder")
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if (self.path / INDEX_FILE).is_file():
@@ -131,11 +93,13 @@ class HuggingFaceFolder:
         elif (self.path / SINGLE_FILE).is_file():
             names = [SINGLE_FILE]
         else:
-            raise UserError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are not read")
+            raise UserError(
+                f"{self.path}: has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are not supported"
+            )
         self._stored: dict[str, _Stored] = {}
         for file in (self.path / name for name in names):
             with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
                     if not name.endswith(_IGNORED):
                         view = opened.get_slice(name)
                         self._stored[name] = _Stored(file, tuple(view.get_shape()), view.get_dtype())
@@ -144,29 +108,31 @@ class HuggingFaceFolder:
         try:
             return safe_open(path, "np")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+            raise UserError(f"{path}: cannot read it: {error}") from error
 
     def read(self, tensor: str, part: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor. The file is closed behind it, or all that was read would stay mapped."""
+        """A part of a tensor. Closes the file afterwards; otherwise everything read so far would stay mapped."""
         with self._open(self._stored[tensor].file) as file:
             return file.get_slice(tensor)[part]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError, naming them, where tensors are missing, unexpected or of another shape than the model's."""
+        """Raises UserError, naming the tensors, if some are missing, unexpected, or of the wrong shape or dtype."""
+        tensors = family_of(config).tensors
         expected = {
             name: shape
             for path, leaf in _leaves(abstract_params(config))
-            for name, shape in _expected(path, leaf.shape).items()
+            for name, shape in _expected(tensors[path], leaf.shape).items()
         }
-        found = {name: stored.shape for name, stored in self._stored.items()}
-        missing = sorted(expected.keys() - found.keys())
-        extra = sorted(found.keys() - expected.keys())
-        if config.tied_embeddings and TENSORS["head"].name in extra and self._same_as_embedding():
-            extra.remove(TENSORS["head"].name)
+        shapes = {name: stored.shape for name, stored in self._stored.items()}
+        missing = sorted(expected.keys() - shapes.keys())
+        extra = sorted(shapes.keys() - expected.keys())
+        head, embedding = tensors["head"].name, tensors["embedding"].name
+        if config.tied_embeddings and head in extra and self._are_equal(head, embedding):
+            extra.remove(head)
         wrong = [
-            f"{name} {list(found[name])} instead of {list(shape)}"
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
             for name, shape in expected.items()
-            if found.get(name, shape) != shape
+            if shapes.get(name, shape) != shape
         ]
         of_other_types = [
             f"{name} ({stored.dtype})" for name, stored in self._stored.items() if stored.dtype not in DTYPES
@@ -176,47 +142,45 @@ class HuggingFaceFolder:
             for what, names in (
                 ("missing", missing),
                 ("unexpected", extra),
-                ("misshapen", wrong),
-                (f"none of {', '.join(DTYPES)}", of_other_types),
+                ("of the wrong shape", wrong),
+                (f"not {', '.join(DTYPES)}", of_other_types),
             )
             if names
         ]
         if problems:
-            raise UserError(f"{self.path}: the tensors are not those of its config.json; {'; '.join(problems)}")
+            raise UserError(f"{self.path}: the tensors do not match config.json; {'; '.join(problems)}")
 
-    def _same_as_embedding(self) -> bool:
-        everything = (slice(None), slice(None))
-        head, embedding = (self.read(TENSORS[name].name, everything) for name in ("head", "embedding"))
-        return head.dtype == embedding.dtype and bool((head == embedding).all())
+    def _are_equal(self, *names: str) -> bool:
+        first, second = (self.read(name, (slice(None), slice(None))) for name in names)
+        return first.dtype == second.dtype and bool((first == second).all())
 
     def load(self, config: ModelConfig, mesh: Mesh, dtype: str | None) -> Params:
-        """The parameters, laid on the mesh. Each device's part is read by itself, layer by layer.
+        """Reads the parameters onto the mesh. Each device's part is read separately, layer by layer.
 
         Args:
           config: the folder's model.
-          mesh: where they go.
-          dtype: what they become; None leaves each as it is in the file.
+          mesh: where to put them.
+          dtype: of the parameters; None keeps the dtype of each tensor in the file.
 
         Raises:
-          UserError: the tensors are not those of the model.
+          UserError: the tensors do not match the model.
         """
         self.check(config)
-        wanted = abstract_params(config)
+        shapes, tensors = abstract_params(config), family_of(config).tensors
         with Progress(f"reading {self.path.name}", param_count(config), unit="params") as progress:
 
             def leaf(path: tuple, like: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-                name = path_name(path)
+                tensor = tensors[path_name(path)]
                 array = jax.make_array_from_callback(
-                    like.shape, sharding, lambda index: self._part(name, like.shape, index, dtype)
+                    like.shape, sharding, lambda index: self._part(tensor, like.shape, index, dtype)
                 )
                 progress.advance(like.size)
                 return array
 
-            return jax.tree_util.tree_map_with_path(leaf, wanted, param_shardings(wanted, mesh))
+            return jax.tree_util.tree_map_with_path(leaf, shapes, param_shardings(shapes, mesh))
 
-    def _part(self, path: str, shape: tuple[int, ...], index: Any, dtype: str | None) -> np.ndarray:
+    def _part(self, tensor: Tensor, shape: tuple[int, ...], index: Any, dtype: str | None) -> np.ndarray:
         """The part of a parameter that one device holds."""
-        tensor = TENSORS[path]
         numbers = range(1)
         if tensor.stacked:
             numbers = range(*index[0].indices(shape[0]))
@@ -232,7 +196,7 @@ class HuggingFaceFolder:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array whose memory JAX takes over on CPU instead of copying it."""
+    """An array aligned so that JAX on CPU uses its memory instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
@@ -243,9 +207,8 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
-def _expected(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that a parameter is kept in."""
-    tensor = TENSORS[path]
+def _expected(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that store a parameter."""
     layers, ours = (shape[0], shape[1:]) if tensor.stacked else (1, shape)
     theirs = to_theirs(tensor, np.broadcast_to(np.int8(0), ours)).shape
     return {tensor.name.format(n=n): theirs for n in range(layers)}
@@ -256,9 +219,8 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def named_tensors(path: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """A parameter as the Hugging Face tensors that keep it."""
-    tensor = TENSORS[path]
+def named_tensors(tensor: Tensor, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The Hugging Face tensors, with their names, that store a parameter."""
     layers = array if tensor.stacked else array[None]
     for n, layer in enumerate(layers):
         yield tensor.name.format(n=n), np.ascontiguousarray(to_theirs(tensor, layer))

@@ -1,7 +1,7 @@
-"""Per-token cross-entropy, and entropy, that never holds the logits of all tokens, neither forward nor backward.
+"""Per-token cross-entropy and entropy, without ever holding the logits of all tokens, forward or backward.
 
-Shapes: B batch rows, L sequence, D model width, V vocabulary. On one device: T tokens of its rows, v its part of the
-vocabulary, c tokens of one chunk, n chunks.
+Shapes: B batch rows, L sequence, D model width, V vocabulary. On one device: T tokens in its rows, v words in its part
+of the vocabulary, c tokens in a chunk, n chunks.
 """
 
 import functools
@@ -10,45 +10,58 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from rho1_jax.models import structure
 from rho1_jax.runtime.sharding import BATCH_AXES, RULES, mesh_is_set, on_mesh
 
 ROWS = PartitionSpec(BATCH_AXES)
 VOCABULARY, WIDTH = RULES["head"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_losses(
-    hidden_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Array, chunk: int, entropies: bool
+    hidden_BLD: jax.Array,
+    output_VD: jax.Array,
+    targets_BL: jax.Array,
+    chunk: int,
+    entropies: bool,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """-log p(target) of every token and, if asked, the entropy of its prediction.
+    """The loss -log p(target) of every token and, if asked, the entropy of its prediction.
 
-    The backward pass makes logits again, and only those of tokens whose loss has a gradient: under selection, of the
-    selected ones. On a mesh each device does both for its own rows and its own part of the vocabulary.
+    The backward pass recomputes the logits, but only of tokens whose loss has a gradient: under selection, the selected
+    ones. On a mesh, each device computes both passes for its own rows and its own part of the vocabulary.
 
     Args:
       hidden_BLD: [B, L, D] final hidden states.
-      output_VD: [V, D] output embedding. Its gradient is summed in float32, whatever the dtype of the hidden states.
+      output_VD: [V, D] output embedding. Its gradient is summed in float32, even for hidden states in another dtype.
       targets_BL: [B, L] token ids.
-      chunk: tokens of a device whose logits exist at once.
-      entropies: whether to make them. No gradient passes through an entropy.
+      chunk: number of tokens per device whose logits exist at the same time.
+      entropies: True to compute entropies. They pass no gradient.
+      soft_cap: soft cap on the logits; None means no cap.
 
     Returns:
       [B, L] float32 losses, and [B, L] float32 entropies or None, all in nats.
     """
-    return _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies)[0]
+    return _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap)[0]
 
 
-def _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies):
-    local = functools.partial(_local_losses, chunk=chunk, entropies=entropies)
+def _vocabulary_axis() -> str | None:
+    """The mesh axis that the vocabulary is sharded over, or None without a mesh."""
+    return VOCABULARY if mesh_is_set() else None
+
+
+def _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap):
+    options = {"chunk": chunk, "entropies": entropies, "soft_cap": soft_cap, "axis": _vocabulary_axis()}
+    local = functools.partial(_local_losses, **options)
     on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), ROWS)
     loss_BL, log_total_BL, entropy_BL = on_devices(hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL)
     return (loss_BL, entropy_BL), (hidden_BLD, output_VD, targets_BL, log_total_BL)
 
 
-def _backward(chunk, _, kept, gradients):
+def _backward(chunk, _, soft_cap, kept, gradients):
     gradient_BL, _ = gradients
     hidden_BLD, output_VD, *others = kept
-    local = functools.partial(_local_gradients, chunk=chunk)
+    local = functools.partial(_local_gradients, chunk=chunk, soft_cap=soft_cap, axis=_vocabulary_axis())
     in_specs = (ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, ROWS)
     on_devices = on_mesh(local, in_specs, (ROWS, PartitionSpec(VOCABULARY, WIDTH)))
     hidden_gradient_BLD, output_gradient_VD = on_devices(
@@ -60,57 +73,61 @@ def _backward(chunk, _, kept, gradients):
 token_losses.defvjp(_forward, _backward)
 
 
-def _logits(hidden_cD: jax.Array, output_vD: jax.Array) -> jax.Array:
-    return jnp.einsum("cD,vD->cv", hidden_cD, output_vD, preferred_element_type=jnp.float32)
+def _logits(hidden_cD: jax.Array, output_vD: jax.Array, soft_cap: float | None) -> jax.Array:
+    logits_cv = jnp.einsum("cD,vD->cv", hidden_cD, output_vD, preferred_element_type=jnp.float32)
+    return structure.soft_cap(logits_cv, soft_cap)
 
 
-def _local_targets(targets: jax.Array, output_vD: jax.Array) -> jax.Array:
-    """Targets as indices into this device's part of the vocabulary; outside of it where they are another's."""
-    return targets - jax.lax.axis_index(VOCABULARY) * output_vD.shape[0] if mesh_is_set() else targets
+def _local_targets(targets: jax.Array, output_vD: jax.Array, axis: str | None) -> jax.Array:
+    """Targets as indices into this device's part of the vocabulary. Targets in another device's part are out of range.
+
+    `axis` here and below is the mesh axis of the vocabulary, or None without a mesh.
+    """
+    return targets if axis is None else targets - jax.lax.axis_index(axis) * output_vD.shape[0]
 
 
-def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies):
-    """Losses, logarithms of the softmax's denominators, and entropies or None: [B, L] each."""
+def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_cap, axis):
+    """Losses, logarithms of the softmax denominators, and entropies or None: [B, L] each."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
     padding = -T % chunk
     hidden_ncD = jnp.pad(hidden_BLD.reshape(T, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
-    targets_nc = jnp.pad(_local_targets(targets_BL.ravel(), output_vD), (0, padding)).reshape(-1, chunk)
+    targets_nc = jnp.pad(_local_targets(targets_BL.ravel(), output_vD, axis), (0, padding)).reshape(-1, chunk)
 
     def one(part):
         hidden_cD, targets_c = part
-        logits_cv = _logits(hidden_cD, output_vD)
+        logits_cv = _logits(hidden_cD, output_vD, soft_cap)
         largest_c = logits_cv.max(axis=-1)
-        if mesh_is_set():
-            largest_c = jax.lax.pmax(largest_c, VOCABULARY)
+        if axis is not None:
+            largest_c = jax.lax.pmax(largest_c, axis)
         total_c = jnp.exp(logits_cv - largest_c[:, None]).sum(axis=-1)
         target_logit_c = jnp.take_along_axis(logits_cv, targets_c[:, None], axis=-1, mode="fill", fill_value=0)[:, 0]
         # A negative index would count from the end.
         target_logit_c = jnp.where(targets_c < 0, 0, target_logit_c)
-        if mesh_is_set():
-            total_c, target_logit_c = jax.lax.psum((total_c, target_logit_c), VOCABULARY)
+        if axis is not None:
+            total_c, target_logit_c = jax.lax.psum((total_c, target_logit_c), axis)
         log_total_c = largest_c + jnp.log(total_c)
         entropy_c = None
         if entropies:
             below_cv = logits_cv - largest_c[:, None]
             weighted_c = (jnp.exp(below_cv) * below_cv).sum(axis=-1)
-            if mesh_is_set():
-                weighted_c = jax.lax.psum(weighted_c, VOCABULARY)
+            if axis is not None:
+                weighted_c = jax.lax.psum(weighted_c, axis)
             entropy_c = jnp.log(total_c) - weighted_c / total_c
         return log_total_c - target_logit_c, log_total_c, entropy_c
 
-    found = jax.lax.map(one, (hidden_ncD, targets_nc))
-    return jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), found)
+    chunks = jax.lax.map(one, (hidden_ncD, targets_nc))
+    return jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), chunks)
 
 
-def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_BL, *, chunk):
-    """Gradients of the sum of gradient_BL * losses by hidden states [B, L, D] and output embedding, in float32."""
+def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_BL, *, chunk, soft_cap, axis):
+    """Gradients of sum(gradient_BL * losses) with respect to hidden states and output embedding, in float32."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
     size = -(-T // chunk) * chunk
     hidden_TD, log_total_T, gradient_T = hidden_BLD.reshape(T, D), log_total_BL.ravel(), gradient_BL.ravel()
-    targets_T = _local_targets(jnp.ravel(targets_BL), output_vD)
-    # The tokens that matter, in their order, and nothing behind them.
+    targets_T = _local_targets(jnp.ravel(targets_BL), output_vD, axis)
+    # The tokens that have a gradient come first, in their order; index T marks the empty places after them.
     matters_T = gradient_T != 0
     rank_T = jnp.where(matters_T, jnp.cumsum(matters_T) - 1, size)
     order_T = jnp.full(size, T).at[rank_T].set(jnp.arange(T), mode="drop")
@@ -121,9 +138,13 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_B
         hidden_cD, weight_c, log_total_c, targets_c = (
             x_T.at[order_c].get(mode="fill", fill_value=0) for x_T in (hidden_TD, gradient_T, log_total_T, targets_T)
         )
-        weighted_cv = jnp.exp(_logits(hidden_cD, output_vD) - log_total_c[:, None]) * weight_c[:, None]
+        logits_cv = _logits(hidden_cD, output_vD, soft_cap)
+        weighted_cv = jnp.exp(logits_cv - log_total_c[:, None]) * weight_c[:, None]
         is_target_cv = jnp.arange(output_vD.shape[0]) == targets_c[:, None]
-        by_logits_cv = jnp.where(is_target_cv, weighted_cv - weight_c[:, None], weighted_cv).astype(hidden_cD.dtype)
+        by_logits_cv = jnp.where(is_target_cv, weighted_cv - weight_c[:, None], weighted_cv)
+        if soft_cap is not None:
+            by_logits_cv *= 1 - (logits_cv / soft_cap) ** 2  # the derivative of the cap
+        by_logits_cv = by_logits_cv.astype(hidden_cD.dtype)
         by_hidden_cD = jnp.einsum("cv,vD->cD", by_logits_cv, output_vD, preferred_element_type=jnp.float32)
         output_gradient_vD += jnp.einsum("cv,cD->vD", by_logits_cv, hidden_cD, preferred_element_type=jnp.float32)
         return (
@@ -133,8 +154,8 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_B
 
     zeros = jnp.zeros((size, D), jnp.float32), jnp.zeros(output_vD.shape, jnp.float32)
     hidden_gradient_TD, output_gradient_vD = jax.lax.fori_loop(0, -(-matters_T.sum() // chunk), one, zeros)
-    if mesh_is_set():
-        hidden_gradient_TD = jax.lax.psum(hidden_gradient_TD, VOCABULARY)
+    if axis is not None:
+        hidden_gradient_TD = jax.lax.psum(hidden_gradient_TD, axis)
         output_gradient_vD = jax.lax.psum(output_gradient_vD, "data")
         output_gradient_vD = jax.lax.psum_scatter(output_gradient_vD, WIDTH, scatter_dimension=1, tiled=True)
     hidden_gradient_TD = hidden_gradient_TD.at[rank_T].get(mode="fill", fill_value=0)

@@ -1,4 +1,4 @@
-"""Our decoder against Transformers on the same folder and text."""
+"""Compares our decoder with Transformers on the same folder and text."""
 
 import pathlib
 from collections.abc import Iterator
@@ -13,14 +13,15 @@ from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
 from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.models.structure import soft_cap
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 
-MOST_TOKENS = 2048
+MAX_TOKENS = 2048
 
 
 class Difference(NamedTuple):
-    """The largest difference of two arrays, where it is, and the two values there."""
+    """The largest difference between two arrays, its index, and the two values there."""
 
     size: float
     where: tuple[int, ...]
@@ -29,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """The largest absolute difference. Not-a-number on one side alone is an infinite one."""
+    """Finds the largest absolute difference. NaN in only one of the arrays counts as infinite."""
     apart = np.abs(ours - theirs)
     apart = np.where(np.isnan(apart), np.where(np.isnan(ours) & np.isnan(theirs), 0, np.inf), apart)
     where = tuple(int(i) for i in np.unravel_index(apart.argmax(), apart.shape))
@@ -37,7 +38,7 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 
 def our_logits(folder: HuggingFaceFolder, config: ModelConfig, ids: list[int]) -> np.ndarray:
-    """[L, V] float32 logits of our decoder."""
+    """Logits [L, V] of our decoder, in float32."""
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
     graphdef = decoder.build(config)
 
@@ -45,26 +46,27 @@ def our_logits(folder: HuggingFaceFolder, config: ModelConfig, ids: list[int]) -
     def logits(params, ids_1L):
         decoder = nnx.merge(graphdef, params)
         hidden_1LD = decoder(ids_1L, jnp.ones_like(ids_1L))
-        return jnp.einsum("LD,VD->LV", hidden_1LD[0], decoder.output_VD(), preferred_element_type=jnp.float32)
+        logits_LV = jnp.einsum("LD,VD->LV", hidden_1LD[0], decoder.output_VD(), preferred_element_type=jnp.float32)
+        return soft_cap(logits_LV, decoder.structure.logit_soft_cap)
 
     with jax.set_mesh(mesh):
         return np.asarray(logits(folder.load(config, mesh, "float32"), jnp.array([ids])))
 
 
 def token_losses(logits_LV: np.ndarray, ids: list[int]) -> np.ndarray:
-    """[L - 1] losses of each next token, in nats."""
+    """Losses [L - 1] of each next token, in nats."""
     loss_L = -jax.nn.log_softmax(logits_LV[:-1].astype(np.float64), axis=-1)
     return np.asarray(loss_L)[np.arange(len(ids) - 1), ids[1:]]
 
 
 def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Path) -> Iterator[str]:
-    """Compares token ids, logits and token losses, all in float32, on the first tokens of a text.
+    """Compares token ids, logits and token losses on the first tokens of a text, in float32.
 
     Yields:
       Lines for the terminal: the largest differences, and where they are.
 
     Raises:
-      UserError: torch or transformers are not there, or the text cannot be read.
+      UserError: torch or transformers is not installed, or the text cannot be read.
     """
     try:
         import torch
@@ -82,23 +84,23 @@ def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Pa
     if ids == their_ids:
         yield f"tokens: all {len(ids):,} equal"
     else:
-        yield f"tokens: {len(ids):,} here, {len(their_ids):,} in Transformers; the first that differs is {first}"
-    ids = ids[: min(MOST_TOKENS, config.context_length)]
+        yield f"tokens: {len(ids):,} here, {len(their_ids):,} in Transformers; they first differ at position {first}"
+    ids = ids[: min(MAX_TOKENS, config.context_length)]
     ours_LV = our_logits(folder, config, ids)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder.path, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
     with torch.no_grad():
         theirs_LV = theirs(torch.tensor([ids])).logits[0].numpy()
-    found = largest_difference(ours_LV, theirs_LV)
-    position, token = found.where
-    yield (
-        f"logits: largest difference {found.size:.2e} at position {position}, vocabulary {token} "
-        f"({tokenizer.pieces([token])[0]!r}): {found.ours:.6f} here, {found.theirs:.6f} in Transformers"
-    )
-    found = largest_difference(token_losses(ours_LV, ids), token_losses(theirs_LV, ids))
-    (position,) = found.where
-    yield (
-        f"losses: largest difference {found.size:.2e} at position {position} "
-        f"({tokenizer.pieces([ids[position + 1]])[0]!r}): {found.ours:.6f} here, {found.theirs:.6f} in Transformers"
-    )
+    difference = largest_difference(ours_LV, theirs_LV)
+    position, token = difference.where
+    where = f"position {position}, vocabulary {token} ({tokenizer.pieces([token])[0]!r})"
+    yield _line("logits", difference, where)
+    difference = largest_difference(token_losses(ours_LV, ids), token_losses(theirs_LV, ids))
+    (position,) = difference.where
+    yield _line("losses", difference, f"position {position} ({tokenizer.pieces([ids[position + 1]])[0]!r})")
+
+
+def _line(what: str, difference: Difference, where: str) -> str:
+    values = f"{difference.ours:.6f} here, {difference.theirs:.6f} in Transformers"
+    return f"{what}: largest difference {difference.size:.2e} at {where}: {values}"

@@ -11,7 +11,8 @@ from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.method.selection import Selection
 from rho1_jax.models.attention import ATTENTION
-from rho1_jax.models.decoder import FAMILIES, REMAT
+from rho1_jax.models.decoder import REMAT
+from rho1_jax.models.families import FAMILIES
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 

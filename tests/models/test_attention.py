@@ -1,4 +1,4 @@
-"""Each kernel against JAX's own attention, forward and backward."""
+"""Compares each kernel with JAX's own attention, forward and backward."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from rho1_jax.runtime.errors import UserError
 
 
 def inputs(length, kv_heads, head_width=8):
-    """Queries, keys, values, and documents that end neither with a row nor with a block; the last is padding."""
+    """Queries, keys, values, and documents whose ends match neither a row nor a block; the last one is padding."""
     rng = np.random.default_rng(0)
     q = jnp.array(rng.normal(size=(2, length, 4, head_width)), jnp.float32)
     k, v = (jnp.array(rng.normal(size=(2, length, kv_heads, head_width)), jnp.float32) for _ in range(2))
@@ -31,7 +31,7 @@ def theirs(q, k, v, segments, sliding_window):
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, local_window_size=window)
 
 
-def check(ours, q, k, v, segments, sliding_window):
+def check(ours, q, k, v, segments, sliding_window, other=theirs):
     def both(function):
         def outputs(q, k, v):
             mixed = function(q, k, v)
@@ -40,9 +40,9 @@ def check(ours, q, k, v, segments, sliding_window):
         (_, mixed), gradients = jax.jit(jax.value_and_grad(outputs, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return mixed, *gradients
 
-    expected = both(lambda *qkv: theirs(*qkv, segments, sliding_window))
-    for mine, other in zip(both(ours), expected):
-        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4)
+    expected = both(lambda *qkv: other(*qkv, segments, sliding_window=sliding_window))
+    for mine, reference in zip(both(ours), expected):
+        np.testing.assert_allclose(mine, reference, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -58,7 +58,7 @@ def test_xla_in_blocks_equals_jax_nn(kv_heads, sliding_window, length):
 
 @pytest.mark.parametrize("kv_heads, sliding_window, sizes", [(4, None, None), (1, 70, None), (2, None, (2, 1, 2))])
 def test_splash_equals_jax_nn(monkeypatch, kv_heads, sliding_window, sizes):
-    """In Pallas's interpreter; with sizes on a mesh, rows and heads each over two devices."""
+    """Runs in Pallas's interpreter. With sizes, on a mesh with rows and heads each over two devices."""
     q, k, v, segments = inputs(256, kv_heads, head_width=128)
     ours = functools.partial(attention, sliding_window=sliding_window, kernel="splash")
     on_tpu = splash_kernel.make_splash_mha_single_device
@@ -71,8 +71,8 @@ def test_splash_equals_jax_nn(monkeypatch, kv_heads, sliding_window, sizes):
 
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
-def test_cudnn_gets_what_jax_nn_does(monkeypatch, sliding_window):
-    """There is no GPU to run it: JAX's own implementation gets cuDNN's arguments."""
+def test_cudnn_gets_the_arguments_of_jax_nn(monkeypatch, sliding_window):
+    """Without a GPU, JAX's own implementation runs with cuDNN's arguments."""
     q, k, v, segments = inputs(64, 2)
     implementations = []
     original = jax.nn.dot_product_attention
@@ -83,9 +83,9 @@ def test_cudnn_gets_what_jax_nn_does(monkeypatch, sliding_window):
 
     expected = theirs(q, k, v, segments, sliding_window)
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    found = attention(q, k, v, segments, sliding_window=sliding_window, kernel="cudnn")
+    mixed = attention(q, k, v, segments, sliding_window=sliding_window, kernel="cudnn")
     assert implementations == ["cudnn"]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_cudnn_lowers_to_its_fused_kernels(monkeypatch):
@@ -100,19 +100,59 @@ def test_cudnn_lowers_to_its_fused_kernels(monkeypatch):
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
 
 
+def capped(q, k, v, segments, sliding_window):
+    """Attention with a soft cap of 1.5 and a query scale of 0.15, written out."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = 1.5 * jnp.tanh(jnp.einsum("BLHC,BSHC->BHLS", 0.15 * q, k) / 1.5)
+    mask = attention_mask(segments, segments, 0, sliding_window)[:, None]
+    return jnp.einsum("BHLS,BSHC->BLHC", jax.nn.softmax(logits, where=mask), v)
+
+
+CAP = {"query_scale": 0.15, "soft_cap": 1.5}
+
+
+@pytest.mark.parametrize("kernel, sliding_window", [("xla", None), ("xla", 70), ("splash", None), ("splash", 70)])
+def test_soft_cap_and_query_scale(monkeypatch, kernel, sliding_window):
+    q, k, v, segments = inputs(256, 2, head_width=128)
+    on_tpu = splash_kernel.make_splash_mha_single_device
+    monkeypatch.setattr(splash_kernel, "make_splash_mha_single_device", functools.partial(on_tpu, interpret=True))
+    ours = functools.partial(attention, sliding_window=sliding_window, kernel=kernel, **CAP)
+    expected = functools.partial(capped, sliding_window=sliding_window)
+    check(lambda q, k, v: ours(q, k, v, segments), q, k, v, segments, sliding_window, expected)
+
+
+def test_cached_attention_with_soft_cap_and_query_scale():
+    q, k, v, _ = inputs(12, 2)
+    cached = cached_attention(q[:, -1], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), jnp.ones((2, 12), bool), **CAP)
+    expected = capped(q, k, v, jnp.ones((2, 12), int), None)[:, -1]
+    np.testing.assert_allclose(cached, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cudnn_refuses_a_soft_cap_and_auto_avoids_it(monkeypatch):
+    q, k, v, segments = inputs(64, 2)
+    with pytest.raises(UserError, match="attention kernel 'cudnn' cannot compute a soft cap .1.5.; use 'xla'"):
+        attention(q, k, v, segments, kernel="cudnn", soft_cap=1.5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(
+        attention(q, k, v, segments, **CAP), capped(q, k, v, segments, None), rtol=1e-3, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_to_cached_keys_equals_jax_nn(kv_heads):
-    """The last query of each row sees the keys that its row has visible, which lie anywhere."""
+    """The last query of each row sees the visible keys of its row, at any positions."""
     q, k, v, _ = inputs(12, kv_heads)
     visible = np.random.default_rng(1).random((2, 12)) < 0.5
-    found = cached_attention(q[:, -1], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), jnp.array(visible))
+    mixed = cached_attention(q[:, -1], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), jnp.array(visible))
     expected = jax.nn.dot_product_attention(q[:, -1:], k, v, mask=visible[:, None, None])
-    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed, expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_splash_refuses_rows_it_cannot_divide():
     q, k, v, segments = inputs(100, 2)
-    with pytest.raises(UserError, match="config.model.attention='splash' needs rows of a multiple of 128 .*not 100"):
+    with pytest.raises(
+        UserError, match="attention kernel 'splash' needs rows of a multiple of 128 .*not 100; use 'xla'"
+    ):
         attention(q, k, v, segments, kernel="splash")
 
 

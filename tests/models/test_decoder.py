@@ -1,4 +1,4 @@
-"""The decoder: what may see what, and positions."""
+"""The decoder: which tokens see which, and positions."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def run(config, params, tokens, segment_ids):
     return nnx.merge(decoder.build(config), params)(jnp.asarray(tokens), jnp.asarray(segment_ids))
 
 
-def test_a_document_does_not_move_another_documents_states(params):
+def test_a_document_does_not_change_the_states_of_another(params):
     tokens, segment_ids = np.arange(1, 25)[None] % 64, np.array([[1] * 9 + [2] * 15])
     hidden = run(TINY, params[0], tokens, segment_ids)
     changed = run(TINY, params[0], np.where(segment_ids == 1, tokens + 7, tokens), segment_ids)
@@ -21,7 +21,7 @@ def test_a_document_does_not_move_another_documents_states(params):
     assert not np.allclose(hidden[segment_ids == 1], changed[segment_ids == 1])
 
 
-def test_a_later_token_does_not_move_an_earlier_state(params):
+def test_a_later_token_does_not_change_an_earlier_state(params):
     tokens, segment_ids = np.arange(1, 17)[None], np.ones((1, 16), int)
     changed = tokens.copy()
     changed[0, 10] = 50
@@ -30,8 +30,8 @@ def test_a_later_token_does_not_move_an_earlier_state(params):
     assert not np.allclose(before[:, 10:], after[:, 10:])
 
 
-def test_a_document_reads_the_same_wherever_it_stands_in_a_row(params):
-    """So positions restart at each document."""
+def test_a_document_has_the_same_states_anywhere_in_a_row(params):
+    """Positions restart at each document."""
     document, other = np.arange(20, 28), np.arange(40, 45)
     alone = run(TINY, params[0], document[None], np.ones((1, 8), int))
     packed = run(TINY, params[0], np.concatenate([other, document])[None], np.array([[1] * 5 + [2] * 8]))
@@ -43,7 +43,7 @@ def test_segment_positions():
     np.testing.assert_array_equal(decoder.segment_positions(segments), [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0]])
 
 
-def test_sliding_window_hides_what_lies_further_back(params):
+def test_sliding_window_hides_older_tokens(params):
     config = tiny(sliding_window=3, layers=1)
     one_layer = decoder.init_params(config, 0)
     tokens = np.arange(1, 13)[None]
@@ -54,7 +54,7 @@ def test_sliding_window_hides_what_lies_further_back(params):
     assert np.flatnonzero(moved.max(axis=-1)[0] > 1e-6).tolist() == [4, 5, 6]
 
 
-def test_remat_and_tying_change_what_they_should():
+def test_remat_and_unrolling_change_nothing_and_tying_drops_the_head():
     batch = random_batch(2, 12)
     params = decoder.init_params(TINY, 0)
     plain = run(TINY, params, batch.tokens, batch.segment_ids)
@@ -65,7 +65,7 @@ def test_remat_and_tying_change_what_they_should():
     assert decoder.abstract_params(tiny(tied_embeddings=False))["head"].shape == (64, 32)
 
 
-def test_master_weights_are_float32_whatever_the_compute_dtype():
+def test_master_weights_are_float32_in_any_compute_dtype():
     config = tiny(compute_dtype="bfloat16")
     params = decoder.init_params(config, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}

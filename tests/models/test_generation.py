@@ -1,5 +1,6 @@
-"""Generation against teacher forcing."""
+"""Compares generation with teacher forcing."""
 
+import contextlib
 from collections import deque
 from functools import partial
 
@@ -24,7 +25,7 @@ MANY = [*PROMPTS, "x", "and so on, " * 9, "Document 7", "1+1=2", "so on, and", "
 
 def model_of(tokenizer, **changes):
     config = tiny(vocab_size=tokenizer.vocab_size, width=48, **changes)
-    # Sharper than at the start of training, so that the next token has a clear winner.
+    # Larger parameters than at the start of training, so that the next token has a clear winner.
     params = jax.tree.map(lambda x: 3 * x, decoder.init_params(config, 3))
     return decoder.build(config), params
 
@@ -45,7 +46,7 @@ def all_logits(graphdef, params, tokens, segment_ids):
 
 
 def teacher_forced_ids(setup, tokenizer, prompt, count):
-    """New tokens, by one forward pass without a cache over the whole text for each."""
+    """New tokens, each from one forward pass over the whole text, without a cache."""
     ids = tokenizer.encode_prompt(prompt)
     start = len(ids)
     while len(ids) < start + count:
@@ -88,20 +89,20 @@ def test_greedy_equals_teacher_forced_argmax(setup, tokenizer, bos, tmp_path):
     ids=str,
 )
 def test_free_rows_take_the_next_prompts(tokenizer, changes):
-    """Nine prompts in two rows, until the ring has gone round several times."""
+    """Nine prompts in two rows, long enough for the ring to wrap around several times."""
     setup = model_of(tokenizer, **changes)
     expected = [teacher_forced(setup, tokenizer, prompt, 50) for prompt in MANY]
     assert continue_(setup, tokenizer, MANY, rows=2, max_new_tokens=50) == expected
 
 
 def test_no_row_waits_for_the_longest(setup, tokenizer, monkeypatch):
-    """Three short continuations take no longer than the long one beside them."""
+    """Three short continuations, one after the other, take no longer than a long one beside them."""
     short, long = (teacher_forced(setup, tokenizer, prompt, 50) for prompt in PROMPTS[:2])
     stretches, decode = [], generation.decode
     monkeypatch.setattr(generation, "decode", lambda *a, **o: stretches.append(1) or decode(*a, **o))
     prompts = [PROMPTS[1], *PROMPTS[:1] * 3]
-    found = continue_(setup, tokenizer, prompts, rows=2, max_new_tokens=50, stops=[short[3:6]])
-    assert found == [long, *[short[: short.index(short[3:6])]] * 3]
+    texts = continue_(setup, tokenizer, prompts, rows=2, max_new_tokens=50, stops=[short[3:6]])
+    assert texts == [long, *[short[: short.index(short[3:6])]] * 3]
     assert len(stretches) == -(-50 // generation.STRETCH)
 
 
@@ -114,7 +115,7 @@ def test_a_mesh_changes_nothing(setup, tokenizer, sizes):
         assert continue_((setup[0], params), tokenizer, MANY, rows=3) == expected
 
 
-def test_decoding_brings_no_weights_together(setup, tokenizer):
+def test_decoding_gathers_no_weights(setup, tokenizer):
     mesh = sharding.make_mesh(1, 4, 2)
     with jax.set_mesh(mesh):
         params = jax.device_put(setup[1], sharding.param_shardings(setup[1], mesh))
@@ -130,7 +131,7 @@ def test_decoding_brings_no_weights_together(setup, tokenizer):
 
 
 def test_decoding_computes_in_the_compute_dtype(tokenizer):
-    """The likeliest of two tokens that are about as likely depends on rounding: not all need be the same."""
+    """Rounding decides between two tokens of nearly equal probability, so not all tokens need to be equal."""
     setup = model_of(tokenizer, compute_dtype="bfloat16")
     pairs = zip(continue_(setup, tokenizer, MANY, rows=2), (teacher_forced(setup, tokenizer, p, 20) for p in MANY))
     assert sum(ours[:4] == theirs[:4] for ours, theirs in pairs) > 5
@@ -144,31 +145,31 @@ def test_neighbours_in_the_batch_do_not_matter(setup, tokenizer):
     assert [continue_(setup, tokenizer, [prompt])[0] for prompt in PROMPTS] == together
 
 
-def test_requests_may_be_added_meanwhile(setup, tokenizer):
-    """One that is longer than the cache was made for is among them."""
-    requests, found = deque(enumerate(PROMPTS)), {}
-    for number, text in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=20, stops=()):
-        found[number] = text
+def test_requests_may_be_added_while_others_run(setup, tokenizer):
+    """One of them is longer than the cache was made for."""
+    requests, texts = deque(enumerate(PROMPTS)), {}
+    for number, text, *_ in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=20, stops=()):
+        texts[number] = text
         if number < 3:
             requests.append((number + 10, PROMPTS[number] * 3))
     expected = {number: prompt for number, prompt in enumerate(PROMPTS)}
     expected |= {number + 10: prompt * 3 for number, prompt in enumerate(PROMPTS)}
-    assert found == {number: teacher_forced(setup, tokenizer, prompt, 20) for number, prompt in expected.items()}
+    assert texts == {number: teacher_forced(setup, tokenizer, prompt, 20) for number, prompt in expected.items()}
 
 
 def test_the_cache_grows_while_others_decode(setup, tokenizer):
     first, second = (teacher_forced(setup, tokenizer, prompt, 50) for prompt in PROMPTS[:2])
     stop = first[3:6]
     assert stop not in second
-    requests, found = deque(enumerate(PROMPTS[:2])), {}
-    for number, text in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=50, stops=[stop]):
-        if not found:
+    requests, texts = deque(enumerate(PROMPTS[:2])), {}
+    for number, text, *_ in Generator(*setup, tokenizer, 2).run(requests, max_new_tokens=50, stops=[stop]):
+        if not texts:
             requests.append((2, MANY[4] * 2))
-        found[number] = text
-    assert list(found) == [0, 1, 2] and found[0] == first[: first.index(stop)] and found[1] == second
+        texts[number] = text
+    assert list(texts) == [0, 1, 2] and texts[0] == first[: first.index(stop)] and texts[1] == second
 
 
-def test_lengths_are_rounded_up_by_little_and_to_few():
+def test_lengths_are_rounded_up_a_little_and_to_few_values():
     lengths = np.arange(1, 4097)
     rounded = np.array([bucket(int(length)) for length in lengths])
     assert (rounded >= lengths).all() and (rounded % 32 == 0).all() and (np.diff(rounded) >= 0).all()
@@ -203,7 +204,7 @@ def test_stop_strings_and_length_end_a_continuation(setup, tokenizer):
 
 def test_end_of_sequence_ends_a_continuation(setup, tokenizer):
     graphdef, params = setup
-    # The model's third token becomes the end-of-sequence token, by exchanging two rows of the embedding.
+    # Swapping two rows of the embedding turns the model's third token into the end-of-sequence token.
     prompt = PROMPTS[0]
     third = teacher_forced_ids(setup, tokenizer, prompt, 3)[2]
     embedding = params["embedding"]
@@ -221,14 +222,66 @@ def test_only_the_end_of_a_long_prompt_is_used(setup, tokenizer):
     assert continue_(setup, tokenizer, [MANY[4]], max_prompt_tokens=7) == [expected]
 
 
+def teacher_forced_logprobs(setup, tokenizer, prompt, token_ids):
+    """Log-probabilities of tokens after a prompt, from one forward pass over the whole text."""
+    ids = tokenizer.encode_prompt(prompt)
+    padded = np.zeros((2, 1, LONGEST), np.int32)
+    padded[0, 0, : len(ids) + len(token_ids)], padded[1, 0, : len(ids) + len(token_ids)] = [*ids, *token_ids], 1
+    logprobs = jax.nn.log_softmax(all_logits(*setup, *padded)[0])
+    return np.array(logprobs)[len(ids) - 1 + np.arange(len(token_ids)), token_ids]
+
+
+def run_all(setup, tokenizer, prompts, rows=2, **options):
+    """The continuations, ordered by number."""
+    options = {"max_new_tokens": 20, "stops": (), **options}
+    return sorted(Generator(*setup, tokenizer, rows).run(deque(enumerate(prompts)), **options))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
+def test_log_probabilities_equal_teacher_forcing(setup, tokenizer, sizes, temperature):
+    """Those of the model, not of the distribution at the temperature."""
+    with contextlib.ExitStack() as stack:
+        placed = setup
+        if sizes is not None:
+            mesh = sharding.make_mesh(*sizes)
+            stack.enter_context(jax.set_mesh(mesh))
+            placed = setup[0], jax.device_put(setup[1], sharding.param_shardings(setup[1], mesh))
+        continuations = run_all(placed, tokenizer, MANY, temperature=temperature)
+    for (number, text, token_ids, logprobs), prompt in zip(continuations, MANY):
+        expected = teacher_forced_logprobs(setup, tokenizer, prompt, token_ids)
+        assert number == MANY.index(prompt) and len(token_ids) == len(logprobs) > 0
+        assert tokenizer.decode(tokenizer.encode(prompt) + token_ids)[len(prompt) :] == text
+        np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_end_before_the_end_of_sequence_and_with_the_stop_string(setup, tokenizer):
+    prompt = PROMPTS[0]
+    ids = teacher_forced_ids(setup, tokenizer, prompt, 20)
+    ended = ids[: ids.index(ids[2])]
+    embedding, swapped = setup[1]["embedding"], jnp.array([ids[2], tokenizer.eos_id])
+    params = setup[1] | {"embedding": embedding.at[swapped].set(embedding[swapped[::-1]])}
+    (continuation,) = run_all((setup[0], params), tokenizer, [prompt])
+    assert continuation.token_ids == teacher_forced_ids((setup[0], params), tokenizer, prompt, 20)
+    assert tokenizer.eos_id not in continuation.token_ids and len(continuation.logprobs) == len(ended) <= 2
+
+    whole = tokenizer.decode(tokenizer.encode(prompt) + ids)[len(prompt) :]
+    for stop in (whole[0], whole[5:8], whole[-1:]):
+        (continuation,) = run_all(setup, tokenizer, [prompt], stops=("never", stop))
+        length = len(continuation.token_ids)
+        assert continuation.text == whole[: whole.index(stop)] and continuation.token_ids == ids[:length]
+        texts = [tokenizer.decode(tokenizer.encode(prompt) + ids[:n])[len(prompt) :] for n in (length - 1, length)]
+        assert stop not in texts[0] and stop in texts[1] and len(continuation.logprobs) == length
+
+
 def test_temperature_draws_by_seed(setup, tokenizer):
     drawn = [continue_(setup, tokenizer, PROMPTS, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != continue_(setup, tokenizer, PROMPTS)
 
 
-def test_each_token_is_drawn_anew(setup, tokenizer):
-    assert len(set(continue_(setup, tokenizer, PROMPTS[:1], temperature=1e6)[0])) > 9  # no piece has so many letters
+def test_each_token_is_drawn_independently(setup, tokenizer):
+    assert len(set(continue_(setup, tokenizer, PROMPTS[:1], temperature=1e6)[0])) > 9  # more letters than any piece has
 
 
 def test_draws_do_not_depend_on_the_batch(setup, tokenizer):
@@ -238,7 +291,7 @@ def test_draws_do_not_depend_on_the_batch(setup, tokenizer):
 
 
 def test_temperature_follows_the_models_probabilities(setup, tokenizer):
-    """First tokens of many draws against the softmax of the logits."""
+    """Compares the first tokens of many draws with the softmax of the logits."""
     graphdef, params = setup
     decoder, ids = nnx.merge(graphdef, params), tokenizer.encode(PROMPTS[0])
     hidden = decoder(jnp.array([ids]), jnp.ones((1, len(ids)), int))

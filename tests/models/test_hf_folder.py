@@ -1,4 +1,4 @@
-"""Hugging Face folders without Transformers: reading onto any mesh, what is refused, and nothing left half-written."""
+"""Hugging Face folders, without Transformers: reading onto any mesh, errors, and no partial output."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.export_hf import export_hf
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models import decoder, hf_config
-from rho1_jax.models.hf_folder import TENSORS, HuggingFaceFolder
+from rho1_jax.models.families import family_of
+from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import path_name
@@ -32,9 +33,9 @@ RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none"
 
 
 def write_folder(path, config, params, tokenizer):
-    """A folder as Hugging Face has it, from our parameters."""
+    """Writes our parameters as a Hugging Face folder."""
     path.mkdir()
-    save_file(tensors(params), path / "model.safetensors")
+    save_file(tensors(params, config.family), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(hf_config.to_hf(config, "float32", None, tokenizer.eos_id)))
     tokenizer.save(path)
     return path
@@ -42,7 +43,7 @@ def write_folder(path, config, params, tokenizer):
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A Llama folder of the test tokenizer's vocabulary."""
+    """A Llama folder with the test tokenizer's vocabulary."""
     config = FAMILIES["llama"]
     path = tmp_path_factory.mktemp("hf") / "llama"
     return write_folder(path, config, decoder.init_params(config, 3), tokenizer)
@@ -57,13 +58,13 @@ def copy(folder, tmp_path):
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_every_parameter_has_one_tensor_name(config):
     paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(decoder.abstract_params(config))[0]]
-    assert set(paths) <= TENSORS.keys()
+    assert set(paths) <= family_of(config).tensors.keys()
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_config_json_there_and_back(config):
-    said = json.loads(json.dumps(hf_config.to_hf(config, "float32", None, 2)))
-    assert hf_config.from_hf(said, "here", RUN_SETTINGS) == config
+def test_config_json_round_trip(config):
+    described = json.loads(json.dumps(hf_config.to_hf(config, "float32", None, 2)))
+    assert hf_config.from_hf(described, "here", RUN_SETTINGS) == config
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
@@ -89,7 +90,7 @@ def test_each_device_reads_its_own_part_and_no_more(folder, monkeypatch):
     assert max(sizes) <= config.vocab_size * config.width // 8
 
 
-def test_a_dtype_by_choice(folder):
+def test_reading_in_a_given_dtype(folder):
     mesh = sharding.make_mesh(8, 1, 1)
     opened = HuggingFaceFolder(folder)
     exact, rounded = (opened.load(FAMILIES["llama"], mesh, dtype) for dtype in (None, "bfloat16"))
@@ -104,8 +105,8 @@ def edit_tensors(path, edit):
 
 
 def edit_config(path, **changes):
-    said = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps(said))
+    edited = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(edited))
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -116,11 +117,11 @@ NORM = "model.layers.1.input_layernorm.weight"
     [
         (lambda t: t.pop(NORM), f"missing: {NORM}"),
         (lambda t: t.update(extra=np.zeros(3)), "unexpected: extra"),
-        (lambda t: t.update({NORM: np.zeros(7, np.float32)}), rf"misshapen: {NORM} \[7\] instead of \[32\]"),
-        (lambda t: t.update({NORM: np.zeros(32, np.int8)}), rf"none of F32, BF16, F16: {NORM} \(I8\)"),
+        (lambda t: t.update({NORM: np.zeros(7, np.float32)}), rf"of the wrong shape: {NORM} \[7\] instead of \[32\]"),
+        (lambda t: t.update({NORM: np.zeros(32, np.int8)}), rf"not F32, BF16, F16: {NORM} \(I8\)"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(copy, edit, message, tmp_path):
+def test_tensors_that_do_not_match_are_named_and_nothing_is_written(copy, edit, message, tmp_path):
     edit_tensors(copy, edit)
     with pytest.raises(UserError, match=message):
         import_hf(copy, tmp_path / "out", dtype=None)
@@ -148,14 +149,14 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(copy, edit, me
         ),
     ],
 )
-def test_a_config_that_the_decoder_does_not_compute_is_refused(copy, changes, message):
+def test_a_config_that_the_decoder_cannot_compute_is_refused(copy, changes, message):
     edit_config(copy, **changes)
-    said = json.loads((copy / "config.json").read_text())
+    described = json.loads((copy / "config.json").read_text())
     with pytest.raises(UserError, match=message):
-        hf_config.from_hf(said, str(copy / "config.json"), RUN_SETTINGS)
+        hf_config.from_hf(described, str(copy / "config.json"), RUN_SETTINGS)
 
 
-def test_buffers_of_older_files_and_a_tied_head_are_no_extra_tensors(copy):
+def test_buffers_in_older_files_and_a_tied_head_are_not_unexpected(copy):
     edit_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
     HuggingFaceFolder(copy).check(FAMILIES["llama"])
     tied = dataclasses.replace(FAMILIES["llama"], tied_embeddings=True)
@@ -168,19 +169,19 @@ def test_buffers_of_older_files_and_a_tied_head_are_no_extra_tensors(copy):
 def test_a_file_that_is_missing_or_cut_short_is_named(copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="model.safetensors: cannot read it"):
         HuggingFaceFolder(copy)
     index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="model-00001-of-00002.safetensors: cannot read it"):
         HuggingFaceFolder(copy)
     for file in copy.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"holds neither model.safetensors nor .*pickled weights are not read"):
+    with pytest.raises(UserError, match=r"has neither model.safetensors nor .*pickled weights are not supported"):
         HuggingFaceFolder(copy)
 
 
-def test_the_commands_import_and_export_with_one_line_for_what_is_wrong(folder, tmp_path):
+def test_the_commands_import_and_export_and_report_errors_in_one_line(folder, tmp_path):
     imported, exported = tmp_path / "imported", tmp_path / "exported"
     done = run_command("tools.import_hf", f"--hf={folder}", f"--output={imported}", "--dtype=bfloat16")
     assert done.returncode == 0 and "parameters" in done.stdout and "peak memory" in done.stdout
@@ -205,13 +206,13 @@ def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_written(copy,
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_model_without_a_form_in_any_family_is_not_exported():
+def test_a_model_that_its_family_cannot_express_is_not_exported():
     with pytest.raises(UserError, match="sliding_window: Llama has none"):
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 
-def test_training_from_a_folder_as_from_the_checkpoint_it_was_imported_to(folder, data, corpus, tmp_path):
-    """Policy and reference; the data prepared with the folder's tokenizer."""
+def test_training_from_a_folder_equals_training_from_its_imported_checkpoint(folder, data, corpus, tmp_path):
+    """Policy and reference. The data was prepared with the folder's tokenizer."""
     import_hf(folder, tmp_path / "imported", dtype=None)
     final = {}
     for name, path in (("folder", folder), ("checkpoint", tmp_path / "imported")):

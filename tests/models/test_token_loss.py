@@ -1,4 +1,4 @@
-"""Token losses and their gradients against optax's in float64, on one device and on meshes."""
+"""Compares token losses and their gradients with optax's in float64, on one device and on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,41 +6,46 @@ import numpy as np
 import optax
 import pytest
 
+from rho1_jax.models.structure import soft_cap
 from rho1_jax.models.token_loss import token_losses
 from rho1_jax.runtime import sharding
 
 B, L, D, V = 8, 24, 16, 48
 
 
-def optax_losses(hidden, output, targets):
-    logits = jnp.einsum("bld,vd->blv", hidden, output)
+def optax_losses(hidden, output, targets, cap=None):
+    logits = soft_cap(jnp.einsum("bld,vd->blv", hidden, output), cap)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def inputs(selected):
-    """Hidden states, output embedding, targets, and what each token's loss counts: nothing for those not selected."""
+    """Hidden states, output embedding, targets, and the weight of each token's loss: 0 if it is not selected."""
     rng = np.random.default_rng(0)
     weights = np.where(rng.random((B, L)) < selected, rng.random((B, L)), 0)
     return rng.normal(size=(B, L, D)), rng.normal(size=(V, D)), rng.integers(0, V, (B, L)), weights
 
 
-def expected(hidden, output, targets, weights):
-    """Losses and both gradients, by optax in float64."""
+def expected(hidden, output, targets, weights, cap=None):
+    """Losses and both gradients, from optax in float64."""
+
+    def total(hidden, output):
+        return (weights * optax_losses(hidden, output, targets, cap)).sum()
+
     with jax.enable_x64(True):
-        losses = optax_losses(hidden, output, targets)
-        gradients = jax.grad(lambda h, o: (weights * optax_losses(h, o, targets)).sum(), argnums=(0, 1))(hidden, output)
+        losses = optax_losses(hidden, output, targets, cap)
+        gradients = jax.grad(total, argnums=(0, 1))(hidden, output)
     return losses, *gradients
 
 
-def check(found, hidden, output, targets, weights):
-    for ours, theirs in zip(found, expected(hidden, output, targets, weights)):
+def check(results, hidden, output, targets, weights, cap=None):
+    for ours, theirs in zip(results, expected(hidden, output, targets, weights, cap)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def ours(hidden, output, targets, weights, chunk):
+def ours(hidden, output, targets, weights, chunk, cap=None):
     hidden, output, weights = (jnp.asarray(x, jnp.float32) for x in (hidden, output, weights))
     targets = jnp.asarray(targets)
-    losses, gradient = jax.vjp(lambda h, o: token_losses(h, o, targets, chunk, False)[0], hidden, output)
+    losses, gradient = jax.vjp(lambda h, o: token_losses(h, o, targets, chunk, False, cap)[0], hidden, output)
     return losses, *gradient(weights)
 
 
@@ -51,13 +56,20 @@ def test_losses_and_gradients_equal_optax(chunk, selected):
     check(ours(*given, chunk), *given)
 
 
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_losses_and_gradients_with_a_soft_cap(chunk):
+    given = inputs(0.6)
+    check(ours(*given, chunk, cap=3.0), *given, cap=3.0)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_on_a_mesh_with_other_numbers_selected_on_each_device(sizes):
+def test_on_a_mesh_with_a_different_number_selected_on_each_device(sizes, cap):
     hidden, output, targets, weights = inputs(0.6)
     weights[0], weights[1:3, 5:] = 0, 0
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        found = jax.jit(ours, static_argnums=4)(hidden, output, targets, weights, 7)
-    check(found, hidden, output, targets, weights)
+        results = jax.jit(ours, static_argnums=(4, 5))(hidden, output, targets, weights, 7, cap)
+    check(results, hidden, output, targets, weights, cap)
 
 
 def entropies(hidden, output, targets, chunk):
@@ -74,16 +86,16 @@ def expected_entropies(hidden, output):
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_entropies_equal_optax(chunk):
     hidden, output, targets, _ = inputs(1.0)
-    found = entropies(hidden, output, targets, chunk)
-    np.testing.assert_allclose(found, expected_entropies(hidden, output), rtol=1e-4, atol=1e-5)
+    entropy = entropies(hidden, output, targets, chunk)
+    np.testing.assert_allclose(entropy, expected_entropies(hidden, output), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 1, 8), (2, 2, 2)])
 def test_entropies_on_a_mesh(sizes):
     hidden, output, targets, _ = inputs(1.0)
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        found = jax.jit(entropies, static_argnums=3)(hidden, output, targets, 7)
-    np.testing.assert_allclose(found, expected_entropies(hidden, output), rtol=1e-4, atol=1e-5)
+        entropy = jax.jit(entropies, static_argnums=3)(hidden, output, targets, 7)
+    np.testing.assert_allclose(entropy, expected_entropies(hidden, output), rtol=1e-4, atol=1e-5)
 
 
 def test_entropies_of_large_and_of_equal_logits():
@@ -94,13 +106,13 @@ def test_entropies_of_large_and_of_equal_logits():
 
 
 def test_tokens_without_a_gradient_are_not_touched():
-    """Were their logits made, not a number would come of them, even times zero."""
+    """If their logits were computed, they would give NaN, even times zero."""
     hidden, output, targets, weights = inputs(0.6)
-    found = {}
+    results = {}
     for filler in (0.0, np.nan):
         filled = np.where(weights[..., None] == 0, filler, hidden)
-        _, *found[filler] = ours(filled, output, targets, weights, 7)
-    for plain, with_nan in zip(*found.values()):
+        _, *results[filler] = ours(filled, output, targets, weights, 7)
+    for plain, with_nan in zip(*results.values()):
         np.testing.assert_array_equal(with_nan, plain)
 
 

@@ -1,6 +1,6 @@
-"""Tiny random models of every family, made by Transformers, and how far our decoder is from them.
+"""Tiny random models of every family, made by Transformers, and how much our decoder differs from them.
 
-python tests/peers/families.py prints the README's table.
+`python tests/peers/families.py` prints the table of differences.
 """
 
 import dataclasses
@@ -8,25 +8,29 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections import deque
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import gemma2  # noqa: F401 (registers the family)
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from flax import nnx
-from helpers import continuations, tensors
+from helpers import tensors
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.forward import make_token_losses
+from rho1_jax.models.generation import Generator
 from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.models.structure import soft_cap
 from rho1_jax.runtime import sharding
 from rho1_jax.train_tokenizer import train_tokenizer
 
@@ -37,10 +41,11 @@ VOCAB = 320
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model: Transformers' config class and what is not the default."""
+    """One model: Transformers' config class, and the values that are not its defaults."""
 
     config: type
     changes: dict[str, Any]
+    norm_mean: float = 1.0  # of the random norm scales
 
 
 def _rope(theta, **scaling):
@@ -75,11 +80,16 @@ CASES = {
     ),
     "Qwen3, q/k norm": Case(transformers.Qwen3Config, {"head_dim": 16, **_rope(1_000_000.0)}),
     "Qwen3, tied": Case(transformers.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "Gemma 2, a family outside the package": Case(
+        transformers.Gemma2Config,
+        {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7},
+        norm_mean=0.0,  # stored without the offset of 1
+    ),
 }
 
 
 def build(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
-    """The model with random weights; norms and biases too, which Transformers sets to ones and zeros."""
+    """The model with random weights, including norms and biases, which Transformers sets to ones and zeros."""
     config = case.config(
         **{
             "vocab_size": VOCAB,
@@ -100,18 +110,18 @@ def build(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
     peer = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+            torch.nn.init.normal_(parameter, mean=case.norm_mean if "norm" in name else 0.0, std=0.2)
     return peer.eval()
 
 
 def save(peer: transformers.PreTrainedModel, tokenizer: Tokenizer, directory: pathlib.Path, **options) -> None:
-    """The model as save_pretrained writes it, with a tokenizer."""
+    """Writes the model with save_pretrained, and a tokenizer."""
     peer.save_pretrained(directory, **options)
     tokenizer.save(directory)
 
 
 def load(directory: pathlib.Path, dtype: str | None = "float32"):
-    """The folder as our model: structure and parameters."""
+    """Reads the folder as our model: structure and parameters."""
     folder = HuggingFaceFolder(directory)
     config = hf_config.from_hf(folder.config, str(directory), RUN_SETTINGS)
     axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
@@ -123,7 +133,7 @@ def load(directory: pathlib.Path, dtype: str | None = "float32"):
 def our_logits(graphdef, params, ids_BL):
     decoder = nnx.merge(graphdef, params)
     hidden_BLD = decoder(ids_BL, jnp.ones_like(ids_BL))
-    return jnp.einsum("BLD,VD->BLV", hidden_BLD, decoder.output_VD())
+    return soft_cap(jnp.einsum("BLD,VD->BLV", hidden_BLD, decoder.output_VD()), decoder.structure.logit_soft_cap)
 
 
 def random_ids(rows: int = 2, seed: int = 0) -> np.ndarray:
@@ -131,7 +141,7 @@ def random_ids(rows: int = 2, seed: int = 0) -> np.ndarray:
 
 
 def logits_difference(graphdef, params, peer) -> float:
-    """Largest absolute difference of logits, both in float32."""
+    """Largest absolute difference between logits, in float32."""
     ids = random_ids()
     with torch.no_grad():
         theirs = peer(torch.from_numpy(ids).long()).logits.numpy()
@@ -139,10 +149,11 @@ def logits_difference(graphdef, params, peer) -> float:
 
 
 def gradient_difference(graphdef, params, peer) -> float:
-    """Largest difference of a parameter's gradient of the mean loss, in norm and relative to it."""
+    """Largest relative difference, in norm, between gradients of the mean loss with respect to a parameter."""
     ids = random_ids(seed=1)
     losses = make_token_losses(graphdef, document_mask=True)
-    ours = tensors(jax.grad(lambda p: losses(p, Batch(ids, np.ones_like(ids)))[0].mean())(params))
+    gradient = jax.grad(lambda p: losses(p, Batch(ids, np.ones_like(ids)))[0].mean())(params)
+    ours = tensors(gradient, nnx.merge(graphdef, params).config.family)
     peer.zero_grad()
     logits = peer(torch.from_numpy(ids[:, :-1]).long()).logits
     torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(ids[:, 1:]).long()).backward()
@@ -153,25 +164,33 @@ def gradient_difference(graphdef, params, peer) -> float:
     )
 
 
-def generations(graphdef, params, peer, tokenizer: Tokenizer, new_tokens: int = 24) -> tuple[list[str], list[str]]:
-    """Greedy continuations of the same prompts, ours and Transformers'."""
+def generations(
+    graphdef, params, peer, tokenizer: Tokenizer, new_tokens: int = 24
+) -> tuple[list[str], list[str], float]:
+    """Greedy continuations of the same prompts by us and by Transformers.
+
+    The number is the largest difference between log-probabilities of the generated tokens, in nats.
+    """
     prompts = ["Document 3: 4+", "and so", "x"]
-    ours = continuations(graphdef, params, tokenizer, prompts, max_new_tokens=new_tokens, stops=())
-    theirs = []
-    for prompt in prompts:
+    requests = deque(enumerate(prompts))
+    generator = Generator(graphdef, params, tokenizer, len(prompts))
+    ours = sorted(generator.run(requests, max_new_tokens=new_tokens, stops=()))
+    theirs, differences = [], []
+    for prompt, continuation in zip(prompts, ours):
         ids = torch.tensor([tokenizer.encode_prompt(prompt)])
+        options = {"max_new_tokens": new_tokens, "output_scores": True, "return_dict_in_generate": True}
         with torch.no_grad():
-            out = peer.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
-            )
-        new = out[0].tolist()
+            out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **options)
+        new = out.sequences[0].tolist()
         new = new[: len(new) - (new[-1] == tokenizer.eos_id)]
         theirs.append(tokenizer.decode(new)[len(tokenizer.decode(ids[0].tolist())) :])
-    return ours, theirs
+        logprobs = torch.log_softmax(torch.cat(out.scores), dim=-1).max(dim=-1).values.numpy()
+        differences.append(np.abs(logprobs[: len(continuation.logprobs)] - continuation.logprobs).max())
+    return [continuation.text for continuation in ours], theirs, float(max(differences))
 
 
 def make_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """A small SentencePiece model of VOCAB pieces."""
+    """Trains a small SentencePiece model with VOCAB pieces."""
     text = directory / "corpus.jsonl"
     lines = [f"Document {n}: {n}+{n % 7}={n + n % 7}. and so on, and so forth {n * n}" for n in range(300)]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -188,7 +207,7 @@ def main() -> None:
             peer, directory = build(case), pathlib.Path(scratch) / str(number)
             save(peer, tokenizer, directory)
             graphdef, params = load(directory)
-            ours, theirs = generations(graphdef, params, peer, tokenizer)
+            ours, theirs, _ = generations(graphdef, params, peer, tokenizer)
             same = "equal" if ours == theirs else "DIFFERS"
             logits = logits_difference(graphdef, params, peer)
             print(f"| {name} | {logits:.1e} | {gradient_difference(graphdef, params, peer):.1e} | {same} |", flush=True)

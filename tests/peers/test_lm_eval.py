@@ -1,4 +1,4 @@
-"""Our model in lm-eval against lm-eval's own backend for Transformers, on the same tiny weights."""
+"""Compares our model in lm-eval with lm-eval's own Transformers backend, on the same tiny weights."""
 
 import types
 
@@ -20,7 +20,7 @@ TEXTS = ["The sum of two and three is", " five", "", "and so on " * 30, "x", " =
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The two, of a Llama with grouped heads."""
+    """Our model and theirs: a Llama with grouped heads."""
     tokenizer = families.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     folder = tmp_path_factory.mktemp("hf")
     peer = build(CASES["Llama 2 (TinyLlama), K < H"])
@@ -32,7 +32,7 @@ def both(tmp_path_factory):
         placed = jax.device_put(params, sharding.param_shardings(params, mesh))
         ours = LanguageModel(graphdef, placed, tokenizer, mesh, batch_size=4)
         options = {"device": "cpu", "dtype": "float32", "batch_size": 4, "max_length": MAX_LENGTH}
-        # Ours begins a text without context as training does: with EOS, where the tokenizer puts no BOS.
+        # Like training, ours starts a text without context with EOS if the tokenizer has no BOS.
         theirs = HFLM(pretrained=str(folder), prefix_token_id=ours.prefix_token_id, **options)
         assert ours._max_length == MAX_LENGTH
         yield ours, theirs
@@ -56,7 +56,7 @@ def test_rolling_loglikelihoods(both):
 
 
 def test_generations(both, monkeypatch):
-    # Bytes that are no UTF-8, which a random model gives, are written differently: both are written as theirs.
+    # A random model generates invalid UTF-8, which the two detokenize differently, so both use theirs.
     monkeypatch.setattr(both[0]._tokenizer, "decode", lambda ids: both[1].tok_decode(ids, skip_special_tokens=True))
     options = [{"until": ["zz"], "max_gen_toks": 12, "do_sample": False}, {"until": [" "], "max_gen_toks": 5}]
     asked = [(text, option) for text in TEXTS if text for option in options]

@@ -1,4 +1,4 @@
-"""The model, its gradients and the method against Transformers' Llama in float64 (extra `peers`)."""
+"""Compares the model, its gradients and the method with Transformers' Llama in float64 (extra `peers`)."""
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.peers
 CONFIGS = {
     "grouped, tied": tiny(),
     "one key head, untied": tiny(kv_heads=1, tied_embeddings=False),
-    "as many key heads, wide heads": tiny(kv_heads=4, head_width=16, rope_theta=500_000.0, norm_eps=1e-6),
+    "no grouping, wide heads": tiny(kv_heads=4, head_width=16, rope_theta=500_000.0, norm_eps=1e-6),
 }
 RELATIVE = 1e-5
 
 
 def torch_llama(config, params):
-    """Transformers' Llama in float64 with our weights, and the names of its tensors by our parameter paths."""
+    """Transformers' Llama in float64, with our weights."""
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -69,7 +69,7 @@ def assert_gradients_close(ours, llama):
 
 
 def whole_rows(seed):
-    """Rows of one document each, as Transformers sees them."""
+    """Rows with one document each, which Transformers can compute."""
     tokens = random_batch(4, 24, seed).tokens
     return Batch(np.where(tokens == 0, 1, tokens), np.ones_like(tokens))
 
@@ -87,7 +87,7 @@ def test_losses_and_gradients_of_the_whole_model(config):
     assert_gradients_close(gradient, llama)
 
 
-def test_documents_in_a_row_are_as_documents_alone():
+def test_packed_documents_have_the_losses_of_documents_alone():
     config = CONFIGS["grouped, tied"]
     params = decoder.init_params(config, 0)
     tokens = whole_rows(1).tokens[:1]
@@ -98,7 +98,7 @@ def test_documents_in_a_row_are_as_documents_alone():
     np.testing.assert_allclose(loss[eligible], torch.cat(alone, dim=1)[0].detach().numpy(), rtol=RELATIVE)
 
 
-def test_slm_loss_and_gradient_against_ten_lines_of_torch():
+def test_slm_loss_and_gradient_equal_ten_lines_of_torch():
     config = CONFIGS["grouped, tied"]
     policy, reference, rows = decoder.init_params(config, 0), decoder.init_params(config, 1), whole_rows(2)
     graphdef = decoder.build(config)
@@ -129,6 +129,6 @@ def test_slm_loss_and_gradient_against_ten_lines_of_torch():
     update = jax.tree.map(lambda b, a: np.asarray(b, np.float64) - np.asarray(a, np.float64), policy, after.params)
     theirs = dict(llama.named_parameters())
     for name, gradient in tensors(update).items():
-        # The difference of two float32 parameters: its error is theirs, not the gradient's.
+        # The difference of two float32 parameters has their rounding error, so the bound is absolute.
         error = np.abs(gradient - theirs[name].grad.numpy()).max()
         assert error < 1e-6, f"{name}: {error:.2e}"

@@ -1,4 +1,4 @@
-"""Weights in and out against Transformers: every family, both directions (extra `peers`)."""
+"""Compares import and export of every family with Transformers (extra `peers`)."""
 
 import dataclasses
 import importlib.resources
@@ -51,18 +51,19 @@ def test_logits_gradients_and_generations(case, small_tokenizer, tmp_path):
     graphdef, params = load(tmp_path)
     assert logits_difference(graphdef, params, peer) < LARGEST
     assert gradient_difference(graphdef, params, peer) < LARGEST
-    ours, theirs = generations(graphdef, params, peer, small_tokenizer)
+    ours, theirs, logprob_difference = generations(graphdef, params, peer, small_tokenizer)
     assert ours == theirs and all(ours)
+    assert logprob_difference < LARGEST
 
 
 def stored(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
-    """Type and bytes of every tensor of a folder."""
-    found = {}
+    """Type and bytes of every tensor in a folder."""
+    contents = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                found[name] = (opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes())
-    return found
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                contents[name] = (opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes())
+    return contents
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -86,13 +87,13 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, tmp_path):
         torch.testing.assert_close(again(ids).logits, first(ids).logits, rtol=0, atol=0)
 
 
-def test_an_exported_model_after_twenty_steps_of_slm_is_the_one_that_was_trained(corpus, small_tokenizer, tmp_path):
+def test_an_exported_model_after_twenty_steps_of_slm_equals_the_trained_one(corpus, small_tokenizer, tmp_path):
     save(build(CASES["Llama 3.1, rope scaling"]), small_tokenizer, tmp_path / "hf")
     save(build(CASES["Llama 3.1, rope scaling"], seed=1), small_tokenizer, tmp_path / "reference")
     options = Options(("{text}",), None, seq_len=32, eval_fraction=0.1, max_bad_fraction=0.0)
     prepare([corpus], Tokenizer(tmp_path / "hf"), tmp_path / "data", options, workers=1)
     import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
-    # The reference is a Hugging Face folder, the policy's first weights a checkpoint.
+    # The reference is a Hugging Face folder; the policy starts from a checkpoint.
     config = config_of("slm", tmp_path / "data", tmp_path / "reference")
     config.init.checkpoint = str(tmp_path / "imported")
     config.model.update(
@@ -121,8 +122,9 @@ def test_an_exported_model_after_twenty_steps_of_slm_is_the_one_that_was_trained
     assert tokenizer(text)["input_ids"] == small_tokenizer.encode(text)
 
 
-def test_verify_finds_no_difference_and_finds_one(small_tokenizer, tmp_path):
-    peer = build(CASES["Llama 3.1, rope scaling"])
+@pytest.mark.parametrize("name", ["Llama 3.1, rope scaling", "Gemma 2, a family outside the package"])
+def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer, tmp_path):
+    peer = build(CASES[name])
     save(peer, small_tokenizer, tmp_path / "hf")
     export_tokenizer_settings(tmp_path / "hf")
     text = tmp_path / "text.txt"
@@ -131,7 +133,7 @@ def test_verify_finds_no_difference_and_finds_one(small_tokenizer, tmp_path):
     config = model_config(config_of_folder(folder))
     tokens, logits, losses = verify(folder, config, text)
     assert "all" in tokens and difference(logits) < LARGEST and difference(losses) < LARGEST
-    # The same weights under another base of the rotary frequencies.
+    # The same weights with another base of the rotary frequencies.
     wrong = dataclasses.replace(config, rope_theta=1000.0)
     _, logits, losses = verify(folder, wrong, text)
     assert difference(logits) > 100 * LARGEST and "at position" in losses
@@ -142,12 +144,12 @@ def difference(line: str) -> float:
 
 
 def export_tokenizer_settings(folder: pathlib.Path) -> None:
-    """What Transformers needs to read a bare SentencePiece model."""
+    """Writes what Transformers needs to read a bare SentencePiece model."""
     (folder / "tokenizer_config.json").write_text(json.dumps(sentencepiece_settings(Tokenizer(folder))))
 
 
 def test_fine_tuning_against_torch_with_ignored_labels(small_tokenizer, tmp_path):
-    """The gradient of one step, of conversations packed in rows, against each of them alone in torch."""
+    """Compares the gradient of one step over packed conversations with each conversation alone in torch."""
     peer = build(CASES["Llama 2 (TinyLlama), K < H"])
     save(peer, small_tokenizer, tmp_path)
     graphdef, params = load(tmp_path)
@@ -193,9 +195,9 @@ def test_fine_tuning_against_torch_with_ignored_labels(small_tokenizer, tmp_path
 
 
 def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
-    """Mistral's SentencePiece model as the tokenizer.json that Transformers saves: the ids that Transformers gives.
+    """Mistral's SentencePiece model, saved by Transformers as tokenizer.json, gives the ids that Transformers gives.
 
-    Those of a text with several spaces in a row are others than SentencePiece's own: the conversion is not exact.
+    For several spaces in a row they differ from SentencePiece's own ids, because the conversion is not exact.
     """
     published = pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
     shutil.copyfile(published, tmp_path / "tokenizer.model")
@@ -213,7 +215,7 @@ def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
 
 
 def texts() -> list[str]:
-    """Texts with what tokenizers get wrong."""
+    """Texts that tokenizers get wrong."""
     return [
         "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
         "  two spaces,\ttab\n\n\nand three line ends ",

@@ -1,0 +1,47 @@
+"""What a decoder computes besides its sizes: the switches that distinguish one model family from another."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The switches of a decoder. The defaults describe Llama.
+
+    Attributes:
+      norm_placement: where attention and feed-forward have a norm: "pre" on their input, "post" on their output, before
+        it is added to the hidden states, or "both".
+      norm_offset: norms multiply by norm_offset + scale, where scale is the stored parameter. 1 for Gemma.
+      activation: of the feed-forward gate: "silu", or "gelu_tanh", the tanh approximation of GELU.
+      qkv_bias: biases on the query, key and value projections.
+      qk_norm: an RMSNorm over the head width on queries and keys, before the rotary positions.
+      windows: sliding windows by layer, repeated over the layers: how many keys a query sees, itself included, or None
+        for all of them. (4096, None) alternates between local and global attention.
+      embedding_scale: factor on the input embeddings.
+      query_scale: factor on the queries; None means 1 / sqrt(head width).
+      attention_soft_cap: soft cap on the attention logits; None means no cap.
+      logit_soft_cap: soft cap on the output logits; None means no cap.
+    """
+
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = (None,)
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, counted from 0."""
+        return self.windows[layer % len(self.windows)]
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Squeezes logits smoothly into (-cap, cap) with cap * tanh(logits / cap); None leaves them alone."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
