@@ -29,7 +29,7 @@ def run(*command, cwd, seconds=1500):
 def wheel(tmp_path_factory) -> pathlib.Path:
     """The wheel, built from a copy so that no earlier build can leak into it."""
     source, output = tmp_path_factory.mktemp("source") / "rho1_jax", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs", "shared", "site")
     shutil.copytree(root(), source, symlinks=True, ignore=ignored)
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={output}", str(source), cwd=output)
     (path,) = output.glob("*.whl")
