@@ -25,7 +25,7 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import read_json, write_text
+from rho1_jax.runtime.files import local_path, read_json, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training.config import changes, complete
 from rho1_jax.training.pretrained import TrainedRun
@@ -160,7 +160,9 @@ def main() -> None:
     def command() -> None:
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
-        directory = pathlib.Path(output.value) if output.value else None
+        directory = local_path(output.value, "--output") if output.value else None
+        if lm_eval_path.value:
+            local_path(lm_eval_path.value, "--lm_eval_path")
         requested = LmEval(lm_eval.value, lm_eval_path.value, int(values["task_items"] or 0)) if lm_eval.value else None
         metrics = evaluate_model(checkpoint.value, values, directory, temperature.value, seed.value, requested)
         width = max(map(len, metrics)) + 2

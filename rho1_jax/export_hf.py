@@ -17,14 +17,14 @@ from safetensors.numpy import save_file
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
-from rho1_jax.import_hf import DTYPES, usage
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
 from rho1_jax.models.families import Family, family_of
-from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, named_tensors
+from rho1_jax.models.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE, named_tensors
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, write_text
+from rho1_jax.runtime.processes import usage
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
 
@@ -132,7 +132,7 @@ def main() -> None:
     """The command: parses the flags and calls `export_hf`."""
     path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
     output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the tensors. By default, that of the checkpoint.")
+    dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the tensors. Default: the checkpoint's.")
 
     def command() -> None:
         start = time.monotonic()

@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 
 from rho1_jax.data import records
-from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
-from rho1_jax.models.generation import Generator
+from rho1_jax.models.generation import Continuation, Generator
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, local_path, write_text
-from rho1_jax.training import checkpoint as checkpoints
-from rho1_jax.training.config import model_config
+from rho1_jax.training.pretrained import TrainedRun
 
 
 def generate_text(
@@ -33,7 +30,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     stops: Sequence[str] = (),
-) -> list[str]:
+) -> list[Continuation]:
     """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
 
     Args:
@@ -45,24 +42,21 @@ def generate_text(
       stops: strings that end a continuation, and are not part of it.
 
     Returns:
-      The continuations, without their prompts, in the order of the prompts.
+      For each prompt its continuation: text, token ids and log-probabilities, without the prompt.
 
     Raises:
       UserError: there is no checkpoint, or a prompt is empty.
     """
-    directory = checkpoints.find(checkpoint, "--checkpoint")
-    config = ml_collections.ConfigDict(checkpoints.load_meta(directory).config)
-    tokenizer = Tokenizer(checkpoints.tokenizer_path(directory))
-    policy_config, mesh = model_config(config), sharding.mesh_of_run(**config.mesh)
+    trained = TrainedRun.open(checkpoint, "--checkpoint")
+    config, mesh = trained.config, sharding.mesh_of_run(**trained.config.mesh)
     with jax.set_mesh(mesh):
-        params = checkpoints.load_params(directory, policy_config, mesh, "float32")
         rows = max(1, min(len(prompts), config.eval.generate_batch))
-        generator = Generator(decoder.build(policy_config), params, tokenizer, rows)
+        params = trained.load(mesh, "float32")
+        generator = Generator(decoder.build(trained.model), params, trained.tokenizer(), rows)
         continuations = generator.run(
             deque(enumerate(prompts)), max_new_tokens=max_new_tokens, stops=stops, temperature=temperature, seed=seed
         )
-        texts = {number: text for number, text, *_ in continuations}
-    return [texts[number] for number in range(len(prompts))]
+        return sorted(continuations, key=lambda continuation: continuation.number)
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -105,12 +99,16 @@ def main() -> None:
             "temperature": temperature.value,
             "seed": seed.value,
         }
-        texts = generate_text(path.value, prompts, **options, stops=[text.replace("\\n", "\n") for text in stop.value])
+        stops = [text.replace("\\n", "\n") for text in stop.value]
+        continuations = generate_text(path.value, prompts, **options, stops=stops)
         if output_path:
-            items = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts)]
+            items = [
+                {"prompt": prompt, "continuation": text, "token_ids": list(token_ids), "logprobs": list(logprobs)}
+                for prompt, (_, text, token_ids, logprobs) in zip(prompts, continuations)
+            ]
             write_text(output_path, json_lines(items))
         else:
-            print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts)))
+            print("\n\n".join(prompt + text for prompt, (_, text, *_) in zip(prompts, continuations)))
 
     run(command)
 

@@ -7,7 +7,6 @@ Nothing is downloaded: the folder must be on this machine. --verify needs torch 
 """
 
 import pathlib
-import resource
 import shutil
 import time
 
@@ -19,23 +18,16 @@ from absl import flags
 from rho1_jax.configs import default
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.models import hf_config
-from rho1_jax.models.hf_folder import HuggingFaceFolder
+from rho1_jax.models.hf_folder import DTYPES, HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.processes import usage
 from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.config import as_saved, model_config, run_settings
 from rho1_jax.training.state import TrainState
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def usage(start: float) -> str:
-    """Seconds since `start`, and the peak memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return f"{time.monotonic() - start:.0f} seconds, peak memory {peak:.2f} GiB"
 
 
 def config_of(folder: HuggingFaceFolder) -> ml_collections.ConfigDict:
@@ -89,7 +81,7 @@ def main() -> None:
     """The command: parses the flags and calls `import_hf` or `verify`."""
     hf = flags.DEFINE_string("hf", None, "Folder with config.json, safetensors and a tokenizer.", required=True)
     output = flags.DEFINE_string("output", None, "Run directory to write.")
-    dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the parameters. By default, that of the files.")
+    dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the parameters. Default: the file's.")
     text = flags.DEFINE_string(
         "verify", None, "Text file to compare logits and losses on with Transformers, instead of --output."
     )

@@ -15,12 +15,11 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, parse_role_templates
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path
-from rho1_jax.train_tokenizer import define_document_flags
 
 
 def main() -> None:
     """The command: parses the flags and calls `prepare`."""
-    inputs, text_key, text_templates = define_document_flags()
+    inputs, text_key, text_templates = records.define_document_flags()
     tokenizer = flags.DEFINE_string(
         "tokenizer", None, "A SentencePiece model, a tokenizer.json, or a folder that holds one of them.", required=True
     )

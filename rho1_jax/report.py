@@ -11,45 +11,15 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from rho1_jax.analysis.token_report import CSS, TokenScores, excess_marks, rows_html, score_tokens
+from rho1_jax.analysis.token_report import LEGEND, TokenScores, page, score_tokens, selection_html
 from rho1_jax.data.loader import eval_batches
 from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.training import checkpoint
 from rho1_jax.training.pretrained import open_pretrained
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
-th, td {{ text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }}
-{css}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-LEGEND = """Colour is excess loss: <span style="background:rgba(255,140,60,.7)">warm</span> where the reference predicts
-the token better, <span style="background:rgba(90,150,255,.7)">cold</span> where the policy does. Underlined tokens are
-selected. Grey tokens are context: the first token of a row or document is not a target."""
-
-
-def page(title: str, body: str) -> str:
-    """A self-contained HTML page."""
-    return PAGE.format(title=html.escape(title), css=CSS, body=body)
-
-
-def selection_html(scores: TokenScores, tokenizer: Tokenizer, rows: int) -> str:
-    """The first `rows` rows as HTML, without those that are only padding."""
-    shown = np.flatnonzero(scores.eligible_BL.any(axis=1))[:rows].tolist()
-    return rows_html(scores.batch.tokens, scores.eligible_BL, tokenizer, shown, excess_marks(scores))
 
 
 def compare(

@@ -18,7 +18,7 @@ from absl import flags
 
 from rho1_jax.analysis.dynamics import CHANGE, CLASSES, Dynamics, class_means, classify, shares
 from rho1_jax.analysis.plots import plot_dynamics
-from rho1_jax.analysis.token_report import Mark, rows_html
+from rho1_jax.analysis.token_report import Mark, page, rows_html
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.store import Store
@@ -27,7 +27,6 @@ from rho1_jax.method import selection
 from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
-from rho1_jax.report import page
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError

@@ -19,6 +19,7 @@ from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import define_config_flag, run
+from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training.accounting import ForwardFlops, Ledger
 from rho1_jax.training.checkpoint import Checkpoints
@@ -42,7 +43,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
     Raises:
       UserError: the config, the data, the reference or an earlier run in `workdir` do not fit.
     """
-    start_time, workdir = time.monotonic(), pathlib.Path(workdir)
+    start_time, workdir = time.monotonic(), local_path(workdir, "--workdir")
     # 1. Check everything that can be refused, before anything is written.
     setup, data = open_run(config)
     config, mesh = setup.config, setup.mesh
@@ -92,7 +93,7 @@ def main() -> None:
 
     def command() -> None:
         start(distributed_flag.value)
-        train_model(config.value, pathlib.Path(workdir.value))
+        train_model(config.value, workdir.value)
 
     run(command)
 

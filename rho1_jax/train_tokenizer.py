@@ -7,7 +7,6 @@ import io
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import sentencepiece
 from absl import flags
@@ -75,23 +74,9 @@ def train_tokenizer(
         temporary.write_bytes(model.getvalue())
 
 
-def define_document_flags() -> tuple[Any, Any, Any]:
-    """Defines --input, --text_key and --text_template, and returns their holders."""
-    return (
-        flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True),
-        flags.DEFINE_string("text_key", "text", "Key of a record that holds its text."),
-        flags.DEFINE_multi_string(
-            "text_template",
-            [],
-            r"Format string over a record's keys, instead of --text_key: '{question}\n{answer}'. May be given several "
-            "times: the first one whose keys the record has is used.",
-        ),
-    )
-
-
 def main() -> None:
     """The command: parses the flags and calls `train_tokenizer`."""
-    inputs, text_key, text_templates = define_document_flags()
+    inputs, text_key, text_templates = records.define_document_flags()
     output = flags.DEFINE_string("output", None, "Model file to write.", required=True)
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Pieces, including 256 bytes.")
     max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.")

@@ -16,7 +16,8 @@ import rho1_jax
 from rho1_jax import cli, generate, report
 from rho1_jax.configs import default
 from rho1_jax.data.store import Store
-from rho1_jax.evaluate import evaluate
+from rho1_jax.evaluate import evaluate_model
+from rho1_jax.models.generation import Continuation
 from rho1_jax.runtime.errors import UserError
 
 REMOTE = "gs://bucket/x"
@@ -218,22 +219,28 @@ def test_generate_returns_texts_in_the_order_of_the_prompts(reference, monkeypat
 
     def finished(self, requests, **options):
         assert list(requests) == [(0, "a"), (1, "b"), (2, "c")] and options["max_new_tokens"] == 5
-        yield from [(2, "C"), (0, "A", [1], [0.5]), (1, "B")]
+        yield from [Continuation(number, text, [7], [-0.5]) for number, text in ((2, "C"), (0, "A"), (1, "B"))]
 
     monkeypatch.setattr(generate.Generator, "run", finished)
-    assert generate.generate_text(reference, ["a", "b", "c"], max_new_tokens=5) == ["A", "B", "C"]
+    continuations = generate.generate_text(reference, ["a", "b", "c"], max_new_tokens=5)
+    assert [continuation.text for continuation in continuations] == ["A", "B", "C"]
+    assert continuations[1] == Continuation(1, "B", [7], [-0.5])
+
+
+def generated(*arguments, **options):
+    return [continuation.text for continuation in generate.generate_text(*arguments, **options)]
 
 
 def test_generate_continues_until_a_stop_or_the_limit(reference):
     prompts = ["Document 1: 2+2=", "and so on", "Document 2: 1+1="]
-    texts = generate.generate_text(reference, prompts, max_new_tokens=8)
-    assert [generate.generate_text(reference, [prompt], max_new_tokens=8) for prompt in prompts] == [[t] for t in texts]
+    texts = generated(reference, prompts, max_new_tokens=8)
+    assert [generated(reference, [prompt], max_new_tokens=8) for prompt in prompts] == [[t] for t in texts]
     assert any(texts) and len(texts) == 3
     options = {"max_new_tokens": 8, "temperature": 2.0}
-    drawn = [generate.generate_text(reference, prompts, seed=seed, **options) for seed in (0, 0, 1)]
+    drawn = [generated(reference, prompts, seed=seed, **options) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     whole = max(texts, key=len)
-    stopped = generate.generate_text(reference, [prompts[texts.index(whole)]], max_new_tokens=8, stops=[whole[1:3]])
+    stopped = generated(reference, [prompts[texts.index(whole)]], max_new_tokens=8, stops=[whole[1:3]])
     assert stopped == [whole[: whole.index(whole[1:3])]]
 
 
@@ -243,7 +250,7 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
     assert generate.read_prompts(tmp_path / "prompts.jsonl") == ["Document 1:", "two\nlines"]
     assert generate.read_prompts(tmp_path / "prompts.txt") == ["Document 1:", "and"]
-    with pytest.raises(UserError, match=r"bad.jsonl:2: lacks the key 'prompt'"):
+    with pytest.raises(UserError, match=r"bad.jsonl:2: missing keys: needs 'prompt'"):
         generate.read_prompts(tmp_path / "bad.jsonl")
     base = ["generate", f"--checkpoint={reference}", "--max_new_tokens=8"]
     commands = {
@@ -255,6 +262,8 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     assert done["file"].status == done["printed"].status == 0, done["file"].stderr + done["printed"].stderr
     lines = (tmp_path / "file" / "cwd" / "new" / "out.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]
+    assert all(len(item["token_ids"]) == len(item["logprobs"]) > 0 for item in items)
+    assert all(max(item["logprobs"]) <= 0 for item in items)
     assert [item["prompt"] for item in items] == ["Document 1:", "two\nlines"]
     assert done["printed"].stdout == "\n\n".join(item["prompt"] + item["continuation"] for item in items) + "\n"
     assert done["none"].status == 2 and "give --prompt=TEXT or --prompts=FILE" in done["none"].stderr
@@ -300,7 +309,7 @@ def test_the_public_functions_have_docstrings(name):
 
 def test_modules_are_not_hidden_by_public_names():
     assert set(rho1_jax.__all__) == {"__version__", *rho1_jax._PUBLIC}
-    assert inspect.ismodule(importlib.import_module("rho1_jax.train")) and rho1_jax.evaluate_model is evaluate
+    assert inspect.ismodule(importlib.import_module("rho1_jax.train")) and rho1_jax.evaluate_model is evaluate_model
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         rho1_jax.nothing  # noqa: B018
 

@@ -7,9 +7,8 @@ import pathlib
 from typing import Any
 
 from rho1_jax.analysis.plots import Curve, plot_curves
-from rho1_jax.analysis.token_report import TokenScores
+from rho1_jax.analysis.token_report import LEGEND, TokenScores, page, selection_html
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.report import LEGEND, page, selection_html
 from rho1_jax.runtime.files import read_json, write_text
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.training.accounting import LEDGER_FILE

@@ -27,6 +27,23 @@ CSS = """
 .row span.selected { border-bottom: 3px solid #222; }
 .row span.context { color: #999; }
 """
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
+th, td {{ text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }}
+{css}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+LEGEND = """Colour is excess loss: <span style="background:rgba(255,140,60,.7)">warm</span> where the reference predicts
+the token better, <span style="background:rgba(90,150,255,.7)">cold</span> where the policy does. Underlined tokens are
+selected. Grey tokens are context: the first token of a row or document is not a target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +138,14 @@ def rows_html(
             )
         lines.append(f'<div class="row">{"".join(spans)}</div>')
     return "\n".join(lines)
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained HTML page."""
+    return PAGE.format(title=html.escape(title), css=CSS, body=body)
+
+
+def selection_html(scores: TokenScores, tokenizer: Tokenizer, rows: int) -> str:
+    """The first `rows` rows as HTML, without those that are only padding."""
+    shown = np.flatnonzero(scores.eligible_BL.any(axis=1))[:rows].tolist()
+    return rows_html(scores.batch.tokens, scores.eligible_BL, tokenizer, shown, excess_marks(scores))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from absl import flags
 
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
@@ -174,3 +175,17 @@ def template_keys(template: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"text template {template!r}: {error}") from None
     return keys
+
+
+def define_document_flags() -> tuple[Any, Any, Any]:
+    """Defines --input, --text_key and --text_template, and returns their holders."""
+    return (
+        flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True),
+        flags.DEFINE_string("text_key", "text", "Key of a record that holds its text."),
+        flags.DEFINE_multi_string(
+            "text_template",
+            [],
+            r"Format string over a record's keys, instead of --text_key: '{question}\n{answer}'. May be given several "
+            "times: the first one whose keys the record has is used.",
+        ),
+    )

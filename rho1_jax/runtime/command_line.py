@@ -1,6 +1,7 @@
 """What all commands share: --config, --help, and errors of one line with status 2."""
 
 import difflib
+import importlib.util
 import pathlib
 import re
 import sys
@@ -79,8 +80,27 @@ def _nearest_key(wanted: str, keys: Sequence[str]) -> str:
     return max(keys, key=likeness)
 
 
+def _load_plugins(paths: Sequence[str]) -> None:
+    """Imports Python files by path. Raises UserError, naming the file, if one cannot be imported."""
+    for path in paths:
+        file = local_path(path, "--plugin")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        try:
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception as error:
+            raise UserError(f"--plugin={path}: {type(error).__name__}: {error}") from error
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs a command. A `UserError` ends it with one line on standard error and status 2."""
+
+    plugins = flags.DEFINE_multi_string(
+        "plugin",
+        [],
+        "Python file to load first, which registers a family, score, objective or task of yours. Repeatable. "
+        "A config file given by --config may register them itself.",
+    )
 
     def parse(argv: Sequence[str]) -> list[str]:
         if HELP & set(argv[1:]):
@@ -103,6 +123,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(_: Sequence[str]) -> None:
         try:
+            _load_plugins(plugins.value)
             main()
         except UserError as error:
             _exit(error)

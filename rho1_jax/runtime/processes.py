@@ -1,5 +1,7 @@
 """Run one command as several processes: start-up, and output from the first process only."""
 
+import resource
+import time
 from typing import Any
 
 import jax
@@ -50,3 +52,9 @@ def say(text: str) -> None:
     """Print a line on standard output, from the first process only."""
     if is_first():
         print(text, flush=True)
+
+
+def usage(start: float) -> str:
+    """Seconds since `start`, by `time.monotonic`, and the peak memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{time.monotonic() - start:.0f} seconds, peak memory {peak:.2f} GiB"
