@@ -62,7 +62,9 @@ class Done:
         self.created = [path.name for path in (folder / "cwd").iterdir()]
 
 
-def run_all(commands: dict[str, list[str]], folder: pathlib.Path) -> dict[str, Done]:
+def run_all(commands: dict[str, list[str]], folder: pathlib.Path, make: bool = False) -> dict[str, Done]:
+    if make:
+        folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", FORKS],
         input=json.dumps(commands),
@@ -225,6 +227,52 @@ def test_generate_returns_texts_in_the_order_of_the_prompts(reference, monkeypat
     continuations = generate.generate_text(reference, ["a", "b", "c"], max_new_tokens=5)
     assert [continuation.text for continuation in continuations] == ["A", "B", "C"]
     assert continuations[1] == Continuation(1, "B", [7], [-0.5])
+
+
+PLUGIN = """
+from rho1_jax.method.objectives import register_objective
+from rho1_jax.models.families import Family, register_family
+from rho1_jax.models.families.llama import TENSORS
+
+register_family(Family("plugged", "PluggedForCausalLM", "plugged", TENSORS))
+
+@register_objective
+def halved(policy_loss_BL, weight_BL):
+    return weight_BL * policy_loss_BL / 2
+"""
+
+
+def test_a_plugin_registers_before_any_command_runs(data, tmp_path):
+    """A family, where only its checkpoint names it; loaded twice, and missing or broken."""
+    (tmp_path / "plugged.py").write_text(PLUGIN)
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    plugin, run = f"--plugin={tmp_path}/plugged.py", f"{tmp_path}/run"
+    settings = {"steps": 1, "batch_size": 8, "objective": "halved", "model.family": "plugged", "data.train": data}
+    settings |= {"model.width": 32, "model.layers": 1, "model.heads": 2, "model.kv_heads": 2, "model.head_width": 8}
+    keys = [f"--config.{key}={value}" for key, value in settings.items()]
+    train = ["train", "--config=default:clm", f"--workdir={run}", *keys]
+    trained = run_all({"trained": [*train, plugin, plugin], "unknown": train}, tmp_path / "first", make=True)
+    assert trained["trained"].status == 0, trained["trained"].stderr
+    assert trained["unknown"].status == 2 and "is not one of cross_entropy" in trained["unknown"].stderr
+    export = ["export", f"--checkpoint={run}", "--output=folder"]
+    done = run_all(
+        {
+            "export": [*export, plugin],
+            "without": export,
+            "missing": [*export, "--plugin=nowhere.py"],
+            "broken": [*export, f"--plugin={tmp_path}/broken.py"],
+        },
+        tmp_path / "second",
+        make=True,
+    )
+    assert done["export"].status == 0 and done["export"].created == ["folder"], done["export"].stderr
+    for name, message in (
+        ("without", "config.model.family='plugged' is not one of llama.*load your own with --plugin=FILE.py"),
+        ("missing", "--plugin=nowhere.py: FileNotFoundError"),
+        ("broken", "--plugin=.*broken.py: ModuleNotFoundError: No module named 'no_such_module'"),
+    ):
+        (line,) = done[name].stderr.splitlines()
+        assert done[name].status == 2 and re.search(message, line) and not done[name].created, line
 
 
 def generated(*arguments, **options):

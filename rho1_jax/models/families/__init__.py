@@ -7,13 +7,19 @@ from rho1_jax.runtime.errors import UserError
 
 __all__ = ["FAMILIES", "ConfigJson", "Family", "Tensor", "family_of", "register_family"]
 
-FAMILIES: dict[str, Family] = {}
+BUILT_IN = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
 
 def register_family(family: Family) -> None:
-    """Adds a family to the registry. Raises ValueError if its name or its architecture is registered already."""
+    """Adds a family to the registry. Registering your own again, as a config that is loaded twice does, replaces it.
+
+    Raises:
+      ValueError: the name is that of a built-in family, or another family has the architecture.
+    """
     for other in FAMILIES.values():
-        if family.name == other.name or family.architecture == other.architecture:
+        same_name, same_architecture = family.name == other.name, family.architecture == other.architecture
+        if (same_name and other in BUILT_IN) or (same_architecture and not same_name):
             raise ValueError(f"family {family.name} ({family.architecture}): {other.name} is registered already")
     FAMILIES[family.name] = family
 
@@ -23,10 +29,6 @@ def family_of(model: ModelConfig) -> Family:
     if model.family not in FAMILIES:
         raise UserError(
             f"config.model.family={model.family!r} is not one of {', '.join(FAMILIES)}; "
-            "if it is your own, import the module that registers it"
+            "load your own with --plugin=FILE.py"
         )
     return FAMILIES[model.family]
-
-
-for _module in (llama, mistral, qwen2, qwen3):
-    register_family(_module.FAMILY)
