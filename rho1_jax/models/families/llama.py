@@ -3,7 +3,7 @@
 from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.models.families.family import Family, Tensor
+from rho1_jax.models.families.family import ConfigJson, Family, Tensor
 from rho1_jax.runtime.errors import UserError
 
 LAYER = "model.layers.{n}."
@@ -30,7 +30,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def _from_hf(hf_config, path) -> dict[str, Any]:
+def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {"kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]}
 
 
