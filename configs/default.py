@@ -2,9 +2,9 @@
 
     rho1 train --config=default:slm --workdir=DIR --config.data.train=DATA [--config.key=value]
 
-This page is the only place that names a key: the typed sections the code works with, the ConfigDict that the command
-line changes, and the reference page of the documentation all derive from it. A new key's default must be what the code
-did before the key existed, because that is the value older checkpoints get.
+This file is the only place that declares a key: the typed sections that the code works with, the ConfigDict that the
+command line changes, and the reference page of the documentation all derive from it. A new key's default must be what
+the code did before the key existed, because that is the value older checkpoints get.
 """
 
 import dataclasses

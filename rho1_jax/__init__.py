@@ -1,13 +1,13 @@
-"""Selective Language Modeling (Rho-1, arXiv 2404.07965) in JAX: the functions for a notebook or a program.
+"""Selective Language Modeling (Rho-1, arXiv 2404.07965) in JAX: the functions to call from a notebook or a program.
 
     import rho1_jax
     from rho1_jax.configs import default
 
     config = default.get_config("clm")
     config.data.train = "data/web"
-    rho1_jax.train_model(config, pathlib.Path("runs/clm"))
+    rho1_jax.train_model(config, "runs/clm")
 
-Each is imported when it is first used: `import rho1_jax` alone does not import JAX.
+Each function is imported when it is first used: `import rho1_jax` alone does not import JAX.
 """
 
 import importlib

@@ -3,8 +3,8 @@
 rho1 evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
     [--data=NAME=DIR,...] [--lm_eval=TASK,...] [--output=DIR]
 
-Everything else is as in the run that wrote the checkpoint, unless a flag says otherwise. With the same --output, the
-same command resumes after an interruption.
+All other settings come from the run that wrote the checkpoint, unless a flag overrides them. To resume after an
+interruption, run the same command again with the same --output.
 """
 
 import importlib
@@ -53,8 +53,8 @@ def evaluate_model(
       checkpoint: a run directory or one of its checkpoints.
       overrides: keys of the config's `eval` section to change; None leaves a key as it is.
       output: folder for results.json and, per question set, the items in NAME.jsonl.
-      temperature: of the answers; 0: the likeliest token.
-      seed: of the draws at a temperature.
+      temperature: sampling temperature; 0 takes the likeliest token.
+      seed: seed for sampling.
       lm_eval: tasks to run with lm-eval.
 
     Returns:
@@ -149,7 +149,7 @@ def main() -> None:
         "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "Longest generation."),
     }
     temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
-    seed = flags.DEFINE_integer("seed", 0, "Seed of the draws at a temperature.")
+    seed = flags.DEFINE_integer("seed", 0, "Seed for sampling.")
     lm_eval = flags.DEFINE_list(
         "lm_eval", [], "lm-eval tasks, comma-separated (extra `eval`). lm-eval may download data sets."
     )

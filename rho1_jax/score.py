@@ -28,8 +28,8 @@ def score_data(config: ml_collections.ConfigDict, dtype: str = "float16", entrop
     """Stores the reference's losses for each data set of the mixture. Scores that are stored already are kept.
 
     Args:
-      config: of the runs that will read the scores; `config.reference.scores` names them.
-      dtype: "float16" or "float32", of what is stored.
+      config: the config of the runs that will read the scores; `config.reference.scores` names them.
+      dtype: dtype of the stored numbers, "float16" or "float32".
       entropies: store entropies as well.
 
     Raises:

@@ -350,8 +350,8 @@ def test_importing_the_package_does_not_import_jax():
 def test_the_public_functions_have_docstrings(name):
     function = getattr(rho1_jax, name)
     assert callable(function) and inspect.getdoc(function)
-    module = importlib.import_module(function.__module__)
-    assert getattr(module, function.__name__) is function
+    module, own_name = rho1_jax._PUBLIC[name]
+    assert getattr(importlib.import_module(module), own_name) == function
     assert not (pathlib.Path(rho1_jax.__file__).parent / f"{name}.py").exists()
 
 

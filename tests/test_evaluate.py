@@ -57,7 +57,7 @@ def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, qu
     capsys.readouterr()
     found = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert "fsdp=32" in (told := capsys.readouterr().out) and "spread over all of them" in told
+    assert "fsdp=32" in (told := capsys.readouterr().out) and "sharding the model over all of them instead" in told
 
 
 def test_the_command(reference, questions):

@@ -177,7 +177,7 @@ def test_resuming_with_other_data_is_refused(corpus, tokenizer, reference, undis
         ({"objective": "dpo"}, "config.objective='dpo' is not one of cross_entropy"),
         ({"eval": {"every": 0}}, "config.eval.every=0"),
         ({"trace": {"first": 3, "last": 2}}, "config.trace.last=2 must not be below config.trace.first=3"),
-        ({"mesh": {"fsdp": 3}}, r"mesh \(data="),
+        ({"mesh": {"fsdp": 3}}, r"config.mesh \(data="),
         ({"model": {"kv_heads": 3}}, "config.model.kv_heads=3 does not divide"),
         ({"model": {"head_width": 7}}, "config.model.head_width=7 is odd"),
         ({"model": {"vocab_size": 10}}, "config.model.vocab_size=10 is below"),

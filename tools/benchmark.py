@@ -244,7 +244,7 @@ def main() -> None:
     tokenizer = flags.DEFINE_string("tokenizer", None, "Tokenizer file or folder, for tokenizing.")
     inputs = flags.DEFINE_list("input", [], "Comma-separated files or globs, for tokenizing.")
     text_templates = flags.DEFINE_multi_string(
-        "text_template", [], "Template of a document, as in prepare_data. Repeatable."
+        "text_template", [], "Template of a document, as in `rho1 prepare`. Repeatable."
     )
     output = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 

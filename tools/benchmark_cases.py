@@ -49,7 +49,7 @@ def generation_work(size: Size) -> dict[str, Work]:
     """Workloads by title: `rows` prompts with equal lengths, and four times as many with varied lengths."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, size.model["vocab_size"], (4 * size.rows, size.seq_len // 2))
-    prompts[:, -1] = np.arange(len(prompts))  # the last token tells the benchmark's tokenizer which prompt it is
+    prompts[:, -1] = np.arange(len(prompts))  # by the last token, the benchmark's tokenizer knows the prompt
     lengths = (NEW_TOKENS // 2 * np.exp(SPREAD * rng.normal(size=len(prompts)))).astype(int).clip(8, 4 * NEW_TOKENS)
     return {
         f"{NEW_TOKENS} tokens each": Work(prompts[: size.rows], np.full(size.rows, NEW_TOKENS)),

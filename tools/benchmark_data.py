@@ -38,7 +38,7 @@ def bare_encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
 
 
 def tokenizing_ways(tokenizer: Tokenizer, files: list[pathlib.Path], templates: tuple[str, ...]) -> tuple[Ways, int]:
-    """The bare library and `prepare_data`, which also reads, packs and writes. Also returns their number of tokens."""
+    """The bare library and `rho1 prepare`, which also reads, packs and writes. Also returns their number of tokens."""
     texts = [
         records.document(records.parse(file, record), templates)
         for file in files
@@ -71,7 +71,7 @@ def loading_ways(data: str, rows: int) -> tuple[Ways, int]:
 
 
 def scoring_ways(data: str, config: ModelConfig) -> tuple[Ways, int]:
-    """The forward pass over rows in memory, and the whole of `rho1_jax.score`. Also returns their number of tokens."""
+    """The forward pass over rows in memory, and all of `rho1 score`. Also returns their number of tokens."""
     store, mesh = Store(data), make_mesh(-1, 1, 1)
     rows, size = store.rows(SPLIT), SCORED_ROWS * mesh.size
     params = init_params(dataclasses.replace(config, context_length=store.seq_len), 0)

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
       segment_ids: int32 [R, M] document numbers within each row, from 1; 0 is padding.
       responses: in fine-tuning, bool [R, M]: the token is part of a response.
       columns: signals that come with the data, by name: float32 [R, M - 1], one number per target. For example the
-        losses of a reference that ran beforehand ("reference_loss_BL"), or numbers of the user's.
+        losses of a reference that ran beforehand ("reference_loss_BL"), or the user's own numbers.
     """
 
     tokens: Any

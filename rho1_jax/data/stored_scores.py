@@ -202,7 +202,7 @@ class ScoreColumn:
 
 
 class ExternalColumn:
-    """A column of the user's: a .npy file of [rows, seq_len] bools, integers or floats."""
+    """A user's own column: a .npy file of [rows, seq_len] bools, integers or floats."""
 
     def __init__(self, path: str, store: Store):
         """Raises UserError if the file holds no such array."""

@@ -38,7 +38,7 @@ class Questions:
       items: the questions.
       stops: strings that end a generation.
       extract: returns the answer in a generation, or None if it has none.
-      equal: tells whether an extracted answer matches the right one.
+      equal: returns True if an extracted answer matches the right one.
       tools: run the programs in a generation.
     """
 

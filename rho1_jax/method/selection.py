@@ -199,8 +199,8 @@ def select_by_sort(score: jax.Array, eligible: jax.Array, units: Any) -> jax.Arr
 def select_by_bisection(score: jax.Array, eligible: jax.Array, units: Any) -> jax.Array:
     """The same selection without a sort or a gather: it counts tokens 64 times, and only the counts cross the mesh.
 
-    Two binary searches over bits, highest bit first: the largest threshold that at least k tokens reach; then, among
-    the tokens that score exactly that, the flat index below which the missing ones are found.
+    There are two binary searches over bits, highest bit first. The first finds the largest threshold that at least k
+    tokens reach. The second finds the flat index below which tokens that score exactly the threshold complete the k.
     """
     k = selected_count(total(eligible), units)
     key = jax.lax.bitcast_convert_type(_keys(score, eligible), jnp.uint32) ^ jnp.uint32(1 << 31)

@@ -19,14 +19,13 @@ from flax import nnx
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.attention import attention
 from rho1_jax.models.families import family_of
-from rho1_jax.models.structure import Structure, soft_cap
+from rho1_jax.models.structure import ACTIVATIONS, Structure, soft_cap
 from rho1_jax.runtime.sharding import shard_activations
 
 Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
 # Attention of one layer: queries [B, L, H, C], keys and values [B, L, K, C] -> mixed values [B, L, H, C].
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 # What the backward pass keeps of each layer's forward pass, besides the layer's input: everything, the products with
 # weights, or nothing. It recomputes the rest.

@@ -165,8 +165,8 @@ def decode(
       graphdef: structure of the model.
       params: from `decoding_params`.
       state: donated.
-      key: seeds the draws.
-      temperature: of the draws; 0 selects the likeliest token.
+      key: random key for sampling.
+      temperature: sampling temperature; 0 takes the likeliest token.
 
     Returns:
       The state afterwards, the tokens [B, T] and their log-probabilities [B, T] in nats. They begin with the newest
@@ -234,7 +234,7 @@ class Generator:
           graphdef: structure of the model.
           params: its parameters.
           tokenizer: of the model.
-          rows: of the batch, rounded up to a multiple of the mesh's data-parallel size.
+          rows: number of rows in the batch, rounded up to a multiple of the mesh's data-parallel size.
         """
         self._graphdef, self._tokenizer = graphdef, tokenizer
         self._config = nnx.merge(graphdef, params).config
@@ -257,8 +257,8 @@ class Generator:
           requests: the prompts, taken from the left. The caller may add more between two continuations.
           max_new_tokens: maximum number of tokens to generate for each prompt.
           stops: strings that end a continuation and are not part of its text.
-          temperature: of the draws; 0 selects the likeliest token.
-          seed: of the draws. They do not depend on the rest of the batch.
+          temperature: sampling temperature; 0 takes the likeliest token.
+          seed: seed for sampling. A continuation does not depend on the rest of the batch.
           max_prompt_tokens: a longer prompt keeps only this many tokens at its end.
 
         Yields:

@@ -1,10 +1,18 @@
 """What a decoder computes besides its sizes: the switches that distinguish one model family from another."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+NORM_PLACEMENTS = ("pre", "post", "both")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,14 @@ class Structure:
     query_scale: float | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, values in (
+            ("norm_placement", self.norm_placement, NORM_PLACEMENTS),
+            ("activation", self.activation, ACTIVATIONS),
+        ):
+            if value not in values:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(values)}")
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, counted from 0."""

@@ -21,13 +21,13 @@ from rho1_jax.training.config import changes, run_settings
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A checkpoint with what its run says of it.
+    """A checkpoint and the config of its run.
 
     Attributes:
-      directory: of the checkpoint.
-      meta: its description.
-      config: of the run; keys that its version did not have are filled in.
-      model: config of its model.
+      directory: the checkpoint's directory.
+      meta: the checkpoint's description.
+      config: the run's config; keys that an older version did not have are filled in.
+      model: the `model` section of that config.
     """
 
     directory: pathlib.Path
@@ -68,7 +68,7 @@ class Pretrained:
       path: checkpoint directory or Hugging Face folder.
       model: its config.
       tokenizer_path: folder of its tokenizer.
-      tokenizer_fingerprint: of that tokenizer.
+      tokenizer_fingerprint: fingerprint of that tokenizer.
       folder: the Hugging Face folder; None for a checkpoint.
     """
 
@@ -91,8 +91,8 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     Args:
       path: a run directory, one of its checkpoints, or a Hugging Face folder.
       key: the config key the path came from, for errors.
-      config: of the run.
-      store: its training data.
+      config: the run's config.
+      store: the run's training data.
 
     Raises:
       UserError: there is no model, or its tokenizer or vocabulary differ from the run's.

@@ -1,4 +1,4 @@
-"""How a run uses its reference: frozen in the step, following the policy, or scored beforehand."""
+"""How a run uses its reference: frozen in the step, moving with the policy, or scored beforehand."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

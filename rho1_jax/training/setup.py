@@ -91,7 +91,10 @@ def open_run(config: ml_collections.ConfigDict) -> tuple[RunSetup, TrainingData]
       UserError: a value is not allowed, the devices do not fit, or the data cannot be opened.
     """
     check(config)
-    mesh = sharding.make_mesh(**config.mesh)
+    try:
+        mesh = sharding.make_mesh(**config.mesh)
+    except UserError as error:
+        raise UserError(f"config.{error}") from None
     check_batch_size(config, mesh)
     stores, weights = open_mixture(config.data.train)
     data = TrainingData(stores, weights, stores[0].tokenizer())

@@ -62,11 +62,11 @@ def make_train_step(
       optimizer: applied to the gradient of the objective.
       rule: gives each token its weight.
       objective: name of the objective, in `objectives.OBJECTIVES`.
-      steps: of the whole run; the rule's schedule spans them.
+      steps: steps of the whole run; the rule's schedule spans them.
       microbatches: M parts that the rows are processed in, one after the other. The update does not depend on M,
         except under the scope "microbatch". With M > 1, the scope "global" costs a second forward pass.
       document_mask: attention stays within documents, and positions restart at each.
-      seed: of the random score.
+      seed: seed of the random score.
       moving: how the reference follows the policy; None if it is frozen.
     """
     needs = needed_signals(rule, objective)

@@ -269,3 +269,10 @@ def test_soft_cap():
     logits = jnp.array([-100.0, -1.0, 0.0, 0.01, 1e6])
     assert soft_cap(logits, None) is logits
     np.testing.assert_allclose(soft_cap(logits, 5.0), [-5.0, -5 * np.tanh(0.2), 0.0, 0.01, 5.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"activation": "relu"}, {"norm_placement": "none"}], ids=str)
+def test_a_structure_with_an_unknown_switch_is_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name}=.* is not one of"):
+        Structure(**changes)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from helpers import TINY, tiny
 
+from rho1_jax.configs import default
 from rho1_jax.configs.default import OptimizerConfig
 from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.config import as_saved
 from rho1_jax.training.optimizer import make_optimizer
 from rho1_jax.training.state import TrainState
 
@@ -19,7 +21,9 @@ ADAMW = make_optimizer(OptimizerConfig(), 1e-2)
 
 
 def meta(step):
-    return Meta(step, 100 * step, 60 * step, {"seed": 0}, [{"fingerprint": "f", "weight": 1.0}], "t", None)
+    return Meta(
+        step, 100 * step, 60 * step, as_saved(default.get_config()), [{"fingerprint": "f", "weight": 1.0}], "t", None
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
 
 def register_family(family: Family) -> None:
-    """Adds a family to the registry. Registering your own again, as a config that is loaded twice does, replaces it.
+    """Adds a family to the registry. A family of yours that is registered again (a config loaded twice) is replaced.
 
     Raises:
       ValueError: the name is that of a built-in family, or another family has the architecture.
