@@ -100,11 +100,15 @@ def commands_page() -> str:
         "",
         "`--config` names a config of the package (`--config=tinyllama_math:slm`) or a Python file",
         "(`--config=my/config.py:slm`), with a stage after the colon. `--config.key=value` changes a",
-        "[key](config.md). `--distributed` joins [several hosts](../guides/many_chips.md).",
+        "[key](config.md). `--plugin=FILE.py` loads a family, score, objective or task of yours first.",
+        "`--distributed` joins [several hosts](../guides/many_chips.md).",
         "",
     ]
     for path in sorted(PACKAGE.glob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        if "define_document_flags" in source:
+            source += (PACKAGE / "data" / "records.py").read_text(encoding="utf-8")
+        module = ast.parse(source)
         flags = [node for node in ast.walk(module) if isinstance(node, ast.Call) and _is_flag(node)]
         if flags:
             docstring = ast.get_docstring(module) or ""

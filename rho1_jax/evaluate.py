@@ -3,10 +3,13 @@
 rho1 evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
     [--data=NAME=DIR,...] [--lm_eval=TASK,...] [--output=DIR]
 
+Each key of config.eval except `every` is a flag: --rows, --exemplars, --tool_use, --max_new_tokens, --stops and so on.
+
 All other settings come from the run that wrote the checkpoint, unless a flag overrides them. To resume after an
 interruption, run the same command again with the same --output.
 """
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -18,6 +21,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
+from rho1_jax.configs.default import EvalConfig
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models import decoder
@@ -29,6 +33,9 @@ from rho1_jax.runtime.files import local_path, read_json, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training.config import changes, complete
 from rho1_jax.training.pretrained import TrainedRun
+
+# The keys of config.eval that a flag may replace.
+EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
 
 
 class LmEval(NamedTuple):
@@ -134,19 +141,12 @@ def check_settings(output: pathlib.Path, settings: dict[str, Any]) -> None:
 def main() -> None:
     """The command `rho1 evaluate`."""
     checkpoint = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
+    define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
-        "tasks": flags.DEFINE_string("tasks", None, "Math tasks, comma-separated."),
-        "data_dir": flags.DEFINE_string("data_dir", None, "Folder of the tasks' files."),
-        "task_items": flags.DEFINE_integer("task_items", None, "Items of each task, from its start."),
-        "exemplars": flags.DEFINE_string("exemplars", None, "NAME=FILE,... to replace a task's own exemplars."),
-        "tool_use": flags.DEFINE_bool("tool_use", None, "Run the programs that the model writes."),
-        "generate_batch": flags.DEFINE_integer("generate_batch", None, "Prompts decoded together."),
-        "questions": flags.DEFINE_string("questions", None, "NAME=FILE,... of questions and answers."),
-        "data": flags.DEFINE_string("data", None, "NAME=DIR,... of prepared data with an `eval` split."),
-        "rows": flags.DEFINE_integer("rows", None, "Rows of each data set, at most."),
-        "prompt_template": flags.DEFINE_string("prompt_template", None, "Turns a question's record into a prompt."),
-        "answer_pattern": flags.DEFINE_string("answer_pattern", None, "Regular expression with one group."),
-        "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "Longest generation."),
+        field.name: define.get(field.type, flags.DEFINE_multi_string)(
+            field.name, None, f"In place of the run's config.eval.{field.name}."
+        )
+        for field in EVAL_FIELDS
     }
     temperature = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
     seed = flags.DEFINE_integer("seed", 0, "Seed for sampling.")
@@ -160,6 +160,8 @@ def main() -> None:
     def command() -> None:
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
+        if values["stops"] is not None:
+            values["stops"] = [stop.replace("\\n", "\n") for stop in values["stops"]]
         directory = local_path(output.value, "--output") if output.value else None
         if lm_eval_path.value:
             local_path(lm_eval_path.value, "--lm_eval_path")

@@ -15,7 +15,6 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
@@ -27,6 +26,7 @@ from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.processes import usage
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
+from rho1_jax.training.pretrained import TrainedRun
 
 SHARD_BYTES = 4 << 30
 
@@ -109,9 +109,8 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
-    directory = checkpoint.find(path, "--checkpoint")
-    model = ModelConfig(**checkpoint.load_meta(directory).config["model"])
-    tokenizer = Tokenizer(checkpoint.tokenizer_path(directory))
+    trained = TrainedRun.open(path, "--checkpoint")
+    directory, model, tokenizer = trained.directory, trained.model, trained.tokenizer()
     hf_config.to_hf(model, "float32", None, 0)  # raises before anything is written
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,6 @@ import html
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -18,8 +17,7 @@ from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path, write_text
-from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import open_pretrained
+from rho1_jax.training.pretrained import TrainedRun, open_pretrained
 
 
 def compare(
@@ -40,7 +38,7 @@ def compare(
     Raises:
       UserError: a model is missing, or its tokenizer is not that of the data.
     """
-    config = ml_collections.ConfigDict(checkpoint.load_meta(checkpoint.find(policy, "--policy")).config)
+    config = TrainedRun.open(policy, "--policy").config
     ratio = config.selection.ratio if ratio is None else ratio
     models, mesh = [], sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):
@@ -69,7 +67,7 @@ def main() -> None:
         path, store = local_path(output.value, "--output"), Store(local_path(data.value, "--data"))
         scores, share = compare(policy.value, reference.value, store, rows.value, ratio.value)
         models = f"Policy: {html.escape(policy.value)}. Reference: {html.escape(reference.value)}."
-        legend = f"<p>{models} SLM selects {share:.0%} of these tokens.</p>\n<p>{LEGEND}</p>\n"
+        legend = f"<p>{models} SLM selects {100 * share:g}% of these tokens.</p>\n<p>{LEGEND}</p>\n"
         write_text(path, page("What SLM selects", legend + selection_html(scores, store.tokenizer(), rows.value)))
         print(f"wrote {path}")
 

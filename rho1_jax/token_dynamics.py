@@ -12,7 +12,6 @@ import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -33,7 +32,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, replacing, write_text
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import open_pretrained
+from rho1_jax.training.pretrained import TrainedRun, open_pretrained
 
 SHOWN_ROWS = 8
 BATCH_ROWS = 32
@@ -82,11 +81,10 @@ def measure(workdir: pathlib.Path, data: pathlib.Path, rows: int, reference: str
             f"--run={workdir}: {len(steps)} checkpoints, but at least two are needed; train with "
             "config.checkpoint.keep=0 to keep them all"
         )
-    meta = checkpoint.load_meta(checkpoint.at(workdir, steps[-1]))
-    config, store = ml_collections.ConfigDict(meta.config), Store(data)
-    if store.tokenizer_fingerprint != meta.tokenizer:
+    trained, store = TrainedRun.open(workdir, "--run"), Store(data)
+    config, model_config = trained.config, trained.model
+    if store.tokenizer_fingerprint != trained.meta.tokenizer:
         raise UserError(f"--data={data} was prepared with a different tokenizer than the run's data")
-    model_config = ModelConfig(**config.model)
     mesh = sharding.mesh_of_run(**config.mesh)
     held_out = store.rows("eval")
     row_numbers, size = range(min(rows, len(held_out))), BATCH_ROWS * mesh.size

@@ -230,9 +230,20 @@ def test_generate_returns_texts_in_the_order_of_the_prompts(reference, monkeypat
 
 
 PLUGIN = """
+from __future__ import annotations
+
+import dataclasses
+
+from rho1_jax.evals.tasks import TASKS, Item, Task
 from rho1_jax.method.objectives import register_objective
 from rho1_jax.models.families import Family, register_family
 from rho1_jax.models.families.llama import TENSORS
+
+@dataclasses.dataclass
+class Record:
+    answer: str
+
+TASKS["plugged"] = Task(file="x.jsonl", kind="math", item=lambda record: Item("", Record("1").answer), shots=0)
 
 register_family(Family("plugged", "PluggedForCausalLM", "plugged", TENSORS))
 
@@ -246,6 +257,7 @@ def test_a_plugin_registers_before_any_command_runs(data, tmp_path):
     """A family, where only its checkpoint names it; loaded twice, and missing or broken."""
     (tmp_path / "plugged.py").write_text(PLUGIN)
     (tmp_path / "broken.py").write_text("import no_such_module")
+    (tmp_path / "graded.jsonl").write_text('{"generation": "The answer is 2.", "answer": "2"}\n')
     plugin, run = f"--plugin={tmp_path}/plugged.py", f"{tmp_path}/run"
     settings = {"steps": 1, "batch_size": 8, "objective": "halved", "model.family": "plugged", "data.train": data}
     settings |= {"model.width": 32, "model.layers": 1, "model.heads": 2, "model.kv_heads": 2, "model.head_width": 8}
@@ -261,12 +273,18 @@ def test_a_plugin_registers_before_any_command_runs(data, tmp_path):
             "without": export,
             "missing": [*export, "--plugin=nowhere.py"],
             "broken": [*export, f"--plugin={tmp_path}/broken.py"],
+            "no_python": [*export, f"--plugin={tmp_path}/graded.jsonl"],
+            "grade": ["grade", f"--input={tmp_path}/graded.jsonl", "--task=plugged", plugin],
+            "no_task": ["grade", f"--input={tmp_path}/graded.jsonl", "--task=plugged"],
         },
         tmp_path / "second",
         make=True,
     )
     assert done["export"].status == 0 and done["export"].created == ["folder"], done["export"].stderr
+    assert done["grade"].status == 0 and "100.00" in done["grade"].stdout, done["grade"].stdout + done["grade"].stderr
     for name, message in (
+        ("no_python", "--plugin=.*graded.jsonl: not a Python file; its name must end in .py"),
+        ("no_task", "--task='plugged' is not one of gsm8k"),
         ("without", "config.model.family='plugged' is not one of llama.*load your own with --plugin=FILE.py"),
         ("missing", "--plugin=nowhere.py: FileNotFoundError"),
         ("broken", "--plugin=.*broken.py: ModuleNotFoundError: No module named 'no_such_module'"),

@@ -57,7 +57,7 @@ def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, qu
     capsys.readouterr()
     found = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert "fsdp=32" in (told := capsys.readouterr().out) and "sharding the model over all of them instead" in told
+    assert "fsdp=32" in (output := capsys.readouterr().out) and "sharding the model over all of them instead" in output
 
 
 def test_the_command(reference, questions):
@@ -149,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
     assert [json.loads(line)["index"] for line in path.read_text().split("\n")[:-1]] == list(range(7))
     assert evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0) == metrics
     assert len(asked) == 1 + 7
-    with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed: 0 -> 1\)"):
+    with pytest.raises(UserError, match=r"holds another evaluation \(settings.seed changed from 0 to 1\)"):
         evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=1)
 
 

@@ -57,8 +57,8 @@ def tokenizing_ways(tokenizer: Tokenizer, files: list[pathlib.Path], templates: 
 
     ways: Ways = {
         "bare library, 1 core": lambda: [encode(text) for text in texts],
-        "prepare_data, 1 core": lambda: prepared(1),
-        f"prepare_data, {len(cores)} cores": lambda: prepared(len(cores)),
+        "rho1 prepare, 1 core": lambda: prepared(1),
+        f"rho1 prepare, {len(cores)} cores": lambda: prepared(len(cores)),
     }
     return ways, tokens
 

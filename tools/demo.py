@@ -38,7 +38,7 @@ CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS = 40_000, 12_000, 288
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece")
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
@@ -47,13 +47,13 @@ def make_data(output: pathlib.Path, seed: int) -> None:
     data = output / "data"
     corpora = [data / "clean.jsonl", data / "noisy.jsonl"]
     if not (data / "questions.jsonl").exists():
-        say("writing the corpora")
+        announce("writing the corpora")
         write_corpora(data, seed, CLEAN_PROBLEMS, NOISY_PROBLEMS, QUESTIONS)
     if not (data / "tokenizer.model").exists():
-        say("training the tokenizer")
+        announce("training the tokenizer")
         train_tokenizer(corpora, data / "tokenizer.model", demo_config.VOCAB_SIZE, ["{text}"], max_sentences=50_000)
     for corpus in corpora:
-        say(f"preparing {corpus.name}")
+        announce(f"preparing {corpus.name}")
         options = preparation.Options(("{text}",), None, demo_config.SEQ_LEN, eval_fraction=0.02, max_bad_fraction=0.0)
         preparation.prepare([corpus], Tokenizer(data / "tokenizer.model"), data / corpus.stem, options, workers=2)
 
@@ -91,7 +91,7 @@ def demo(output: pathlib.Path, seed: int, cached: bool = False) -> dict[str, Any
         arm_start = time.monotonic()
         if arm == CACHED:
             score_data(config, "float32", entropies=False)
-        say(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN:,} tokens")
+        announce(f"{arm}: {config.steps} steps of {config.batch_size * demo_config.SEQ_LEN:,} tokens")
         train_model(config, output / arm)
         seconds[arm] = seconds.get(arm, 0.0) + time.monotonic() - arm_start
         seconds["total"] = seconds.get("total", 0.0) + time.monotonic() - start

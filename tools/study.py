@@ -28,7 +28,7 @@ from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 from rho1_jax.training.accounting import LEDGER_FILE
 from rho1_jax.training.config import selection_rule
-from tools.demo import SCORES, arm_config, make_data, say
+from tools.demo import SCORES, announce, arm_config, make_data
 
 RATES = (7e-4, 1.5e-3)
 PROBLEM = re.compile(r"Q: [^\n]*\nS: [^\n]*\nA: [^\n]*\n")
@@ -84,7 +84,7 @@ def prepare(output: pathlib.Path, seed: int) -> None:
     config.reference.scores = SCORES
     score_data(config, "float16", entropies=True)
     if not (output / "problems.npy").exists():
-        say("finding the problems")
+        announce("finding the problems")
         tokenizer = Tokenizer(output / "data" / "tokenizer.model")
         with replacing(output / "problems.npy") as beside, beside.open("wb") as file:
             np.save(file, problem_mask(Store(output / "data" / "noisy"), tokenizer))
@@ -107,7 +107,7 @@ def run_arm(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
     workdir = output / re.sub(r"\W+", "_", arm).strip("_") / f"{rate:g}"
     config = study_config(arm, output, seed, rate)
     if checkpoint.steps(workdir) != [config.steps]:
-        say(f"seed {seed}, {arm}, learning rate {rate:g}")
+        announce(f"seed {seed}, {arm}, learning rate {rate:g}")
         train_model(config, workdir)
     last = read_metrics(workdir)[-1]
     flops = sum(read_json(workdir / LEDGER_FILE)["flops"].values())

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rho1_jax.method.signals import WEIGHT, Registry, Signals
 
-OBJECTIVES = Registry("objective")
+OBJECTIVES = Registry("objective", extra=(WEIGHT,))
 register_objective = OBJECTIVES.register
 
 

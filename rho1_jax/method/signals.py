@@ -26,10 +26,10 @@ Signals = Mapping[str, jax.Array]  # name of a signal -> [B, L]
 class Registry(dict[str, Callable[..., jax.Array]]):
     """Functions of signals [B, L] to an array [B, L], by name."""
 
-    def __init__(self, kind: str):
-        """`kind` is what errors call an entry: "score", for example."""
+    def __init__(self, kind: str, extra: tuple[str, ...] = ()):
+        """`kind` is what errors call an entry, such as "score". `extra` are parameters that are not signals."""
         super().__init__()
-        self._kind = kind
+        self._kind, self._parameters = kind, (*COMPUTED_SIGNALS, *extra)
 
     def register(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """Adds a function under its own name. Usable as a decorator.
@@ -41,8 +41,8 @@ class Registry(dict[str, Callable[..., jax.Array]]):
         if name in self and self[name].__module__.startswith("rho1_jax."):
             raise ValueError(f"{self._kind} {name!r} is built in: give the function another name")
         for parameter in inspect.signature(function).parameters:
-            known = (*COMPUTED_SIGNALS, WEIGHT)
-            close = difflib.get_close_matches(parameter, known, n=1, cutoff=0.85)
+            known = self._parameters
+            close = difflib.get_close_matches(parameter, [*known, WEIGHT], n=1, cutoff=0.85)
             if parameter not in known and (close or not parameter.endswith(SUFFIX)):
                 hint = f"did you mean {close[0]}?" if close else f"a column of the data ends in {SUFFIX}"
                 raise ValueError(f"{self._kind} {name!r}: {parameter!r} is not one of {', '.join(known)}; {hint}")

@@ -176,7 +176,7 @@ def decode(
     model, S = nnx.merge(graphdef, outer), state.positions
     structure = model.structure
 
-    def one(state, _):
+    def decode_token(state, _):
         caches = list(state.caches)
         age_S = (state.next - jnp.arange(S)) % S  # tokens ago
         visible_by_window = {
@@ -198,7 +198,7 @@ def decode(
         token_B, logprob_B = _next_token(model, hidden_B1D[:, 0], number_B, length_B, key, temperature)
         return State(caches, token_B, logprob_B, length_B, number_B, (state.next + 1) % S), last
 
-    state, (tokens_TB, logprobs_TB) = jax.lax.scan(one, state, length=STRETCH)
+    state, (tokens_TB, logprobs_TB) = jax.lax.scan(decode_token, state, length=STRETCH)
     return state, replicate(tokens_TB.T), replicate(logprobs_TB.T)
 
 

@@ -33,13 +33,6 @@ ROPE_FIELDS = {
     "high_freq_factor": "rope_high_frequency_factor",
     "original_max_position_embeddings": "rope_original_length",
 }
-# Rotary positions without scaling.
-UNSCALED = {
-    "rope_factor": 1.0,
-    "rope_low_frequency_factor": 1.0,
-    "rope_high_frequency_factor": 4.0,
-    "rope_original_length": 8192,
-}
 DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
 
 
@@ -66,7 +59,7 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}")
     fields = {
-        **{ours: hf_config[theirs] for theirs, ours in FIELDS.items()},
+        **{field: hf_config[key] for key, field in FIELDS.items()},
         "kv_heads": hf_config.get("num_key_value_heads"),
         "head_width": hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"],
         "tied_embeddings": hf_config.get("tie_word_embeddings", False),
@@ -80,12 +73,14 @@ def _rope(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields = UNSCALED | {"rope_theta": float(rope.get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_THETA)}
+    fields: dict[str, Any] = {
+        "rope_theta": float(rope.get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_THETA)
+    }
     if kind == "llama3":
         missing = [key for key in ROPE_FIELDS if key not in rope]
         if missing:
             raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
-        fields |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}
+        fields |= {field: rope[key] for key, field in ROPE_FIELDS.items()}
     elif kind != "default":
         raise UserError(f"{path}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
     return fields
@@ -110,9 +105,9 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
         "head_dim": model.head_width,
         "tie_word_embeddings": model.tied_embeddings,
         "rope_theta": model.rope_theta,
-        **{theirs: getattr(model, ours) for theirs, ours in FIELDS.items()},
+        **{key: getattr(model, field) for key, field in FIELDS.items()},
     }
     if model.rope_factor != 1:
-        scaling = {theirs: getattr(model, ours) for theirs, ours in ROPE_FIELDS.items()}
+        scaling = {key: getattr(model, field) for key, field in ROPE_FIELDS.items()}
         hf_config["rope_scaling"] = {"rope_type": "llama3", **scaling}
     return hf_config | family.to_hf(model)

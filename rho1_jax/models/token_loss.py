@@ -94,7 +94,7 @@ def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_c
     hidden_ncD = jnp.pad(hidden_BLD.reshape(T, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
     targets_nc = jnp.pad(_local_targets(targets_BL.ravel(), output_vD, axis), (0, padding)).reshape(-1, chunk)
 
-    def one(part):
+    def chunk_losses(part):
         hidden_cD, targets_c = part
         logits_cv = _logits(hidden_cD, output_vD, soft_cap)
         largest_c = logits_cv.max(axis=-1)
@@ -116,7 +116,7 @@ def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_c
             entropy_c = jnp.log(total_c) - weighted_c / total_c
         return log_total_c - target_logit_c, log_total_c, entropy_c
 
-    chunks = jax.lax.map(one, (hidden_ncD, targets_nc))
+    chunks = jax.lax.map(chunk_losses, (hidden_ncD, targets_nc))
     return jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), chunks)
 
 
@@ -132,7 +132,7 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_B
     rank_T = jnp.where(matters_T, jnp.cumsum(matters_T) - 1, size)
     order_T = jnp.full(size, T).at[rank_T].set(jnp.arange(T), mode="drop")
 
-    def one(n, sums):
+    def add_chunk(n, sums):
         hidden_gradient_TD, output_gradient_vD = sums
         order_c = jax.lax.dynamic_slice_in_dim(order_T, n * chunk, chunk)
         hidden_cD, weight_c, log_total_c, targets_c = (
@@ -153,7 +153,7 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_B
         )
 
     zeros = jnp.zeros((size, D), jnp.float32), jnp.zeros(output_vD.shape, jnp.float32)
-    hidden_gradient_TD, output_gradient_vD = jax.lax.fori_loop(0, -(-matters_T.sum() // chunk), one, zeros)
+    hidden_gradient_TD, output_gradient_vD = jax.lax.fori_loop(0, -(-matters_T.sum() // chunk), add_chunk, zeros)
     if axis is not None:
         hidden_gradient_TD = jax.lax.psum(hidden_gradient_TD, axis)
         output_gradient_vD = jax.lax.psum(output_gradient_vD, "data")

@@ -85,9 +85,14 @@ def _load_plugins(paths: Sequence[str]) -> None:
     for path in paths:
         file = local_path(path, "--plugin")
         spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--plugin={path}: not a Python file; its name must end in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(file.stem, module)  # dataclasses look their module up there
         try:
-            assert spec is not None and spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(module)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"--plugin={path}: {type(error).__name__}: {error}") from error
 

@@ -3,7 +3,8 @@
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 
@@ -19,8 +20,12 @@ from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.setup import RunSetup
 from rho1_jax.training.state import TrainState
 
-# (state, batch=...) -> state, metrics, weights [B, L]
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
+
+class Step(Protocol):
+    """A compiled train step, with the parameters of a frozen reference bound."""
+
+    def __call__(self, state: TrainState, *, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+        """The next state, the metrics, and the weights [B, L]."""
 
 
 class Loop:

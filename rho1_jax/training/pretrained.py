@@ -110,11 +110,11 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
         meta = checkpoint.load_meta(directory)
         model = ModelConfig(**meta.config["model"] | run_settings(config))
         pretrained = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)
-    theirs, ours = pretrained.tokenizer_fingerprint, store.tokenizer_fingerprint
-    if theirs != ours:
+    model_tokenizer, data_tokenizer = pretrained.tokenizer_fingerprint, store.tokenizer_fingerprint
+    if model_tokenizer != data_tokenizer:
         raise UserError(
-            f"{key}={pretrained.path} has another tokenizer ({theirs[:12]}) than {store.path} was prepared with "
-            f"({ours[:12]}); prepare the data with {pretrained.tokenizer_path}"
+            f"{key}={pretrained.path} has another tokenizer ({model_tokenizer[:12]}) than {store.path} was prepared "
+            f"with ({data_tokenizer[:12]}); prepare the data with {pretrained.tokenizer_path}"
         )
     if model.vocab_size != config.model.vocab_size:
         raise UserError(

@@ -74,6 +74,11 @@ def test_a_bad_score_is_refused(added):
     def unnamed(advantage):
         return advantage
 
+    def weighted(policy_loss_BL, weight_BL):
+        return weight_BL * policy_loss_BL
+
+    with pytest.raises(ValueError, match="score 'weighted': 'weight_BL' is not one of"):
+        register(weighted)
     with pytest.raises(ValueError, match="score 'excess' is built in"):
         register(excess)
     with pytest.raises(

@@ -134,7 +134,7 @@ def test_a_family_is_registered_once():
 
 
 def test_an_unknown_family_is_refused_with_a_hint():
-    with pytest.raises(UserError, match="family='gpt' is not one of llama, .*import the module that registers it"):
+    with pytest.raises(UserError, match="family='gpt' is not one of llama, .*load your own with --plugin=FILE.py"):
         family_of(tiny(family="gpt"))
 
 
