@@ -114,8 +114,8 @@ def main() -> None:
             ", ".join(f"{name} {value:.2%}" if name != "items" else f"{value} items" for name, value in figures.items())
         )
         for item in differ:
-            ours, theirs = ("right" if verdict else "wrong" for verdict in (item["correct"], item["published"]))
-            print(f"line {item['line']}: {item['extracted']!r} for {item['answer']!r} is {ours} here, {theirs} there")
+            here, there = ("right" if verdict else "wrong" for verdict in (item["correct"], item["published"]))
+            print(f"line {item['line']}: {item['extracted']!r} for {item['answer']!r} is {here} here, {there} there")
 
     run(command)
 

@@ -40,26 +40,26 @@ ALIGNMENT = 64  # bytes
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
-def to_theirs(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+def to_hf_axes(tensor: Tensor, array: np.ndarray) -> np.ndarray:
     """A parameter of one layer, with the axes of its Hugging Face tensor."""
-    letters = tensor.theirs.replace(" ", "")
-    sizes = dict(zip(tensor.ours, array.shape))
-    shape = [math.prod(sizes[letter] for letter in group) for group in tensor.theirs.split()]
-    return array.transpose([tensor.ours.index(letter) for letter in letters]).reshape(shape)
+    letters = tensor.hf_axes.replace(" ", "")
+    sizes = dict(zip(tensor.axes, array.shape))
+    shape = [math.prod(sizes[letter] for letter in group) for group in tensor.hf_axes.split()]
+    return array.transpose([tensor.axes.index(letter) for letter in letters]).reshape(shape)
 
 
-def _to_ours(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    letters = tensor.theirs.replace(" ", "")
-    sizes = dict(zip(tensor.ours, shape))
-    return array.reshape([sizes[letter] for letter in letters]).transpose([letters.index(x) for x in tensor.ours])
+def _from_hf_axes(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    letters = tensor.hf_axes.replace(" ", "")
+    sizes = dict(zip(tensor.axes, shape))
+    return array.reshape([sizes[letter] for letter in letters]).transpose([letters.index(x) for x in tensor.axes])
 
 
-def _their_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+def _hf_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of the tensor that stores a part of the parameter. Only the first letter of a group may be sharded."""
-    ranges = {letter: part.indices(size)[:2] for letter, part, size in zip(tensor.ours, index, shape)}
-    sizes = dict(zip(tensor.ours, shape))
+    ranges = {letter: part.indices(size)[:2] for letter, part, size in zip(tensor.axes, index, shape)}
+    sizes = dict(zip(tensor.axes, shape))
     slices = []
-    for group in tensor.theirs.split():
+    for group in tensor.hf_axes.split():
         rest = group[1:]
         assert all(ranges[letter] == (0, sizes[letter]) for letter in rest)
         unit = math.prod(sizes[letter] for letter in rest)
@@ -186,12 +186,12 @@ class HuggingFaceFolder:
             numbers = range(*index[0].indices(shape[0]))
             shape, index = shape[1:], index[1:]
         names = [tensor.name.format(n=n) for n in numbers]
-        slices = _their_slices(tensor, index, shape)
+        slices = _hf_slices(tensor, index, shape)
         part_shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, shape))
         stored = jnp.result_type(*(DTYPES[self._stored[name].dtype] for name in names))
         rows = _aligned_empty((len(names), *part_shape), jnp.dtype(dtype or stored))
         for row, name in zip(rows, names):
-            row[...] = _to_ours(tensor, self.read(name, slices), part_shape)
+            row[...] = _from_hf_axes(tensor, self.read(name, slices), part_shape)
         return rows if tensor.stacked else rows[0]
 
 
@@ -210,8 +210,8 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
 def _expected(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that store a parameter."""
     layers, ours = (shape[0], shape[1:]) if tensor.stacked else (1, shape)
-    theirs = to_theirs(tensor, np.broadcast_to(np.int8(0), ours)).shape
-    return {tensor.name.format(n=n): theirs for n in range(layers)}
+    hf_shape = to_hf_axes(tensor, np.broadcast_to(np.int8(0), ours)).shape
+    return {tensor.name.format(n=n): hf_shape for n in range(layers)}
 
 
 def _some(names: list[str]) -> str:
@@ -223,4 +223,4 @@ def named_tensors(tensor: Tensor, array: np.ndarray) -> Iterator[tuple[str, np.n
     """The Hugging Face tensors, with their names, that store a parameter."""
     layers = array if tensor.stacked else array[None]
     for n, layer in enumerate(layers):
-        yield tensor.name.format(n=n), np.ascontiguousarray(to_theirs(tensor, layer))
+        yield tensor.name.format(n=n), np.ascontiguousarray(to_hf_axes(tensor, layer))

@@ -11,6 +11,7 @@ import jax
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import param_count
+from rho1_jax.models.families import family_of
 from rho1_jax.runtime.files import write_text
 
 LEDGER_FILE = "ledger.json"
@@ -64,7 +65,9 @@ class ForwardFlops:
         """
         embedding = model.vocab_size * model.width
         weights = param_count(model) - embedding * (1 if model.tied_embeddings else 2)
-        attention = 4 * model.layers * model.heads * model.head_width * seen_keys(seq_len, model.sliding_window)
+        structure = family_of(model).structure(model)
+        keys = sum(seen_keys(seq_len, structure.window(layer)) for layer in range(model.layers))
+        attention = 4 * model.heads * model.head_width * keys
         return cls(2 * weights + attention, 2 * embedding)
 
     @property

@@ -15,13 +15,13 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: of the tensor; {n} stands for the layer.
-      ours: axes of the parameter, without N, one letter each.
-      theirs: axes of the tensor, separated by spaces. Letters written together form one axis.
+      axes: of the parameter, without N, one letter each.
+      hf_axes: axes of the Hugging Face tensor, separated by spaces. Letters written together form one axis.
     """
 
     name: str
-    ours: str
-    theirs: str
+    axes: str
+    hf_axes: str
 
     @property
     def stacked(self) -> bool:
