@@ -43,13 +43,13 @@ class ModelConfig:
     """The shape of the model, and how it is computed."""
 
     family: str = "llama"  # structure: a name in rho1_jax/models/families
-    vocab_size: int = 0  # 0: the tokenizer's
-    width: int = 256  # D
-    layers: int = 6  # N
+    vocab_size: int = 0  # V, number of token ids; 0: the tokenizer's
+    width: int = 256  # D, width of the hidden states
+    layers: int = 6  # N, number of layers
     heads: int = 8  # H, query heads
-    kv_heads: int = 4  # K, divides heads
-    head_width: int = 32  # C
-    ff_width: int = 768  # F
+    kv_heads: int = 4  # K, key/value heads; divides `heads`
+    head_width: int = 32  # C, width of a head
+    ff_width: int = 768  # F, width of the feed-forward
     context_length: int = 0  # longest row the model is built for; 0: the data's
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_factor: float = 1.0  # stretches the slow rotary waves, as Llama 3.1 does with 8; 1: no stretching
@@ -59,7 +59,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # epsilon of the norms
     tied_embeddings: bool = True  # one matrix for input and output
     sliding_window: int | None = None  # keys a query sees, itself included; None: all of them
-    compute_dtype: str = "float32"  # of activations and of the reference; "bfloat16" on TPU and GPU
+    compute_dtype: str = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: int = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
@@ -80,16 +80,16 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = 1e-3  # peak
-    warmup_fraction: float = 0.1  # of the steps; linear, from zero
-    decay: str = "cosine"  # or "linear"
-    final_learning_rate_fraction: float = 0.1  # where the decay ends, relative to the peak
+    learning_rate: float = 1e-3  # peak learning rate
+    warmup_fraction: float = 0.1  # share of the steps that warm up, linearly from zero
+    decay: str = "cosine"  # shape of the decay after the warm-up: "cosine" or "linear"
+    final_learning_rate_fraction: float = 0.1  # learning rate at the last step, relative to the peak
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the denominator of the update
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
-    clip_norm: float = 1.0  # of the gradient
-    first_moment_dtype: str = "float32"  # or "bfloat16", to save memory
+    weight_decay: float = 0.1  # weight decay of matrices; norms and biases have none
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    first_moment_dtype: str = "float32"  # dtype of the first moment; "bfloat16" saves memory
     host_offload: bool = False  # keeps the moments in host memory between updates, where the backend can
 
 
@@ -100,12 +100,12 @@ class SelectionConfig:
     score: str = "excess"  # "none" (CLM), a score in rho1_jax/method/token_scores.py, "a:0.7 & b:0.7" or "a | b"
     rule: str = "ratio"  # keeps the top `ratio`; "threshold", "soft" and "weight": see the guide on selection
     ratio: float = 0.6  # share of the eligible tokens to train on, a multiple of 0.0001
-    schedule: str = "constant"  # of the ratio; "linear", "cosine" or "stepwise": from first_ratio to ratio
-    first_ratio: float = 1.0  # where the schedule starts
-    stairs: int = 4  # levels of "stepwise"
+    schedule: str = "constant"  # or from first_ratio to ratio: "linear", "cosine" or "stepwise"
+    first_ratio: float = 1.0  # ratio at the start of the schedule
+    stairs: int = 4  # number of levels of the schedule "stepwise"
     dense_fraction: float = 0.0  # share of the steps, at the start, that train on every eligible token
-    threshold: float = 0.0  # of the score, for the rules "threshold" and "soft"
-    temperature: float = 1.0  # of the rule "soft", in units of the score
+    threshold: float = 0.0  # score threshold of the rules "threshold" and "soft"
+    temperature: float = 1.0  # temperature of the rule "soft", in units of the score
     scope: str = "global"  # which tokens compete: those of the step, of a "microbatch" or of a "sequence"
 
 
@@ -123,8 +123,8 @@ class ReferenceConfig:
     checkpoint: str = ""  # a run, one of its checkpoints, or a Hugging Face folder
     scores: str = ""  # name of losses stored beside the data by `rho1 score`; empty: the reference runs in the step
     moves: str = ""  # lets the reference follow the policy: "average" of its parameters, or "snapshot"
-    decay: float = 0.999  # of the average: the share of it that a step keeps
-    every: int = 100  # steps between two snapshots
+    decay: float = 0.999  # share of the average that a step keeps, for moves="average"
+    every: int = 100  # steps between two snapshots, for moves="snapshot"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class EvalConfig:
 
     every: int = 100  # steps between two evaluations; the last step always has one
     data: str = ""  # held-out loss on the split "eval" of data sets: NAME=DIR,NAME=DIR
-    rows: int = 256  # rows of each data set, at most
+    rows: int = 256  # rows of each data set, rounded up to whole batches
     tasks: str = ""  # accuracy on math tasks, comma-separated: gsm8k,math_oai,... of rho1_jax/evals/tasks.py
     data_dir: str = ""  # folder of the tasks' files: DATA_DIR/gsm8k/test.jsonl
     task_items: int = 0  # items of each task, from its start; 0: all
@@ -168,11 +168,11 @@ class CheckpointConfig:
 class RunConfig:
     """One training run."""
 
-    seed: int = 0  # of initial weights, shuffles and the random score
+    seed: int = 0  # seed of the initial weights, the shuffles and the random score
     steps: int = 1000  # updates in total
-    epochs: float = 0.0  # above 0: passes over the training data, which then decide `steps`
+    epochs: float = 0.0  # passes over the training data; above 0, they decide `steps`
     batch_size: int = 32  # rows per step, over all devices and microbatches
-    microbatches: int = 1  # parts a step is computed in, to save memory; the update is the same
+    microbatches: int = 1  # parts that a step is computed in, to save memory; the update stays the same
     log_every: int = 10  # steps between two lines of metrics.jsonl
     objective: str = "cross_entropy"  # what is minimized: a name in rho1_jax/method/objectives.py
     mesh: MeshConfig = MeshConfig()
