@@ -18,6 +18,7 @@ from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import ScoreStore
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method import selection
+from rho1_jax.method.token_scores import SCORES
 from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
@@ -286,6 +287,28 @@ def test_rows_and_their_columns_stay_together(data):
         batch = next(stream)
         for tokens, number in zip(batch.tokens, batch.columns["external_BL"][:, 0]):
             np.testing.assert_array_equal(tokens, rows[int(number)]["tokens"])
+
+
+def test_a_named_column_of_your_own(data, tmp_path, monkeypatch):
+    """A score over the column "quality" of a mixture; a file that is missing for one data set."""
+
+    def finest(quality_BL):
+        return quality_BL
+
+    monkeypatch.setitem(SCORES, "finest", finest)
+    rows = len(Store(data).rows("train"))
+    values = np.random.default_rng(0).integers(0, 2, (rows, SEQ_LEN)).astype(bool)
+    np.save(tmp_path / "quality.npy", values)
+    config = config_of("slm", data)
+    config.steps, config.log_every = 2, 1
+    config.data.train = f"{data}:1,{data}:1"
+    config.selection.update(score="finest", rule="threshold", threshold=0.5)
+    config.data.external = f"quality={tmp_path}/quality.npy"
+    with pytest.raises(UserError, match="names 1 files for the column 'quality' of 2 data sets; give quality=FILE.npy"):
+        train_model(config, tmp_path / "run")
+    config.data.external += f",quality={tmp_path}/quality.npy"
+    train_model(config, tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["selected_fraction"] == pytest.approx(0.5, abs=0.12)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.preparation import prepare
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.method.objectives import OBJECTIVES
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
@@ -155,6 +156,14 @@ def test_resuming_with_other_settings_is_refused(data, reference, undisturbed, c
     config = config_of("slm", data, reference)
     config.update(change)
     with pytest.raises(UserError, match=f"cannot resume this run: {message}. Use a new --workdir, or change it back"):
+        train_model(config, undisturbed[0])
+
+
+def test_resuming_with_another_objective_is_refused(data, reference, undisturbed, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "other", lambda policy_loss_BL: policy_loss_BL)
+    config = config_of("slm", data, reference)
+    config.objective = "other"
+    with pytest.raises(UserError, match="cannot resume this run: config.objective changed from 'cross_entropy' to"):
         train_model(config, undisturbed[0])
 
 
