@@ -64,3 +64,21 @@ def test_ledger_and_trace_of_a_run(data, reference, tmp_path, monkeypatch):
     assert ledger["mfu"] == pytest.approx(ledger["tokens_per_second_per_chip"] * flops_a_token / 1e12)
     assert last["mfu"] == pytest.approx(last["tokens_per_second"] / 8 * flops_a_token / 1e12, rel=0.02)
     assert list((tmp_path / "run" / "trace").rglob("*.xplane.pb"))
+
+
+def test_windows_count_layer_by_layer(monkeypatch):
+    """Two layers of three have a window of 4; the third sees whole rows."""
+    alternating = dataclasses.replace(
+        FAMILIES["llama"], name="alternating", structure=lambda model: Structure(windows=(4, 4, None))
+    )
+    monkeypatch.setitem(FAMILIES, "alternating", alternating)
+    layers = {
+        name: ForwardFlops.of(tiny(layers=3, **changes), 16).layers
+        for name, changes in (
+            ("alternating", {"family": "alternating"}),
+            ("window", {"family": "mistral", "sliding_window": 4}),
+            ("full", {}),
+        )
+    }
+    assert layers["window"] < layers["alternating"] < layers["full"]
+    assert layers["alternating"] == pytest.approx((2 * layers["window"] + layers["full"]) / 3)
