@@ -1,5 +1,6 @@
 """Computed FLOPs against XLA's count, and the ledger of a run."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from helpers import config_of, random_batch, tiny
 
 from rho1_jax.models import decoder
+from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.forward import make_token_losses
+from rho1_jax.models.structure import Structure
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.train import train_model
 from rho1_jax.training import accounting
