@@ -273,10 +273,8 @@ class Decoder(nnx.Module):
         return self.norm(hidden_BLD)
 
     def _embed(self, tokens_BL: jax.Array, decoding: bool) -> jax.Array:
-        hidden_BLD, scale = (
-            self.embedding[...].astype(self.config.compute_dtype)[tokens_BL],
-            self.structure.embedding_scale,
-        )
+        scale = self.structure.embedding_scale
+        hidden_BLD = self.embedding[...].astype(self.config.compute_dtype)[tokens_BL]
         return shard_activations(hidden_BLD if scale == 1 else hidden_BLD * scale, decoding)
 
 
