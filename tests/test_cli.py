@@ -253,6 +253,7 @@ def halved(policy_loss_BL, weight_BL):
 """
 
 
+@pytest.mark.slow
 def test_a_plugin_registers_before_any_command_runs(data, tmp_path):
     """A family, where only its checkpoint names it; loaded twice, and missing or broken."""
     (tmp_path / "plugged.py").write_text(PLUGIN)

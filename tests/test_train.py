@@ -242,6 +242,7 @@ def test_a_mistyped_command_prints_one_line_and_exits_with_status_2(tmp_path, ar
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_first_moment_trains_about_the_same(data, undisturbed, reference, tmp_path):
     config = config_of("slm", data, reference)
     config.optimizer.first_moment_dtype = "bfloat16"
@@ -250,6 +251,7 @@ def test_a_bfloat16_first_moment_trains_about_the_same(data, undisturbed, refere
     assert ours["loss"] != theirs["loss"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", ["average", "snapshot"])
 def test_a_moving_reference_resumes(data, reference, tmp_path, moves):
     """A run that is stopped and resumed equals one that is not, and its reference has moved."""
@@ -294,6 +296,7 @@ def test_bad_settings_of_a_moving_reference_are_refused(data, tmp_path, change, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_kernel_and_more_remat(data, reference, tmp_path, capsys):
     config = config_of("slm", data, reference)
     config.steps = 4

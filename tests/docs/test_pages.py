@@ -91,6 +91,7 @@ def test_a_page_for_each_room_names_each_module(hooks):
         assert modules and all(f"::: rho1_jax.{room}.{module}\n" in page for module in modules)
 
 
+@pytest.mark.slow
 def test_the_score_of_the_guide_is_the_example_and_trains(data, reference, tmp_path):
     assert blocks("add_score.md")["my_score.py"] == (root() / "docs" / "examples" / "own_score.py").read_text()
     config = load_block("add_score.md", "my_score.py", tmp_path).get_config()
@@ -99,12 +100,14 @@ def test_the_score_of_the_guide_is_the_example_and_trains(data, reference, tmp_p
     assert len(metrics) == 3 and all("reference_loss" in line for line in metrics)
 
 
+@pytest.mark.slow
 def test_the_rule_of_the_guide_weights_tokens(data, reference, tmp_path):
     config = load_block("add_score.md", "my_rule.py", tmp_path).get_config()
     metrics = train_three_steps(config, data, reference, tmp_path / "run")
     assert all(0 < line["selected_fraction"] < 1 for line in metrics)
 
 
+@pytest.mark.slow
 def test_the_objective_of_the_guide_trains(data, reference, tmp_path):
     config = load_block("add_objective.md", "my_objective.py", tmp_path).get_config()
     assert config.objective == "focal"

@@ -59,6 +59,7 @@ def sharp(config, seed=3):
     return decoder.build(config), jax.tree.map(lambda x: 3 * x, decoder.init_params(config, seed))
 
 
+@pytest.mark.slow
 def test_the_page_trains_on_a_mesh_as_on_one_device(zigzag):
     graphdef, optimizer, batches = decoder.build(zigzag), optax.sgd(1.0), [random_batch(8, 16, n) for n in range(2)]
     params, reference = decoder.init_params(zigzag, 0), decoder.init_params(zigzag, 1)

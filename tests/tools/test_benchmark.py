@@ -11,6 +11,7 @@ from tools.benchmark_cases import SIZES, timed
 from tools.benchmark_data import loading_ways, scoring_ways
 
 
+@pytest.mark.slow
 def test_each_arm_has_a_speed(capsys):
     speeds = benchmark.measure("steps", ["tiny"], peers=False, repeats=1, text=None)["tiny steps"]
     assert list(speeds) == ["CLM", "SLM online", "SLM cached", "scoring"]
