@@ -15,6 +15,8 @@ from rho1_jax.models.forward import make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny(vocab_size=300, context_length=48)
 
 

@@ -83,6 +83,7 @@ def test_the_page_trains_on_a_mesh_as_on_one_device(zigzag):
     assert min(jax.tree.leaves(moved)) > 1e-5
 
 
+@pytest.mark.slow
 def test_the_page_decodes_as_one_pass_over_the_whole_text(zigzag, tokenizer):
     config = dataclasses.replace(zigzag, vocab_size=tokenizer.vocab_size)
     graphdef, params = sharp(config)
@@ -246,6 +247,7 @@ def test_a_pattern_of_windows_equals_each_layer_in_turn(family_with, windows, ch
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, expected)
 
 
+@pytest.mark.slow
 def test_scoring_and_decoding_cap_the_logits(family_with, tokenizer):
     """lm-eval's scores and the generator's log-probabilities against the losses, with both soft caps."""
     config = family_with(tokenizer.vocab_size, attention_soft_cap=2.0, logit_soft_cap=2.0, query_scale=1.0)

@@ -217,6 +217,7 @@ def test_document_mask_off_lets_attention_cross_documents(params, batch):
 COMPOSED = "excess:0.8 & policy_entropy:0.7"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
