@@ -144,6 +144,7 @@ def test_normalize():
     assert normalize("  \\$1{,}000 ") and normalize("\\tfrac{1}{2}") == "\\frac{1}{2}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, task, published, least",
     [

@@ -106,6 +106,7 @@ def test_no_row_waits_for_the_longest(setup, tokenizer, monkeypatch):
     assert len(stretches) == -(-50 // generation.STRETCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_a_mesh_changes_nothing(setup, tokenizer, sizes):
     expected = [teacher_forced(setup, tokenizer, prompt, 20) for prompt in MANY]
@@ -237,6 +238,7 @@ def run_all(setup, tokenizer, prompts, rows=2, **options):
     return sorted(Generator(*setup, tokenizer, rows).run(deque(enumerate(prompts)), **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 def test_log_probabilities_equal_teacher_forcing(setup, tokenizer, sizes, temperature):

@@ -181,6 +181,7 @@ def test_a_file_that_is_missing_or_cut_short_is_named(copy):
         HuggingFaceFolder(copy)
 
 
+@pytest.mark.slow
 def test_the_commands_import_and_export_and_report_errors_in_one_line(folder, tmp_path):
     imported, exported = tmp_path / "imported", tmp_path / "exported"
     done = run_command("tools.import_hf", f"--hf={folder}", f"--output={imported}", "--dtype=bfloat16")
@@ -211,6 +212,7 @@ def test_a_model_that_its_family_cannot_express_is_not_exported():
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 
+@pytest.mark.slow
 def test_training_from_a_folder_equals_training_from_its_imported_checkpoint(folder, data, corpus, tmp_path):
     """Policy and reference. The data was prepared with the folder's tokenizer."""
     import_hf(folder, tmp_path / "imported", dtype=None)
