@@ -27,11 +27,13 @@ def inputs(selected):
 
 def expected(hidden, output, targets, weights, cap=None):
     """Losses and both gradients, from optax in float64."""
-
-    def total(hidden, output):
-        return (weights * optax_losses(hidden, output, targets, cap)).sum()
-
     with jax.enable_x64(True):
+        # As JAX arrays: an operation that gets NumPy's may find a program that was compiled for float32.
+        hidden, output, weights = (jnp.asarray(x, jnp.float64) for x in (hidden, output, weights))
+
+        def total(hidden, output):
+            return (weights * optax_losses(hidden, output, targets, cap)).sum()
+
         losses = optax_losses(hidden, output, targets, cap)
         gradients = jax.grad(total, argnums=(0, 1))(hidden, output)
     return losses, *gradients
