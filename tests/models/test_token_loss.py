@@ -81,6 +81,7 @@ def entropies(hidden, output, targets, chunk):
 
 def expected_entropies(hidden, output):
     with jax.enable_x64(True):
+        hidden, output = jnp.asarray(hidden, jnp.float64), jnp.asarray(output, jnp.float64)
         logits = jnp.einsum("bld,vd->blv", hidden, output)
         return optax.softmax_cross_entropy(logits, jax.nn.softmax(logits))
 
