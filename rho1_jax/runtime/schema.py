@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, kind: type[T], where: object) -> T:
       UserError: it is not JSON, or not of that type.
     """
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        return _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
     key, message = ".".join(map(str, problem["loc"])), problem["msg"]
