@@ -7,8 +7,8 @@ from rho1_jax.runtime.errors import UserError
 
 KEY = "format_version"
 # Raise it when this version would misread what the next one writes. Everything older must stay readable.
-# 1 (no key): rho1_jax 0.1. 2: the key, config.objective.
-FORMAT_VERSION = 2
+# 1 (no key): rho1_jax 0.1. 2: the key, config.objective. 3: checksums of arrays and files.
+FORMAT_VERSION = 3
 
 
 def check_format(stored: Mapping[str, Any], where: object) -> None:
