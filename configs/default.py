@@ -81,9 +81,10 @@ class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
     learning_rate: float = 1e-3  # peak learning rate
-    warmup_fraction: float = 0.1  # share of the steps that warm up, linearly from zero
+    schedule_steps: int = 0  # steps that the learning rate schedule spans; 0: those of the run
+    warmup_fraction: float = 0.1  # share of the schedule that warms up, linearly from zero
     decay: str = "cosine"  # shape of the decay after the warm-up: "cosine" or "linear"
-    final_learning_rate_fraction: float = 0.1  # learning rate at the last step, relative to the peak
+    final_learning_rate_fraction: float = 0.1  # learning rate at the end of the schedule, relative to the peak
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the denominator of the update
@@ -162,6 +163,7 @@ class CheckpointConfig:
 
     every: int = 100  # steps between two checkpoints; the last step always has one
     keep: int = 2  # newest checkpoints to keep; 0: all
+    grace_seconds: float = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +176,7 @@ class RunConfig:
     batch_size: int = 32  # rows per step, over all devices and microbatches
     microbatches: int = 1  # parts that a step is computed in, to save memory; the update stays the same
     log_every: int = 10  # steps between two lines of metrics.jsonl
+    max_skipped_steps: int = 10  # in a row; a step is skipped if its loss or gradient is not finite
     objective: str = "cross_entropy"  # what is minimized: a name in rho1_jax/method/objectives.py
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()

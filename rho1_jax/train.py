@@ -5,6 +5,7 @@ rho1 train --config=CONFIG[:stage] --workdir=DIR [--config.key=value]
 The same command again resumes from the newest checkpoint, as if the run had never stopped.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -20,14 +21,18 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training.accounting import ForwardFlops, Ledger
+from rho1_jax.training.agreement import check_same_everywhere
 from rho1_jax.training.checkpoint import Checkpoints
 from rho1_jax.training.config import write_config
 from rho1_jax.training.loop import Loop
 from rho1_jax.training.pretrained import open_same_model
 from rho1_jax.training.reference import open_reference
 from rho1_jax.training.setup import describe_run, first_state, jitted_step, open_run
+
+LOCK_FILE = "lock"
 
 
 def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Params:
@@ -47,13 +52,16 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
     # 1. Check everything that can be refused, before anything is written.
     setup, data = open_run(config)
     config, mesh = setup.config, setup.mesh
-    with jax.set_mesh(mesh):
+    check_same_everywhere(config, data)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         initial = open_same_model(config.init.checkpoint, "config.init.checkpoint", config, setup.model, data.stores[0])
         reference = open_reference(config, setup.needs, setup.model, data.stores, mesh)
         evaluator = Evaluator(config, setup.policy, data.tokenizer, mesh)
 
         # 2. The state: from the newest checkpoint, from another run, or new.
-        workdir.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            stack.enter_context(locked(workdir / LOCK_FILE, f"--workdir={workdir}"))
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         state, meta = first_state(setup, checkpoints, describe_run(setup, data, reference), initial, reference)
         if is_first():

@@ -11,8 +11,11 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from rho1_jax.runtime import peers, stopping
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.processes import say
+from rho1_jax.runtime.stopping import Stopped
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
@@ -127,11 +130,18 @@ def run(main: Callable[[], None]) -> None:
         return rest
 
     def guarded(_: Sequence[str]) -> None:
+        stopping.listen()
         try:
             _load_plugins(plugins.value)
             main()
+        except Stopped as stop:
+            say(str(stop))
         except UserError as error:
             _exit(error)
+        except Exception:
+            peers.wait_for_verdict()
+            raise
+        peers.done()
 
     logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=parse)

@@ -1,12 +1,17 @@
 """Run one command as several processes: start-up, and output from the first process only."""
 
+import json
 import resource
+import socket
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
+from rho1_jax.runtime import peers, stopping
 from rho1_jax.runtime.errors import UserError
 
 AUTOMATIC = "auto"
@@ -38,14 +43,33 @@ def start(value: str) -> None:
         except ValueError:
             raise UserError(f"--distributed={value} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX") from None
     try:
+        # Without this, processes end with stack dumps as soon as process 0 is gone. `peers` says which one has died.
+        jax.config.update("jax_enable_recoverability", True)
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--distributed={value}: {error}") from None
+    stopping.handle_signals()  # JAX installed its own
+    peers.watch(value.rpartition(":")[0] if value != AUTOMATIC else _own_address())
+
+
+def _own_address() -> str:
+    """The address under which this machine reaches others. No packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
 
 
 def is_first() -> bool:
     """True on the process that writes files and prints."""
     return jax.process_index() == 0
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What each process passes, by its number. All must call it. `value` is anything that JSON can hold."""
+    text = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    return [json.loads(row.tobytes()) for row in texts]
 
 
 def say(text: str) -> None:

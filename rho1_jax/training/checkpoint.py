@@ -43,6 +43,9 @@ class Meta(NamedTuple):
       tokenizer: fingerprint of the tokenizer.
       reference: path and fingerprint of the reference model; None if the run has none.
       format_version: of what is on disk, see `runtime.formats`.
+      permuted_rows: True if the rows of a step are permuted; older runs keep their order.
+      health: of the run so far, as `training.health.Health` counts it; None: no step was made.
+      pending: what is logged of the last step, if its evaluation is still to do.
     """
 
     step: int
@@ -53,6 +56,9 @@ class Meta(NamedTuple):
     tokenizer: str
     reference: dict[str, str] | None
     format_version: int = formats.FORMAT_VERSION
+    permuted_rows: bool = False
+    health: dict[str, Any] | None = None
+    pending: dict[str, float] | None = None
 
     @classmethod
     def read(cls, stored: dict[str, Any], where: object) -> "Meta":

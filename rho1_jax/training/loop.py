@@ -4,21 +4,30 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
+from rho1_jax.runtime import stopping
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import replacing
 from rho1_jax.runtime.metrics import MetricsWriter
-from rho1_jax.runtime.processes import is_first
+from rho1_jax.runtime.processes import is_first, say
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.stopping import Stopped
+from rho1_jax.training import health
 from rho1_jax.training.accounting import Ledger
 from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.health import Health
 from rho1_jax.training.setup import RunSetup
 from rho1_jax.training.state import TrainState
+
+SKIPPED_DIR = "skipped"
 
 
 class Step(Protocol):
@@ -26,6 +35,15 @@ class Step(Protocol):
 
     def __call__(self, state: TrainState, *, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
         """The next state, the metrics, and the weights [B, L]."""
+
+
+class _Dispatched(NamedTuple):
+    """A step that was given to the devices: its number, its rows, and what will come of it."""
+
+    number: int
+    batch: Batch
+    metrics: dict[str, jax.Array]
+    weight_BL: jax.Array
 
 
 class Loop:
@@ -43,75 +61,125 @@ class Loop:
     ):
         self.config, self.schedule, self.meta = setup.config, setup.schedule, meta
         self.workdir, self.evaluator, self.checkpoints, self.ledger = workdir, evaluator, checkpoints, ledger
+        self.health = Health(**meta.health or {})
+        self.is_failing = False  # too many steps in a row were skipped
         self.tokens_per_step = self.config.batch_size * seq_len
-        self.writer = MetricsWriter(workdir, meta.step) if is_first() else None
+        self.writer = MetricsWriter(workdir, meta.step - bool(meta.pending)) if is_first() else None
         self.progress = Progress(workdir.name, self.config.steps, unit="steps", initial=meta.step)
         self.clock = time.monotonic()
-        self.first_step = self.clock_step = meta.step
+        self.first_step = self.clock_step = self.saved_step = meta.step
 
     def run(self, state: TrainState, step: Step, batches: Iterator[Batch]) -> Params:
-        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs."""
-        config, waiting = self.config, None
-        with self.progress:
-            for number in range(self.meta.step + 1, config.steps + 1):
-                if number == config.trace.first:
-                    jax.profiler.start_trace(str(self.workdir / "trace"))
-                state, metrics, _ = step(state, batch=next(batches))
-                if waiting:
-                    self.record(*waiting, {})
-                waiting = (number, metrics)
-                if config.trace.first and number == min(config.trace.last, config.steps):
-                    jax.block_until_ready(metrics)
-                    jax.profiler.stop_trace()
-                last = number == config.steps
-                evaluate = last or number % config.eval.every == 0
-                save = last or number % config.checkpoint.every == 0
-                if evaluate or save:
-                    # The metrics of a checkpoint's step reach metrics.jsonl before the checkpoint is written.
-                    self.record(*waiting, self.evaluate(state.params) if evaluate else {})
-                    waiting = None
-                if save:
-                    self.save(state)
-        self.checkpoints.close()
-        if self.writer:
-            self.writer.close()
+        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs.
+
+        Raises:
+          Stopped: the run was asked to stop. It is saved.
+          UserError: too many steps in a row were skipped. The run is saved, and the rows of the last one.
+        """
+        try:
+            with self.progress:
+                state = self.steps(state, step, batches)
+        finally:
+            self.checkpoints.close()
+            if self.writer:
+                self.writer.close()
         return state.params
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """All evaluations. The rate does not count their time."""
+    def steps(self, state: TrainState, step: Step, batches: Iterator[Batch]) -> TrainState:
+        """The steps themselves. Returns the last state."""
+        config, waiting = self.config, None
+        if self.meta.pending:
+            self.evaluate_pending(state, self.meta.pending)
+        for number in range(self.meta.step + 1, config.steps + 1):
+            if number == config.trace.first:
+                jax.profiler.start_trace(str(self.workdir / "trace"))
+            vote = stopping.vote()
+            batch = next(batches)
+            state, metrics, weight_BL = step(state, batch=batch)
+            stopping.save_on_stop(config.checkpoint.grace_seconds)
+            if waiting:
+                self.log(waiting.number, self.count(waiting), {})
+            waiting = _Dispatched(number, batch, metrics, weight_BL)
+            if config.trace.first and number == min(config.trace.last, config.steps):
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            stop = vote() or multihost_utils.reached_preemption_sync_point(number) or self.is_failing
+            evaluate = number == config.steps or number % config.eval.every == 0
+            save = number == config.steps or number % config.checkpoint.every == 0
+            if stop or evaluate or save:
+                # The metrics of a checkpoint's step reach metrics.jsonl before the checkpoint is written.
+                done, waiting = waiting, None
+                line = self.count(done)
+                stop = stop or self.is_failing
+                if not evaluate:
+                    self.log(number, line, {})
+                else:
+                    self.meta = self.meta._replace(pending=line)
+                    if not stop:
+                        self.evaluate_pending(state, line)
+                if stop or save:
+                    self.save(state)
+                if stop:
+                    self.stop(done)
+        return state
+
+    def evaluate_pending(self, state: TrainState, line: dict[str, float]) -> None:
+        """Evaluates the last step, and logs it. If it is asked to stop, it saves the state; the resumed run evaluates.
+
+        Raises:
+          Stopped: the run was asked to stop.
+        """
         start = time.monotonic()
-        metrics = self.evaluator(params)
-        self.clock += time.monotonic() - start
-        return metrics
+        try:
+            evaluations = self.evaluator(state.params)
+        except Stopped:
+            self.save(state)
+            raise self.stopped() from None
+        self.clock += time.monotonic() - start  # the rate does not count evaluations
+        self.meta = self.meta._replace(pending=None)
+        self.log(self.meta.step, line, evaluations)
 
     def save(self, state: TrainState) -> None:
         """Starts to save a checkpoint. The rate does not count the time until training can continue."""
+        if self.meta.step == self.saved_step:
+            return
         start = time.monotonic()
         self.checkpoints.save(state, self.meta)
+        self.saved_step = self.meta.step
         if self.writer:
             self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)
         self.clock += time.monotonic() - start
 
-    def record(self, number: int, device_metrics: dict[str, jax.Array], evaluations: dict[str, float]) -> None:
-        """Counts a step's tokens, and writes its metrics if the step is one of those that are logged."""
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
-            raise UserError(
-                f"step {number}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; no checkpoint was "
-                "written since. Try a lower config.optimizer.learning_rate or a longer warm-up"
-            )
+    def count(self, done: _Dispatched) -> dict[str, float]:
+        """Counts a step, and returns what is logged of it, except for evaluations."""
+        metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+        selected = 0 if metrics["skipped"] else int(metrics["selected_count"])
+        learning_rate = float(self.schedule(done.number - 1 - self.health.skipped_steps))
+        if metrics["skipped"]:
+            say(f"step {done.number} was skipped: {_shown(metrics)}; {health.advice(metrics, self.health)}")
+        elif self.health.is_spike(metrics["loss"]):
+            say(f"step {done.number}: the loss jumped to {metrics['loss']:.3f} from {self.health.loss_mean:.3f}")
+        self.health = self.health.after(metrics)
+        self.is_failing = bool(metrics["skipped"]) and self.health.skipped_in_a_row >= self.config.max_skipped_steps
         self.meta = self.meta._replace(
-            step=number,
+            step=done.number,
             tokens_seen=self.meta.tokens_seen + self.tokens_per_step,
-            tokens_selected=self.meta.tokens_selected + int(metrics.pop("selected_count")),
+            tokens_selected=self.meta.tokens_selected + selected,
+            health=self.health._asdict(),
         )
-        note = " ".join([f"loss {metrics['loss']:.3f}", *(f"{k[5:]} {v:.3f}" for k, v in evaluations.items())])
+        totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
+        alarms = {"skipped_steps": self.health.skipped_steps, "loss_spikes": self.health.loss_spikes}
+        shown = {name: metrics[name] for name in metrics.keys() - {"selected_count", "skipped"}}
+        return {name: value for name, value in (totals | shown | alarms).items() if math.isfinite(value)} | {
+            "learning_rate": learning_rate
+        }
+
+    def log(self, number: int, line: dict[str, float], evaluations: dict[str, float]) -> None:
+        """Shows a step, and writes its metrics if it is one of those that are logged."""
+        note = " ".join([f"loss {line['loss']:.3f}" if "loss" in line else "skipped", *_notes(evaluations)])
         self.progress.advance_to(number, note)
         if self.writer and (evaluations or number % self.config.log_every == 0 or number == self.config.steps):
-            totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
-            schedule = {"learning_rate": float(self.schedule(number - 1))}
-            speed = self.speed(number, metrics["selected_fraction"])
-            self.writer.write(number, totals | metrics | schedule | speed | evaluations)
+            self.writer.write(number, line | self.speed(number, line.get("selected_fraction", 0.0)) | evaluations)
 
     def speed(self, number: int, selected_fraction: float) -> dict[str, float]:
         """Tokens per second since the last call and, on a known chip, the share of its peak that training used."""
@@ -122,3 +190,40 @@ class Loop:
         self.clock_step = number
         mfu = self.ledger.mfu(tokens, selected_fraction * tokens, seconds)
         return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
+
+    def stopped(self) -> Stopped:
+        """What to raise once the run is saved."""
+        self.checkpoints.close()
+        return Stopped(f"stopped after step {self.meta.step} of {self.config.steps}; the same command resumes there")
+
+    def stop(self, done: _Dispatched) -> None:
+        """Ends a run that is saved: as asked, or because it fails, with the rows of its last step beside it."""
+        if not self.is_failing:
+            raise self.stopped()
+        path = self.workdir / SKIPPED_DIR / f"step_{done.number}_process_{jax.process_index()}.npz"
+        path.parent.mkdir(exist_ok=True)
+        arrays = {**done.batch._asdict(), **done.batch.columns, "weight_BL": done.weight_BL}
+        rows: dict[str, Any] = {name: _local(x) for name, x in arrays.items() if isinstance(x, jax.Array)}
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(file, **rows)
+        metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+        raise UserError(
+            f"the last {self.health.skipped_in_a_row} steps were skipped, up to step {done.number}: {_shown(metrics)}. "
+            f"The rows of the last one are in {path}, the state is the checkpoint of that step; "
+            f"{health.advice(metrics, self.health)}"
+        )
+
+
+def _local(array: jax.Array) -> np.ndarray:
+    """The rows of an array [B, ...] that this process holds, in order."""
+    shards = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+    return np.concatenate([shards[start] for start in sorted(shards)])
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    names = ("loss", "reference_loss", "gradient_norm")
+    return ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in names if name in metrics)
+
+
+def _notes(evaluations: dict[str, float]) -> list[str]:
+    return [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluations.items()]

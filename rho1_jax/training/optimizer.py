@@ -11,7 +11,11 @@ DECAYS = ("cosine", "linear")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from zero, then a cosine or linear decay to a fraction of the peak at the last step."""
+    """Linear warm-up from zero, then a cosine or linear decay to a fraction of the peak, where it stays.
+
+    The decay ends after `config.schedule_steps` updates; if that is 0, after `steps`.
+    """
+    steps = config.schedule_steps or steps
     peak, final = config.learning_rate, config.final_learning_rate_fraction
     warmup = round(config.warmup_fraction * steps)
     after = max(1, steps - warmup)
@@ -31,7 +35,7 @@ def _decayed(params: Params) -> Params:
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW under a learning rate schedule. Its state holds two trees shaped like the parameters."""
-    optimizer = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule,
@@ -43,13 +47,3 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             mu_dtype=config.first_moment_dtype,
         ),
     )
-    return _from_host(optimizer) if config.host_offload else optimizer
-
-
-def _from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, with its state moved to the device for each update. The step's out_shardings move it back."""
-
-    def update(updates, state, params=None):
-        return optimizer.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
-
-    return optax.GradientTransformation(optimizer.init, update)

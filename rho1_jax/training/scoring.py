@@ -12,9 +12,10 @@ from rho1_jax.data.loader import eval_batches, to_devices
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import SPLIT, ScoreWriter
-from rho1_jax.runtime import sharding
+from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.processes import is_first, say
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.stopping import Stopped
 
 
 def score_rows(
@@ -37,6 +38,7 @@ def score_rows(
     """
     if is_first():
         writer.start()
+    stopping.save_on_stop()
     shards = writer.shards()
     # All processes must score the same shards, and only the first one's disk counts.
     done = multihost_utils.broadcast_one_to_all(np.array([writer.has(number) for number in range(len(shards))]))
@@ -47,11 +49,14 @@ def score_rows(
         for number, rows in left:
             parts, waiting = [], None
             for batch in eval_batches(all_rows, batch_size, sharding.local_rows(mesh, batch_size), rows):
+                vote = stopping.vote()
                 running = signals(to_devices(batch, mesh, batch_size))
                 if waiting is not None:  # fetched while the next batch runs
                     parts.append(jax.device_get(waiting))
                     progress.advance(batch_size * store.seq_len)
                 waiting = running
+                if vote():
+                    raise Stopped(f"stopped after {number} of {len(shards)} shards; the same command resumes there")
             parts.append(jax.device_get(waiting))
             progress.advance(len(rows) * store.seq_len - (len(parts) - 1) * batch_size * store.seq_len)
             if is_first():

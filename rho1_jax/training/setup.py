@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 from rho1_jax.configs.default import ModelConfig, OptimizerConfig
 from rho1_jax.data.loader import open_mixture
+from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method.objectives import OBJECTIVES
 from rho1_jax.method.selection import Selection
 from rho1_jax.models import decoder
+from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.processes import say
@@ -28,7 +30,7 @@ from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_opt
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import Reference
 from rho1_jax.training.state import TrainState
-from rho1_jax.training.train_step import make_train_step, needed_signals
+from rho1_jax.training.train_step import TrainStep, make_train_step, needed_signals
 
 # Resuming with another value of one of these would train on other batches, or train another model.
 FIXED_ON_RESUME = (
@@ -246,10 +248,36 @@ def check_resume(saved: Meta, meta: Meta) -> None:
     for part, name in parts.items():
         if getattr(saved, part) != getattr(meta, part):
             raise UserError(f"cannot resume this run: the content of {name} changed. Use a new --workdir")
+    steps = meta.config["steps"]
+    if steps < saved.step:
+        raise UserError(
+            f"config.steps={steps} is below the {saved.step} steps that this run has done; raise it, or use a new "
+            "--workdir"
+        )
     for change in changes(saved.config, meta.config):
         if change.key.startswith(FIXED_ON_RESUME) and change.key not in FREE_ON_RESUME:
             raise UserError(f"cannot resume this run: {change}. Use a new --workdir, or change it back")
         say(f"since the last start, {change}")
+    if steps != saved.config["steps"]:
+        say(_changed_schedules(saved, meta.config))
+
+
+def _changed_schedules(saved: Meta, config: dict[str, Any]) -> str:
+    """What another number of steps does to the schedules of a run."""
+    before, after = (
+        float(learning_rate_schedule(OptimizerConfig(**c["optimizer"]), c["steps"])(saved.step))
+        for c in (saved.config, config)
+    )
+    text = f"the learning rate of step {saved.step + 1} stays {after:.3g}"
+    if before != after:
+        text = (
+            f"the learning rate schedule now spans {config['steps']} steps: that of step {saved.step + 1} changes from "
+            f"{before:.3g} to {after:.3g}. To keep the old one, set "
+            f"config.optimizer.schedule_steps={saved.config['optimizer']['schedule_steps'] or saved.config['steps']}"
+        )
+    if config["selection"]["schedule"] != "constant" or config["selection"]["dense_fraction"]:
+        text += f"; the schedule of config.selection now spans {config['steps']} steps"
+    return text
 
 
 def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax.stages.Wrapped:
@@ -268,4 +296,17 @@ def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax
         moving=reference.moving,
     )
     rows, everywhere = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    if config.optimizer.host_offload:
+        step = _from_host(step)
     return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))
+
+
+def _from_host(step: TrainStep) -> TrainStep:
+    """The step, with the optimizer state moved to the devices first. `out_shardings` moves the new one back."""
+
+    @functools.wraps(step)
+    def moved(state: TrainState, reference_params: Params | None, batch: Batch):
+        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        return step(state._replace(opt_state=opt_state), reference_params, batch)
+
+    return moved

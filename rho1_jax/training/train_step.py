@@ -125,7 +125,12 @@ def make_train_step(
         gradient = jax.tree.map(lambda g: g / jnp.where(weight_sum > 0, weight_sum, 1), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": optax.tree.norm(gradient)}
+        gradient_norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(gradient_norm) & _all_finite(tokens, policy_loss_MbL)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": gradient_norm, "skipped": ~finite}
         if not is_slm:
             metrics["objective"] = terms_MbL.sum() / jnp.where(weight_sum > 0, weight_sum, 1)
         next_reference = None
@@ -134,6 +139,12 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, next_reference), metrics, join(weight_MbL)
 
     return train_step
+
+
+def _all_finite(tokens: _Tokens, policy_loss: jax.Array) -> jax.Array:
+    """True if the policy's loss and every signal of every eligible token are finite."""
+    signals = (policy_loss, *tokens.signals.values())
+    return jnp.stack([jnp.isfinite(jnp.where(tokens.rows.eligible, x, 0)).all() for x in signals]).all()
 
 
 def _metrics(policy_loss: jax.Array, weight: jax.Array, tokens: _Tokens) -> dict[str, jax.Array]:

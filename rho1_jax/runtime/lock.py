@@ -1,0 +1,162 @@
+"""A lock on a directory, so that two runs do not write to it at the same time. It works on shared file systems.
+
+The lock is a file that names its owner and that the owner touches regularly. It is stale if its process has ended, or,
+where that cannot be seen from this machine, if it is no longer touched.
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pydantic
+
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.schema import parse_json
+
+TOUCH_SECONDS = 10.0
+STALE_SECONDS = 45.0  # untouched for so long, a lock of another machine is stale
+
+
+class Owner(pydantic.BaseModel):
+    """The process that holds a lock.
+
+    Attributes:
+      host: name of its machine.
+      machine: boot and process namespace, within which a process is known by its id and start; empty: unknown.
+      process: its id.
+      process_start: clock ticks from boot to its start.
+      since: when it took the lock, for people.
+    """
+
+    host: str
+    machine: str
+    process: int
+    process_start: int
+    since: str
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """The owner that this process is."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        return cls(
+            host=socket.gethostname(),
+            machine=_machine(),
+            process=os.getpid(),
+            process_start=_start_of(os.getpid()),
+            since=since,
+        )
+
+    def has_ended(self) -> bool | None:
+        """True if the process has ended, None if this machine cannot tell."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _start_of(self.process) != self.process_start
+
+
+def _machine() -> str:
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return ""
+
+
+def _start_of(process: int) -> int:
+    """Clock ticks from boot to the start of a process; 0 if it does not exist."""
+    try:
+        stat = pathlib.Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    # The name in the second field may contain spaces and parentheses. The state is field 3, the start time field 22.
+    fields = stat.rpartition(")")[2].split()
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Holds the lock file `path` until the block ends.
+
+    Args:
+      path: the lock file. Its folder is created if needed.
+      what: what it protects, for the error.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = Owner.this_process().model_dump_json()
+    while not _create(path, mine):
+        _clear_if_stale(path, what)
+    ended = threading.Event()
+    thread = threading.Thread(target=_keep, args=(path, mine, what, ended), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _create(path: pathlib.Path, text: str) -> bool:
+    """Creates the file with its content. False if it exists."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _clear_if_stale(path: pathlib.Path, what: str) -> None:
+    """Removes a lock whose owner is gone. Raises UserError, naming the owner, if it is not."""
+    text = _read(path)
+    if text is None:
+        return
+    try:
+        owner = parse_json(text, Owner, path)
+        ended = owner.has_ended()
+        name = f"process {owner.process} on {owner.host} since {owner.since}"
+    except UserError:
+        ended, name = None, "an unknown process"
+    if ended is None:
+        touched = path.stat().st_mtime
+        print(f"{what} is locked by {name}; waiting to see whether it still runs", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline and path.exists() and path.stat().st_mtime == touched:
+            time.sleep(1)
+        ended = not path.exists() or path.stat().st_mtime == touched
+    if not ended:
+        raise UserError(f"{what} is in use by {name}; wait for it, stop it, or choose another directory")
+    with contextlib.suppress(FileNotFoundError):
+        # Of several processes that find the same stale lock, one renames it.
+        aside = path.with_name(f"{path.name}.stale.{os.getpid()}")
+        path.rename(aside)
+        if aside.read_text() != text:  # it was a new one
+            aside.rename(path)
+        else:
+            aside.unlink()
+
+
+def _read(path: pathlib.Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _keep(path: pathlib.Path, mine: str, what: str, ended: threading.Event) -> None:
+    """Touches the lock until `ended`. If another process took it over, this one must not write any more, and ends."""
+    while not ended.wait(TOUCH_SECONDS):
+        text = _read(path)
+        if text is not None and text != mine:
+            print(f"error: another process took over {what}, as this one did not answer", file=sys.stderr, flush=True)
+            os._exit(1)
+        with contextlib.suppress(OSError):
+            os.utime(path)

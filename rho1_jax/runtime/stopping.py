@@ -1,0 +1,115 @@
+"""Stop on SIGTERM or SIGINT without losing work: the first signal asks, a second one ends the process at once.
+
+The handler only writes the signal's number to a pipe. A thread reads it, so that a signal is noticed even while the
+main thread waits for a compilation.
+"""
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+GRACE_SECONDS = 30.0
+# One request may arrive twice: `timeout` signals its child, and then the group that the child belongs to.
+SAME_REQUEST_SECONDS = 0.5
+
+_requested = threading.Event()
+_grace_seconds: float | None = None  # None: there is nothing to save
+
+
+class Stopped(Exception):
+    """A command stopped on request. The message says what is kept and how to resume."""
+
+
+def listen() -> None:
+    """Handles SIGTERM and SIGINT from now on. Call it in the main thread, once."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    handle_signals()
+    threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
+
+
+def handle_signals() -> None:
+    """Installs the handlers again, after a library installed its own."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+
+def save_on_stop(grace_seconds: float = GRACE_SECONDS) -> None:
+    """Lets the command save its work when it is asked to stop. Before this call, it just ends.
+
+    Args:
+      grace_seconds: after so many seconds, the process ends even if it has not saved.
+    """
+    global _grace_seconds
+    _grace_seconds = grace_seconds
+
+
+def requested() -> bool:
+    """True once this process was asked to stop."""
+    return _requested.is_set()
+
+
+def vote() -> Callable[[], bool]:
+    """Starts to ask whether any process was asked to stop; the result, called, gives an answer that all share.
+
+    Call it at the same place in every process, under `jax.set_mesh` if there are several. It costs one small
+    all-reduce, dispatched behind what is running.
+    """
+    if jax.process_count() == 1:
+        return requested
+    mesh = jax.sharding.get_mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    asked = jax.make_array_from_callback((mesh.size,), everywhere, lambda index: np.full(1, requested()))
+    result = _any(NamedSharding(mesh, PartitionSpec()))(asked)
+    return lambda: bool(result)
+
+
+@functools.cache
+def _any(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.any, out_shardings=sharding)
+
+
+def check(message: str) -> None:
+    """Raises `Stopped` with a message, in all processes, if any was asked to stop."""
+    if vote()():
+        raise Stopped(message)
+
+
+def _watch(pipe: int) -> None:
+    """Reacts to each signal. Runs in a thread of its own."""
+    first_time: float | None = None
+    while True:
+        number = os.read(pipe, 1)[0]
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            continue
+        name, grace = signal.Signals(number).name, _grace_seconds
+        if grace is None:
+            _end(f"{name}: stopped, with nothing to save", 0)
+        elif first_time is None:
+            first_time = time.monotonic()
+            _requested.set()
+            _print(f"{name}: saving and stopping, within {grace:.0f} seconds; signal again to stop at once")
+            timeout = threading.Timer(grace, _end, (f"not saved within {grace:.0f} seconds", 1))
+            timeout.daemon = True
+            timeout.start()
+        elif time.monotonic() - first_time > SAME_REQUEST_SECONDS:
+            _end(f"{name}: stopped at once", 128 + number)
+
+
+def _end(text: str, status: int) -> None:
+    _print(text)
+    os._exit(status)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

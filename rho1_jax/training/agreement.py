@@ -1,0 +1,73 @@
+"""Before the first step, all processes of a run compare what they were started with."""
+
+import hashlib
+import pathlib
+from importlib import metadata
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.processes import gather_json
+from rho1_jax.training import checkpoint
+from rho1_jax.training.config import as_saved, changes
+from rho1_jax.training.setup import TrainingData
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGE = pathlib.Path(__file__).parents[1]
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # read of each file of a model
+
+
+def check_same_everywhere(config: ml_collections.ConfigDict, data: TrainingData) -> None:
+    """Compares config, code, libraries, data, tokenizer and pretrained models. Does nothing in a single process.
+
+    Raises:
+      UserError: a process differs from process 0. The error names the first difference.
+    """
+    if jax.process_count() == 1:
+        return
+    first, *others = gather_json(_description(config, data))
+    for number, other in enumerate(others, start=1):
+        for change in changes(first, other):
+            raise UserError(f"process {number} differs from process 0: {change}; start all processes with the same")
+
+
+def _description(config: ml_collections.ConfigDict, data: TrainingData) -> dict[str, Any]:
+    """What must not differ between processes."""
+    models = {key: config[key].checkpoint for key in ("init", "reference")}
+    return {
+        "config": as_saved(config),
+        "code": {name: _digest(path) for name, path in _sources().items()},
+        "library": {name: metadata.version(name) for name in LIBRARIES},
+        "data": [store.fingerprint for store in data.stores],
+        "tokenizer": data.tokenizer.fingerprint,
+        "model": {key: _content(path, f"config.{key}.checkpoint") for key, path in models.items() if path},
+    }
+
+
+def _sources() -> dict[str, pathlib.Path]:
+    """The files of this package and of plugins."""
+    files = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+    plugins = flags.FLAGS.plugin if "plugin" in flags.FLAGS else []
+    return files | {path: pathlib.Path(path) for path in plugins}
+
+
+def _content(path: str, key: str) -> dict[str, str]:
+    """Size and samples of each file of a model, so that two models of one shape differ."""
+    folder = pathlib.Path(path)
+    if not (folder / "config.json").is_file() or checkpoint.steps(folder):
+        folder = checkpoint.find(path, key)
+    return {str(file.relative_to(folder)): _digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _digest(path: pathlib.Path) -> str:
+    """Size of a file, and a hash of samples of it. The samples of a short file cover all of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(number * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"

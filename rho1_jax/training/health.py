@@ -1,0 +1,61 @@
+"""Signs that a run is in trouble: steps that were skipped, and jumps of the loss."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+MEMORY = 50  # steps that the running mean of the loss looks back
+SPIKE_DEVIATIONS = 6.0
+
+
+class Health(NamedTuple):
+    """What a run remembers of its steps. A checkpoint holds it, so that a resumed run counts on.
+
+    Attributes:
+      skipped_steps: steps without an update, because their loss, gradient or a signal was not finite.
+      skipped_in_a_row: those since the last step with an update.
+      loss_spikes: steps whose loss was SPIKE_DEVIATIONS standard deviations above the running mean.
+      loss_mean: running mean of the loss, in nats.
+      loss_variance: running variance of the loss.
+      steps: steps in the two.
+    """
+
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_spikes: int = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    steps: int = 0
+
+    def after(self, metrics: Mapping[str, float]) -> "Health":
+        """The health after a step with these metrics."""
+        if metrics["skipped"]:
+            return self._replace(skipped_steps=self.skipped_steps + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
+        loss = metrics["loss"]
+        share = max(1 / (self.steps + 1), 1 / MEMORY)
+        deviation = loss - self.loss_mean
+        return Health(
+            skipped_steps=self.skipped_steps,
+            skipped_in_a_row=0,
+            loss_spikes=self.loss_spikes + self.is_spike(loss),
+            loss_mean=self.loss_mean + share * deviation,
+            loss_variance=(1 - share) * (self.loss_variance + share * deviation**2),
+            steps=self.steps + 1,
+        )
+
+    def is_spike(self, loss: float) -> bool:
+        """True if a loss is far above those of the last steps."""
+        return self.steps >= MEMORY and loss > self.loss_mean + SPIKE_DEVIATIONS * math.sqrt(self.loss_variance)
+
+
+def advice(metrics: Mapping[str, float], health: Health) -> str:
+    """What to try after a skipped step, by its metrics."""
+    if not math.isfinite(metrics.get("reference_loss", 0.0)):
+        return "the reference's losses are not finite on these rows: look at the rows and at the reference"
+    if health.steps == 0:
+        return "no step of this run had a finite loss: look at the starting weights, config.model and the data"
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
+        return "a signal that selection reads is not finite on these rows: look at config.data.external"
+    return (
+        "try a lower config.optimizer.learning_rate from an earlier checkpoint, or config.model.compute_dtype=float32"
+    )
