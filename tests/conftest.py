@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pathlib
-import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from helpers import OPTIONS, TINY, config_of, write_jsonl
+from helpers import COMPILATION_CACHE, OPTIONS, TINY, config_of, write_jsonl
 
 from rho1_jax.data.preparation import prepare
 from rho1_jax.data.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from rho1_jax.train import train_model
 from rho1_jax.train_tokenizer import train_tokenizer
 
 logging.set_verbosity(logging.ERROR)
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "rho1_jax_test_cache"))
+jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Only `make test-peers` installs the libraries these tests need. Elsewhere `pytest -m peers` finds no tests and fails.

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections import deque
 
 import jax
@@ -27,6 +28,7 @@ TINY = ModelConfig(
 )
 OPTIONS = Options(templates=("{text}",), transcripts=None, seq_len=16, eval_fraction=0.1, max_bad_fraction=0.0)
 STEPS = 12
+COMPILATION_CACHE = os.path.join(tempfile.gettempdir(), "rho1_jax_test_cache")
 
 
 def tiny(**changes) -> ModelConfig:
@@ -91,7 +93,9 @@ def root() -> pathlib.Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root())}
+    """The variables of a command. Commands share compiled programs with each other and with the tests."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": COMPILATION_CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    return {**os.environ, **cache, "PYTHONPATH": str(root())}
 
 
 def run_command(module, *arguments, seconds=300):

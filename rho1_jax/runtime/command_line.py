@@ -160,8 +160,8 @@ def _help(main: Callable[[], None]) -> str:
 
 
 def _exit(error: Exception | str) -> None:
-    print("error:", " ".join(str(error).replace("\\'", "'").split()), file=sys.stderr)
-    sys.exit(2)
+    print("error:", " ".join(str(error).replace("\\'", "'").split()), file=sys.stderr, flush=True)
+    peers.leave(2)
 
 
 def parse_named(text: str, key: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ where that cannot be seen from this machine, if it is no longer touched.
 import contextlib
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.schema import parse_json
 
 TOUCH_SECONDS = 10.0
+SETTLE_SECONDS = 0.5  # longer than between looking at a stale lock and replacing it
 STALE_SECONDS = 45.0  # untouched for so long, a lock of another machine is stale
 
 
@@ -31,6 +33,7 @@ class Owner(pydantic.BaseModel):
       process: its id.
       process_start: clock ticks from boot to its start.
       since: when it took the lock, for people.
+      token: makes each owner unique.
     """
 
     host: str
@@ -38,6 +41,7 @@ class Owner(pydantic.BaseModel):
     process: int
     process_start: int
     since: str
+    token: str
 
     @classmethod
     def this_process(cls) -> "Owner":
@@ -49,6 +53,7 @@ class Owner(pydantic.BaseModel):
             process=os.getpid(),
             process_start=_start_of(os.getpid()),
             since=since,
+            token=secrets.token_hex(8),
         )
 
     def has_ended(self) -> bool | None:
@@ -91,7 +96,11 @@ def locked(path: pathlib.Path, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = Owner.this_process().model_dump_json()
     while not _create(path, mine):
-        _clear_if_stale(path, what)
+        text = _read(path)
+        if text is not None:
+            _check_stale(path, text, what)
+            if _take_over(path, text, mine):
+                break
     ended = threading.Event()
     thread = threading.Thread(target=_keep, args=(path, mine, what, ended), name="lock", daemon=True)
     thread.start()
@@ -114,11 +123,8 @@ def _create(path: pathlib.Path, text: str) -> bool:
     return True
 
 
-def _clear_if_stale(path: pathlib.Path, what: str) -> None:
-    """Removes a lock whose owner is gone. Raises UserError, naming the owner, if it is not."""
-    text = _read(path)
-    if text is None:
-        return
+def _check_stale(path: pathlib.Path, text: str, what: str) -> None:
+    """Raises UserError, naming the owner, if the lock with this content is not stale."""
     try:
         owner = parse_json(text, Owner, path)
         ended = owner.has_ended()
@@ -126,27 +132,38 @@ def _clear_if_stale(path: pathlib.Path, what: str) -> None:
     except UserError:
         ended, name = None, "an unknown process"
     if ended is None:
-        touched = path.stat().st_mtime
+        touched = _touched(path)
         print(f"{what} is locked by {name}; waiting to see whether it still runs", file=sys.stderr, flush=True)
         deadline = time.monotonic() + STALE_SECONDS
-        while time.monotonic() < deadline and path.exists() and path.stat().st_mtime == touched:
+        while time.monotonic() < deadline and _touched(path) == touched:
             time.sleep(1)
-        ended = not path.exists() or path.stat().st_mtime == touched
+        ended = _touched(path) in (touched, None)
     if not ended:
         raise UserError(f"{what} is in use by {name}; wait for it, stop it, or choose another directory")
-    with contextlib.suppress(FileNotFoundError):
-        # Of several processes that find the same stale lock, one renames it.
-        aside = path.with_name(f"{path.name}.stale.{os.getpid()}")
-        path.rename(aside)
-        if aside.read_text() != text:  # it was a new one
-            aside.rename(path)
-        else:
-            aside.unlink()
+
+
+def _take_over(path: pathlib.Path, stale: str, mine: str) -> bool:
+    """Replaces a stale lock. False if another process did so first, or at the same time and later."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    beside.write_text(mine)
+    if _read(path) != stale:
+        beside.unlink()
+        return False
+    beside.replace(path)
+    time.sleep(SETTLE_SECONDS)
+    return _read(path) == mine
 
 
 def _read(path: pathlib.Path) -> str | None:
     try:
         return path.read_text()
+    except OSError:
+        return None
+
+
+def _touched(path: pathlib.Path) -> float | None:
+    try:
+        return path.stat().st_mtime
     except OSError:
         return None
 

@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -37,9 +38,17 @@ def watch(host: str) -> None:
 
 
 def done() -> None:
-    """Says that this process ends as it should."""
+    """Call it when the command has ended as it should. Process 0 returns when all have done so."""
     if _watch:
         _watch.done()
+
+
+def leave(status: int) -> NoReturn:
+    """Exits with a status. In a run of several processes, it exits at once, as no other would answer at a barrier."""
+    if _watch:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def wait_for_verdict() -> None:
@@ -66,14 +75,22 @@ class _Watch:
             connection = socket.create_connection((host_bytes.rstrip(b"\0").decode(), port), SILENT_SECONDS)
             connection.sendall(token + struct.pack("!I", index))
             self._peers = {0: connection}
+        self._readers = []
         for number, connection in self._peers.items():
             connection.settimeout(SILENT_SECONDS)
-            threading.Thread(target=self._read, args=(number, connection), daemon=True).start()
+            self._readers.append(threading.Thread(target=self._read, args=(number, connection), daemon=True))
+            self._readers[-1].start()
         threading.Thread(target=self._ping, daemon=True).start()
 
     def done(self) -> None:
+        if jax.process_index() == 0:  # the service that the others say goodbye to
+            for reader in self._readers:
+                reader.join()
+            self._send(DONE, 0)
+        else:
+            jax.distributed.shutdown()
+            self._send(DONE, jax.process_index())
         self._is_done = True
-        self._send(DONE, jax.process_index())
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
@@ -97,7 +114,8 @@ class _Watch:
             kind, lost = _MESSAGE.unpack(message) if len(message) == _MESSAGE.size else (LOST, number)
         if kind == LOST and not self._is_done:
             self._send(LOST, lost)
-            print(f"error: process {lost} has died; start all processes again to resume", file=sys.stderr, flush=True)
+            text = f"error: process {lost} has ended early; see its output, and start all processes again to resume"
+            print(text, file=sys.stderr, flush=True)
             os._exit(1)
 
 

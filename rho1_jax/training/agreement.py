@@ -31,7 +31,8 @@ def check_same_everywhere(config: ml_collections.ConfigDict, data: TrainingData)
     first, *others = gather_json(_description(config, data))
     for number, other in enumerate(others, start=1):
         for change in changes(first, other):
-            raise UserError(f"process {number} differs from process 0: {change}; start all processes with the same")
+            key = change.key.removeprefix("config.")
+            raise UserError(f"process {number} differs from process 0 in {key}: {change.new!r}, not {change.old!r}")
 
 
 def _description(config: ml_collections.ConfigDict, data: TrainingData) -> dict[str, Any]:

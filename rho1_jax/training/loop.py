@@ -169,7 +169,7 @@ class Loop:
         )
         totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
         alarms = {"skipped_steps": self.health.skipped_steps, "loss_spikes": self.health.loss_spikes}
-        shown = {name: metrics[name] for name in metrics.keys() - {"selected_count", "skipped"}}
+        shown = {name: value for name, value in metrics.items() if name not in ("selected_count", "skipped")}
         return {name: value for name, value in (totals | shown | alarms).items() if math.isfinite(value)} | {
             "learning_rate": learning_rate
         }

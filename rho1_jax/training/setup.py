@@ -47,6 +47,9 @@ FIXED_ON_RESUME = (
 # Except these, which may change with the machine.
 FREE_ON_RESUME = tuple(f"config.model.{name}" for name in RUN_SETTINGS)
 
+# What the description of a run remembers of its progress.
+PROGRESS = ("step", "tokens_seen", "tokens_selected", "permuted_rows", "health", "pending")
+
 
 class TrainingData(NamedTuple):
     """The prepared data sets of a mixture, and the tokenizer they share."""
@@ -202,9 +205,8 @@ def first_state(
         check_resume(saved, meta)
         state = checkpoints.restore(saved.step, abstract)
         say(f"resumed from step {saved.step}")
-        return state, meta._replace(
-            step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected
-        )
+        progress = {name: getattr(saved, name) for name in PROGRESS}
+        return state, meta._replace(**progress)
     if initial is not None:
         params = initial.load(setup.mesh, "float32")
     else:

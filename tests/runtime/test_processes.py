@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -42,17 +44,22 @@ def flags_of(data, reference, questions, workdir, mesh):
     return ["rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={workdir}", *named]
 
 
-def two_processes(flags, message="parameters on 8 devices"):
-    """Run the command as two hosts would, and return the output of the first process, which alone prints `message`."""
+def start_two(flags, *extra):
+    """Start the command as two hosts would. Each may have flags of its own."""
     address = f"localhost:{free_port()}"
     variables = {**environment(), "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": ""}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", *flags, f"--distributed={address},2,{index}"],
+            [sys.executable, "-m", *flags, *more, f"--distributed={address},2,{index}"],
             cwd=root(), env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for index in (0, 1)
+        for index, more in enumerate(extra or ([], []))
     ]  # fmt: skip
+
+
+def two_processes(flags, message="parameters on 8 devices"):
+    """Run the command as two hosts would, and return the output of the first process, which alone prints `message`."""
+    processes = start_two(flags)
     printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert message in printed[0][0] and message not in printed[1][0]
@@ -97,8 +104,8 @@ def test_two_processes_score_like_one(data, reference, questions, tmp_path):
     done = run_command(*flags, f"--config.data.train={tmp_path / 'one'}", "--entropies")
     assert done.returncode == 0, done.stderr
     two_processes([*flags, f"--config.data.train={tmp_path / 'two'}", "--entropies"], message="tokens scored")
-    for signal in ("losses", "entropies"):
-        single, joint = (np.load(tmp_path / name / "scores" / "r" / f"{signal}-00000.npy") for name in ("one", "two"))
+    for signals in ("losses", "entropies"):
+        single, joint = (np.load(tmp_path / name / "scores" / "r" / f"{signals}-00000.npy") for name in ("one", "two"))
         np.testing.assert_allclose(single.astype(np.float32), joint.astype(np.float32), rtol=2e-3, atol=1e-3)
 
 
@@ -107,3 +114,65 @@ def test_a_malformed_flag_is_refused(data, reference, questions, tmp_path):
     for value in ("localhost", "localhost:1,2", "localhost:1,two,0"):
         done = run_command(*flags, f"--distributed={value}")
         assert done.returncode == 2 and f"--distributed={value} is neither 'auto' nor HOST:PORT" in done.stderr
+
+
+def wait_for_step(workdir, step):
+    """Wait until the run has logged a step."""
+    deadline = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() or not any(line["step"] >= step for line in read_metrics(workdir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def last_lines(processes):
+    """The exit status of each process, and the lines it printed that are ours."""
+    printed = [process.communicate(timeout=60) for process in processes]
+    lines = [[line for line in error.splitlines() if line.startswith(("error", "SIG"))] for _, error in printed]
+    return [process.returncode for process in processes], lines, printed
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_dies_the_other_names_it_and_ends(data, reference, questions, killed, tmp_path):
+    flags = [*flags_of(data, reference, questions, tmp_path / "run", {"data": 8}), "--config.steps=100000"]
+    processes = start_two(flags)
+    wait_for_step(tmp_path / "run", 1)
+    processes[killed].kill()
+    status, lines, printed = last_lines(processes)
+    assert status[1 - killed] == 1 and "Traceback" not in printed[1 - killed][1]
+    assert lines[1 - killed] == [
+        f"error: process {killed} has ended early; see its output, and start all processes again to resume"
+    ]
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ("--config.seed=1", "process 1 differs from process 0 in config.seed: 1, not 0"),
+        ("--config.optimizer.b2=0.9", "process 1 differs from process 0 in config.optimizer.b2: 0.9, not 0.95"),
+    ],
+)
+def test_processes_that_were_started_differently_say_so(data, reference, questions, extra, message, tmp_path):
+    flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
+    status, lines, _ = last_lines(start_two(flags, [], [extra]))
+    assert status == [2, 2] and lines == [[f"error: {message}"]] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(data, reference, questions, tmp_path):
+    flags = [*flags_of(data, reference, questions, tmp_path / "run", {"data": 8}), "--config.eval.every=100"]
+    processes = start_two([*flags, "--config.steps=100000", "--config.optimizer.schedule_steps=40"])
+    wait_for_step(tmp_path / "run", 1)
+    processes[1].send_signal(signal.SIGTERM)
+    status, lines, printed = last_lines(processes)
+    assert status == [0, 0] and not lines[0] and lines[1][0].startswith("SIGTERM: saving and stopping"), printed
+    stopped = checkpoint.load_meta(checkpoint.find(tmp_path / "run", "workdir")).step
+    assert f"stopped after step {stopped} of 100000" in printed[0][0]
+    steps = [f"--config.steps={stopped + 3}", "--config.optimizer.schedule_steps=40"]
+    for workdir in ("run", "undisturbed"):
+        flags = flags_of(data, reference, questions, tmp_path / workdir, {"data": 8})
+        two_processes([*flags, "--config.eval.every=100", *steps])
+    ended, undisturbed = (read_metrics(tmp_path / name) for name in ("run", "undisturbed"))
+    for line in ended + undisturbed:
+        del line["tokens_per_second"]
+    assert ended == undisturbed and len(ended) == stopped + 3
+    jax.tree.map(np.testing.assert_array_equal, *(params_of(tmp_path / name) for name in ("run", "undisturbed")))
