@@ -95,7 +95,7 @@ def prepare_flags(inputs: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]
 
 
-def training_flags(inputs: pathlib.Path, stage: str, data: pathlib.Path) -> list[str]:
+def training_flags(inputs: pathlib.Path, stage: str, data: pathlib.Path, **changes: object) -> list[str]:
     """Flags of `rho1 train` and `rho1 score`."""
     values = {
         "steps": STEPS,
@@ -112,6 +112,7 @@ def training_flags(inputs: pathlib.Path, stage: str, data: pathlib.Path) -> list
         "eval.generate_batch": 8,
         "checkpoint.every": 5,
         **{f"model.{name}": size for name, size in MODEL.items()},
+        **changes,
     }
     return [f"--config=default:{stage}", *(f"--config.{key}={value}" for key, value in values.items())]
 
@@ -147,8 +148,11 @@ def trained(folder: pathlib.Path) -> dict[str, object]:
     lines = [{name: value for name, value in line.items() if name not in RATES} for line in read_metrics(workdir)]
     arrays = {}
     for item in ("params", "opt_state"):
-        tree = ocp.PyTreeCheckpointer().restore((checkpoint.find(workdir, "run") / item).absolute())
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        saved, checkpointer = checkpoint.find(workdir, "run") / item, ocp.PyTreeCheckpointer()
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(saved).item_metadata.tree
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(checkpointer.restore(saved, restore_args=as_numpy))[0]:
             arrays[item + jax.tree_util.keystr(path)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
     return {"metrics": lines, **arrays}
 
@@ -258,8 +262,7 @@ def main() -> None:
 
     def command() -> None:
         folder = local_path(output.value, "--output").absolute()
-        inputs = _new(folder) / "inputs"
-        inputs.mkdir()
+        inputs = new_folder(new_folder(folder) / "inputs")
         make_inputs(inputs)
         chosen = {name: s for name, s in scenarios(inputs).items() if name in (wanted.value or [name])}
         rounds = Rounds(folder, chosen, seed.value)
@@ -287,7 +290,7 @@ class Rounds:
         self._expected, self._seconds = {}, {}
         for name, scenario in chosen.items():
             for _ in range(2):
-                place = _new(folder / name)
+                place = new_folder(folder / name)
                 self._seconds[name] = finish(scenario, place)
             self._expected[name] = scenario.result(place)
 
@@ -301,7 +304,7 @@ class Rounds:
             if not left:
                 return
             name = next(names)
-            place = _new(self._folder / f"{name} {number}")
+            place = new_folder(self._folder / f"{name} {number}")
             try:
                 failures = self._round(name, place, left)
             except UserError as error:
@@ -327,7 +330,8 @@ class Rounds:
         return [f"{key} differs" for key in sorted(differing)] + [f"repeated {steps}" for steps in repeated]
 
 
-def _new(folder: pathlib.Path) -> pathlib.Path:
+def new_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Creates a folder, in place of one that exists."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
