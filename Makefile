@@ -4,12 +4,15 @@ VENV ?= .venv/$(notdir $(PYTHON))
 BIN = $(VENV)/bin
 SEED ?= 0
 FLAGS ?=
+KILLS ?= 20
+STOPS ?= 6
+EXAMPLES ?= 200
 OUTPUT ?= runs/demo
 
-.PHONY: help demo test test-slow test-peers lint docs clean
+.PHONY: help demo test test-slow test-peers test-faults lint docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## train and compare CLM, random and SLM on a small corpus; SEED=, OUTPUT=, FLAGS=
 	$(BIN)/python -m tools.demo --output=$(OUTPUT) --seed=$(SEED) $(FLAGS)
@@ -22,6 +25,10 @@ test-slow: $(VENV)/dev.stamp ## run the tests that take minutes
 
 test-peers: $(VENV)/peers.stamp ## compare with PyTorch and Transformers
 	$(BIN)/python -m pytest -m peers
+
+test-faults: $(VENV)/dev.stamp ## kill and stop commands at random moments, and fuzz; SEED=, KILLS=, STOPS=, EXAMPLES=
+	HYPOTHESIS_PROFILE=faults HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -k fuzz
+	$(BIN)/python -m tools.faults --seed=$(SEED) --kills=$(KILLS) --stops=$(STOPS)
 
 lint: $(VENV)/dev.stamp ## check format, lint and types
 	$(BIN)/ruff format --check .
