@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import pydantic
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
@@ -29,13 +30,18 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path, read_json, write_text
+from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, complete
 from rho1_jax.training.pretrained import TrainedRun
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
+MORE_HELP = {
+    "stops": r" A string that ends a generation for --questions; '\n' is a line break. Repeatable; --stops= alone: "
+    "none. Tasks have their own."
+}
 
 
 class LmEval(NamedTuple):
@@ -75,9 +81,11 @@ def evaluate_model(
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
     if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
+    if overrides.get("stops") is not None and not config.eval.questions:
+        raise UserError("--stops ends generations for --questions only; tasks have their own stops: remove it")
     path = str(trained.directory)
-    settings = {"checkpoint": path, "eval": config.eval.to_dict(), "temperature": temperature, "seed": seed}
-    settings["lm_eval"] = lm_eval._asdict() if lm_eval else None
+    lm_eval_settings = lm_eval._asdict() if lm_eval else None
+    settings = Settings(path, config.eval.to_dict(), temperature, seed, lm_eval_settings)
     tokenizer, mesh, graphdef = trained.tokenizer(), sharding.mesh_of_run(**config.mesh), decoder.build(trained.model)
     with jax.set_mesh(mesh):
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
@@ -122,20 +130,42 @@ def run_lm_eval(
     }
 
 
-def check_settings(output: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Stores the settings of an evaluation beside its results. Raises UserError if `output` holds a different one."""
-    path, settings = output / "settings.json", json.loads(json.dumps(settings))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an evaluation depends on, as settings.json in its output folder stores it.
+
+    Attributes:
+      checkpoint: the evaluated checkpoint.
+      eval: the `eval` section of the config.
+      temperature: sampling temperature.
+      seed: seed for sampling.
+      lm_eval: the fields of `LmEval`; None without lm-eval.
+    """
+
+    checkpoint: str
+    eval: dict[str, Any]
+    temperature: pydantic.FiniteFloat
+    seed: int
+    lm_eval: dict[str, Any] | None = None
+
+
+def check_settings(output: pathlib.Path, settings: Settings) -> None:
+    """Stores the settings of an evaluation beside its results.
+
+    Raises:
+      UserError: `output` holds another evaluation, or a bad settings.json.
+    """
+    path, text = output / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     if path.exists():
-        stored = read_json(path)
+        stored = dataclasses.asdict(read_json(path, Settings))
         stored["eval"] = complete({"eval": stored["eval"]}, str(path))["eval"]
-        changed = changes(stored, settings, "settings")
+        changed = changes(stored, json.loads(text), "settings")
         if changed:
             raise UserError(
                 f"--output={output} holds another evaluation ({'; '.join(map(str, changed))}); choose another --output"
             )
     elif is_first():
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_text(path, text)
 
 
 def main() -> None:
@@ -144,7 +174,7 @@ def main() -> None:
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
         field.name: define.get(field.type, flags.DEFINE_multi_string)(
-            field.name, None, f"In place of the run's config.eval.{field.name}."
+            field.name, None, f"Replaces the run's config.eval.{field.name}.{MORE_HELP.get(field.name, '')}"
         )
         for field in EVAL_FIELDS
     }
@@ -161,7 +191,7 @@ def main() -> None:
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
         if values["stops"] is not None:
-            values["stops"] = [stop.replace("\\n", "\n") for stop in values["stops"]]
+            values["stops"] = [stop.replace("\\n", "\n") for stop in values["stops"] if stop]
         directory = local_path(output.value, "--output") if output.value else None
         if lm_eval_path.value:
             local_path(lm_eval_path.value, "--lm_eval_path")

@@ -2,17 +2,22 @@
 
 import contextlib
 import json
+import math
+import pathlib
 import shutil
+import tempfile
 import types
 
 import pytest
 from helpers import run_command
+from hypothesis import example, given, strategies
 
 from rho1_jax.evals.sandbox import Sandbox
 from rho1_jax.evals.tool_use import program_at_end
-from rho1_jax.evaluate import evaluate_model
+from rho1_jax.evaluate import Settings, check_settings, evaluate_model
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
+from rho1_jax.runtime.progress import Progress
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_no_questions_are_an_error(reference, tmp_path):
 
 
 def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, questions, tmp_path, capsys):
-    """Trained, as its config has it, in microbatches of two rows on 64 devices; evaluated on eight."""
+    """Its config says microbatches of two rows on 64 devices; it is evaluated on eight."""
     path = tmp_path / "run"
     shutil.copytree(reference, path)
     overrides = {"questions": f"sums={questions}", "max_new_tokens": 4, "generate_batch": 3}
@@ -60,11 +65,13 @@ def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, qu
     assert "fsdp=32" in (output := capsys.readouterr().out) and "sharding the model over all of them instead" in output
 
 
-def test_the_command(reference, questions):
+def test_the_command(reference, questions, tmp_path):
     arguments = [f"--checkpoint={reference}", f"--questions=sums={questions}", "--max_new_tokens=4"]
+    arguments += ["--stops=", "--stops=\\nQ:", f"--output={tmp_path / 'out'}"]
     result = run_command("rho1_jax.evaluate", *arguments)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["eval/held_out/loss", "eval/sums/accuracy"]
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["eval"]["stops"] == ["\nQ:"]
     missing = run_command("rho1_jax.evaluate", "--checkpoint=nowhere")
     assert missing.returncode == 2 and missing.stderr.startswith("error: --checkpoint=nowhere: no checkpoint")
 
@@ -83,7 +90,7 @@ def data_dir(tmp_path):
 
 
 def answering(monkeypatch, answer):
-    """`answer` stands for the model: prompt and stop strings -> continuation. Ends come in no order."""
+    """Replaces the model with `answer`: prompt and stop strings -> continuation. Generations end in no fixed order."""
 
     class FakeGenerator:
         def __init__(self, graphdef, params, tokenizer, rows):
@@ -99,7 +106,7 @@ def answering(monkeypatch, answer):
 
 
 def knowing(prompt, stops):
-    """As many apples as the prompt says, and always B."""
+    """Counts the apples in the prompt; answers B to anything else."""
     last = prompt.rsplit("Question: ", 1)[1]
     return f" The answer is {last.split()[0]}." if "apples" in last else " The answer is (B)."
 
@@ -107,7 +114,7 @@ def knowing(prompt, stops):
 TASKS = {"data": "", "tasks": "svamp,mathqa", "generate_batch": 2}
 
 
-def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkeypatch):
+def test_tasks_are_asked_few_shot_and_graded(reference, data_dir, tmp_path, monkeypatch):
     answering(monkeypatch, knowing)
     metrics = evaluate_model(
         str(reference), TASKS | {"data_dir": str(data_dir)}, tmp_path / "out", temperature=0.0, seed=0
@@ -122,7 +129,7 @@ def test_tasks_are_put_few_shot_and_graded(reference, data_dir, tmp_path, monkey
     assert few["eval/svamp/accuracy"] == 1.0 and len((tmp_path / "few" / "svamp.jsonl").read_text().splitlines()) == 3
 
 
-def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(reference, data_dir, tmp_path, monkeypatch):
     overrides = TASKS | {"data_dir": str(data_dir)}
     path, asked, written = tmp_path / "out" / "svamp.jsonl", [], []
 
@@ -159,16 +166,75 @@ def test_an_interrupted_evaluation_goes_on(reference, data_dir, tmp_path, monkey
         ({"tasks": "gsm9k"}, "config.eval.tasks: 'gsm9k' is not one of gsm8k"),
         ({"tasks": "gsm8k"}, "gsm8k/test.jsonl: no such file"),
         ({"exemplars": "svamp=nowhere"}, "--exemplars=svamp=nowhere"),
+        ({"exemplars": "svmap=nowhere"}, "config.eval.exemplars: 'svmap' is not a task; use gsm8k"),
+        ({"tasks": "svamp,svamp"}, "config.eval.tasks: there are two sets of questions with the name 'svamp'"),
     ],
 )
-def test_a_task_that_cannot_be_is_refused(reference, data_dir, tmp_path, changes, message):
+def test_a_bad_task_is_refused(reference, data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         evaluate_model(str(reference), TASKS | {"data_dir": str(data_dir)} | changes, tmp_path / "out", 0.0, 0)
     assert not (tmp_path / "out").exists()
 
 
+SETTINGS = {"checkpoint": "c", "eval": {}, "temperature": 0.0, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "settings.json: input should be an object"),
+        ("3", "settings.json: input should be an object"),
+        ("{", "settings.json: not JSON"),
+        ("", "settings.json: not JSON"),
+        ("{}", "settings.json: checkpoint: field required"),
+        (json.dumps(SETTINGS | {"eval": 3}), "settings.json: eval: input should be .*, not 3"),
+        (json.dumps(SETTINGS | {"seed": "0"}), "settings.json: seed: input should be .*, not '0'"),
+        (json.dumps(SETTINGS | {"temperature": math.nan}), "settings.json: temperature: "),
+        (json.dumps(SETTINGS | {"eval": {"other": 1}}), "does not know config.eval.other"),
+        (json.dumps(SETTINGS), "holds another evaluation .settings.checkpoint changed"),
+    ],
+)
+def test_bad_settings_of_an_output_folder_are_refused(tmp_path, content, message):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        check_settings(tmp_path, Settings(**SETTINGS | {"checkpoint": "d"}))
+    assert "\n" not in str(raised.value)
+
+
+@given(strategies.text() | strategies.binary().map(lambda data: data.decode("latin-1")))
+@example('{"checkpoint": "c", "eval": {"rows": []}, "temperature": 0, "seed": 0}')
+def test_any_settings_are_read_or_refused_in_one_line(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        (path / "settings.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+        with pytest.raises(UserError) as raised:
+            check_settings(path, Settings(**SETTINGS))
+        assert "\n" not in str(raised.value)
+
+
+def test_an_empty_stop_string_is_refused_and_stops_need_questions(reference, questions, data_dir):
+    with pytest.raises(UserError, match="config.eval.stops: an empty string would end every generation at once"):
+        evaluate_model(str(reference), {"questions": f"sums={questions}", "stops": ["x", ""]})
+    with pytest.raises(UserError, match="--stops ends generations for --questions only"):
+        evaluate_model(str(reference), TASKS | {"data_dir": str(data_dir), "stops": ["x"]})
+
+
+def test_progress_shows_tokens_before_the_first_answer(reference, questions, monkeypatch):
+    notes = []
+
+    class Shown(Progress):
+        def advance(self, count, note=""):
+            notes.append((count, note))
+            super().advance(count, note)
+
+    monkeypatch.setattr("rho1_jax.evals.evaluator.Progress", Shown)
+    evaluate_model(str(reference), {"data": "", "questions": f"sums={questions}", "max_new_tokens": 40, "stops": []})
+    first = next(n for n, (count, _) in enumerate(notes) if count)
+    assert [note for _, note in notes[:first]] == ["80 tokens", "160 tokens", "240 tokens"]
+
+
 def test_programs_are_run_and_their_output_is_read(reference, data_dir, tmp_path, monkeypatch):
-    """The model writes a program, reads the output, and answers with it; names last from program to program."""
+    """The model writes a program, reads the output, and answers with it. Programs of one answer share their names."""
     seen = []
 
     def answer(prompt, stops):

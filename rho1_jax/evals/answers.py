@@ -1,13 +1,13 @@
 """Ask a model questions, extract its answers and grade them."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import operator
 import pathlib
 import re
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rho1_jax.configs.default import EvalConfig
@@ -20,6 +20,7 @@ from rho1_jax.evals.tool_use import run_with_tools
 from rho1_jax.models.generation import Generator
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.schema import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,27 @@ class Questions:
     tools: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class GradedItem:
+    """An answer as the file NAME.jsonl of an evaluation stores it.
+
+    Attributes:
+      index: the question's, from 0.
+      prompt: the question's prompt.
+      generation: what the model wrote after it.
+      extracted: the answer in the generation; None if it has none.
+      answer: the right answer.
+      correct: True if the two are equal.
+    """
+
+    index: int
+    prompt: str
+    generation: str
+    extracted: str | None
+    answer: str
+    correct: bool
+
+
 def last_match(text: str, pattern: str) -> str | None:
     """The group of the pattern's last match in the text, stripped. None if nothing matches."""
     matches = re.findall(pattern, text)
@@ -59,9 +81,14 @@ def read_questions(path: str | pathlib.Path, config: EvalConfig) -> Questions:
     """Reads questions from a JSON lines file. Their answers are graded by exact match.
 
     Raises:
-      UserError: a record is bad or has no answer (the message names file and line), or the file has no questions.
+      UserError: a record is bad or has no answer (the message names file and line), the file has no questions, or
+        `config.answer_pattern` is not a regular expression with one group.
     """
-    if re.compile(config.answer_pattern).groups != 1:
+    try:
+        groups = re.compile(config.answer_pattern).groups
+    except re.error as error:
+        raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r}: {error}") from None
+    if groups != 1:
         raise UserError(f"config.eval.answer_pattern={config.answer_pattern!r} must have exactly one group")
     questions = []
     for file in records.expand([str(local_path(path, "config.eval.questions"))]):
@@ -122,52 +149,70 @@ def answer_all(
     config: EvalConfig,
     *,
     answered: Collection[int] = (),
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[dict[str, Any]]:
+    **options: Any,
+) -> abc.Generator[GradedItem, None, None]:
     """Answers the questions, except those whose index is in `answered`, and grades each answer.
 
+    Args:
+      generator: continues prompts.
+      questions: what to ask.
+      config: `max_new_tokens`, and `generate_batch` as the maximum number of sandboxes.
+      answered: indices to leave out.
+      options: further arguments of `Generator.run`, such as `temperature`.
+
     Yields:
-      One dict for each question, in the order in which the generations end: its index, its prompt, the generation, the
-      extracted answer, the right answer, and whether the two are equal.
+      One item for each question, in the order in which the generations end. Its text is valid Unicode.
     """
     items = questions.items
     requests = [(index, item.prompt) for index, item in enumerate(items) if index not in answered]
-    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {"stops": questions.stops, "max_new_tokens": config.max_new_tokens}
+    generations: Any
     if questions.tools:
-        generations: Iterator[tuple] = run_with_tools(generator, requests, questions.stops, **options)
+        generations = run_with_tools(generator, requests, sandboxes=config.generate_batch, **options)
     else:
-        generations = generator.run(deque(requests), stops=questions.stops, **options)
-    for index, generation, *_ in generations:
-        extracted = questions.extract(generation)
-        yield {
-            "index": index,
-            "prompt": items[index].prompt,
-            "generation": generation,
-            "extracted": extracted,
-            "answer": items[index].answer,
-            "correct": questions.equal(extracted, items[index].answer),
-        }
+        generations = generator.run(deque(requests), **options)
+    with contextlib.closing(generations):
+        for index, text, *_ in generations:
+            generation = text.encode("utf-8", "replace").decode()  # a tokenizer may produce lone surrogates
+            extracted, answer = questions.extract(generation), items[index].answer
+            correct = questions.equal(extracted, answer)
+            yield GradedItem(index, items[index].prompt, generation, extracted, answer, correct)
 
 
-def accuracy(results: Sequence[dict[str, Any]]) -> float:
-    """The fraction of results that are correct."""
-    return sum(result["correct"] for result in results) / len(results)
+def accuracy(items: Sequence[GradedItem]) -> float:
+    """The fraction of items that are correct."""
+    return sum(item.correct for item in items) / len(items)
 
 
-def read_answered(path: pathlib.Path, questions: Questions) -> list[dict[str, Any]]:
+def read_answered(path: pathlib.Path, questions: Questions) -> list[GradedItem]:
     """The graded items that an interrupted evaluation wrote, without a last line that was cut short.
 
     Raises:
-      UserError: the file holds answers to other questions.
+      UserError: another line is bad or repeats an index (the message names file and line), or the file holds answers
+        to other questions.
     """
-    items = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+    items: dict[int, GradedItem] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
         try:
-            items.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    prompts = dict(enumerate(question.prompt for question in questions.items))
-    if any(prompts.get(item.get("index")) != item["prompt"] for item in items):
-        raise UserError(f"{path} holds answers to other questions; choose another --output")
-    return items
+            item = parse_json(line, GradedItem, where)
+        except UserError:
+            if number == len(lines):  # empty, or cut short
+                break
+            raise
+        if item.index in items:
+            raise UserError(
+                f"{where}: a second answer to the question with index {item.index}; delete one of the lines"
+            )
+        if not 0 <= item.index < len(questions.items) or questions.items[item.index] != Question(
+            item.prompt, item.answer
+        ):
+            raise UserError(f"{path} holds answers to other questions (line {number}); choose another --output")
+        items[item.index] = item
+    return list(items.values())

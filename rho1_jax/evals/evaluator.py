@@ -1,11 +1,11 @@
 """Measure a model's held-out loss and answer accuracy, during training or afterwards."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.evals.answers import (
+    GradedItem,
     Questions,
     accuracy,
     answer_all,
@@ -27,6 +28,7 @@ from rho1_jax.evals.answers import (
     task_questions,
 )
 from rho1_jax.evals.grading import Grader
+from rho1_jax.evals.tasks import TASKS
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
@@ -46,6 +48,8 @@ class Evaluator:
         self._graphdef, self._tokenizer, self._mesh = graphdef, tokenizer, mesh
         self._batch_size = even_rows(config.batch_size // config.microbatches)
         self._settings = settings = EvalConfig(**config.eval.to_dict() | {"stops": tuple(config.eval.stops)})
+        if "" in settings.stops:
+            raise UserError("config.eval.stops: an empty string would end every generation at once; remove it")
         if settings.tool_use and jax.process_count() > 1:
             raise UserError(
                 "config.eval.tool_use runs programs on one host only: evaluate there, without --distributed"
@@ -65,7 +69,12 @@ class Evaluator:
         }
         exemplars, grader = parse_named(settings.exemplars, "config.eval.exemplars"), Grader()
         self.tasks = [name for name in settings.tasks.split(",") if name]
+        unknown = exemplars.keys() - TASKS.keys()
+        if unknown:
+            raise UserError(f"config.eval.exemplars: {min(unknown)!r} is not a task; use {', '.join(TASKS)}")
         for name in self.tasks:
+            if name in self.questions:
+                raise UserError(f"config.eval.tasks: there are two sets of questions with the name {name!r}; drop one")
             self.questions[name] = task_questions(
                 name,
                 settings.data_dir,
@@ -108,28 +117,35 @@ class Evaluator:
         temperature: float,
         seed: int,
         file: pathlib.Path | None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[GradedItem]:
         """The graded items that `answer_all` yields, sorted by question."""
         items = read_answered(file, questions) if file else []
-        answered = {item["index"] for item in items}
+        answered = {item.index for item in items}
         with contextlib.ExitStack() as stack:
             total = len(questions.items)
             progress = stack.enter_context(Progress(name, total, "questions", initial=len(items), leave=False))
             lines = None
             if file is not None and is_first():
-                write_text(file, json_lines(items))
+                write_text(file, _lines(items))
                 lines = stack.enter_context(file.open("a", encoding="utf-8"))
-            for item in answer_all(
-                generator, questions, self._settings, answered=answered, temperature=temperature, seed=seed
-            ):
+            new_tokens = 0
+
+            def show_tokens(count: int) -> None:
+                nonlocal new_tokens
+                new_tokens += count
+                progress.advance(0, f"{new_tokens:,} tokens")
+
+            options = {"temperature": temperature, "seed": seed, "on_tokens": show_tokens}
+            answers = answer_all(generator, questions, self._settings, answered=answered, **options)
+            for item in stack.enter_context(contextlib.closing(answers)):
                 items.append(item)
                 if lines:
-                    lines.write(json_lines([item]))
+                    lines.write(_lines([item]))
                     lines.flush()
-                progress.advance(1)
-        items.sort(key=lambda item: item["index"])
+                progress.advance(1, f"{new_tokens:,} tokens")
+        items.sort(key=lambda item: item.index)
         if file is not None and is_first():
-            write_text(file, json_lines(items))
+            write_text(file, _lines(items))
         return items
 
     def _loss(self, params: Params, name: str) -> float:
@@ -146,6 +162,10 @@ class Evaluator:
                 total, count = total + float(loss_sum), count + float(eligible)
                 progress.advance(1)
         return total / count
+
+
+def _lines(items: list[GradedItem]) -> str:
+    return json_lines(map(dataclasses.asdict, items))
 
 
 def _make_loss_sums(graphdef: nnx.GraphDef, document_mask: bool, mesh: Mesh) -> Callable:

@@ -1,9 +1,15 @@
 """Run untrusted programs. sandbox.py starts this file as a separate process; it imports nothing from this package.
 
-Before the first program, the process confines itself for good. Landlock denies it all files except a scratch folder and
-the interpreter's libraries. seccomp denies it the network, other processes, signals and further system calls. Resource
-limits cap its processor time and memory. Each line on standard input is a program, as a JSON string. Each line on
-standard output is its result, as a JSON object.
+Before the first program, the process confines itself for good:
+
+- Where the system lets it, it moves to a root folder that holds only a scratch folder and the interpreter's libraries.
+- It gives up its capabilities.
+- Landlock denies it all other files, and signals to other processes.
+- seccomp allows only the system calls in sandbox_calls.py.
+- Resource limits cap its processor time and memory.
+
+Each line on standard input is a program, as a JSON string. Each line on standard output is its result, as a JSON
+object.
 """
 
 import ast
@@ -14,24 +20,17 @@ import json
 import os
 import resource
 import signal
+import sys
 import traceback
 
-# fmt: off
-# Numbers of the x86-64 system calls that are denied.
-DENIED = (
-    29, 30, 31, 64, 65, 66, 67, 68, 69, 70, 71, *range(240, 246),  # System V and POSIX message queues, memory
-    *range(41, 60),  # sockets; clone, fork, vfork, execve
-    62, 129, 200, 234, 297, 424, 434, 438,  # signals, process descriptors
-    76, 90, 91, 92, 93, 94, 132, 235, 260, 261, 268, 280, 452, *range(188, 200),  # beyond Landlock: modes, times
-    101, 310, 311, 312,  # other processes' memory
-    141, 142, 144, 203, 251, 256, 279, 302, 314,  # other processes' limits and scheduling
-    135, 155, *range(161, 180), 246, 248, 249, 250, 272, 288, 298, 299, 307, 308, 313, 320, 321, 322, 323,  # the system
-    425, 426, 427, *range(428, 434), 442, 463, 464, 465, 466,  # io_uring, mounts, extended attributes
-)
-# fmt: on
-ENOSYS_CALLS = (435,)  # clone3: reported as missing, so that libraries fall back to clone
-X86_64 = 0xC000003E
-READ_FILE_AND_DIRECTORY, ALL_RIGHTS = (1 << 2) | (1 << 3), 13  # access rights in version 1 of Landlock
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's system calls, the same on every processor
+NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)
+NO_SETUID, NO_DEVICES, BIND, RECURSIVELY = 2, 4, 1 << 12, 1 << 14  # flags of mount(2)
+READ_FILE, READ_FOLDER = 1 << 2, 1 << 3
+SCRATCH_FILES = READ_FILE | READ_FOLDER | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14  # write, remove, create, truncate
+# Rights that a ruleset can handle, from each version of Landlock on: files, network ports, scopes (sockets, signals).
+HANDLED = {1: ((1 << 13) - 1, 0, 0), 2: ((1 << 14) - 1, 0, 0), 3: ((1 << 15) - 1, 0, 0), 4: ((1 << 15) - 1, 3, 0),
+           5: ((1 << 16) - 1, 3, 0), 6: ((1 << 16) - 1, 3, 3)}  # fmt: skip
 
 
 class _Instruction(ctypes.Structure):
@@ -43,7 +42,7 @@ class _Program(ctypes.Structure):
 
 
 class _Ruleset(ctypes.Structure):
-    _fields_ = (("rights", ctypes.c_uint64),)
+    _fields_ = (("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scopes", ctypes.c_uint64))
 
 
 class _Path(ctypes.Structure):
@@ -52,59 +51,106 @@ class _Path(ctypes.Structure):
     _fields_ = (("rights", ctypes.c_uint64), ("descriptor", ctypes.c_int32))
 
 
-def _system(libc: ctypes.CDLL, name: str, *arguments: object) -> int:
-    """Makes a system call. Raises OSError, with the given name, if it fails."""
-    result = libc.syscall(*arguments)
+def _checked(result: int, name: str) -> int:
+    """The result of a system call. Raises OSError, with the given name, if the call failed."""
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
+def hide_files(libc: ctypes.CDLL, scratch: str, readable: list[str]) -> None:
+    """Gives this process a root folder that holds nothing but `scratch` and `readable`, under their own names.
+
+    Does nothing if the system does not let its users create namespaces; other files can then be seen, but not opened.
+    Raises OSError if it lets them, but a later step fails.
+    """
+    root, user, group = os.path.dirname(scratch), os.getuid(), os.getgid()
+    if root == "/":
+        return
+    try:
+        _checked(libc.unshare(NEW_USER | NEW_MOUNTS), "unshare")
+        same = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, value in same.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(value)
+        sources = {path: os.open(path, os.O_PATH) for path in [*filter(os.path.exists, readable), scratch]}
+        _checked(libc.mount(b"tmpfs", root.encode(), b"tmpfs", NO_SETUID | NO_DEVICES, b"size=1m,mode=755"), "mount")
+    except OSError:
+        return
+    os.chdir(root)
+    for path, descriptor in sources.items():
+        source, target = f"/proc/self/fd/{descriptor}", f".{path}"
+        if os.path.isdir(source):
+            os.makedirs(target, exist_ok=True)
+        elif not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.mknod(target)
+        _checked(libc.mount(source.encode(), target.encode(), None, BIND | RECURSIVELY, None), f"mount, {path}")
+        os.close(descriptor)
+    _checked(libc.chroot(b"."), "chroot")
+    os.chdir(scratch)
+
+
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Gives up what the superuser may do, such as raising resource limits."""
+    version_and_process, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    _checked(libc.capset(version_and_process, none), "capset")
+
+
 def confine_files(libc: ctypes.CDLL, scratch: str, readable: list[str]) -> None:
-    """Limits writing to `scratch`, and reading to `scratch` and `readable`, from now on."""
-    rights = (1 << ALL_RIGHTS) - 1
-    ruleset = _Ruleset(rights)
-    rules = _system(libc, "Landlock", 444, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
-    for path, allowed in [(scratch, rights), *((path, READ_FILE_AND_DIRECTORY) for path in readable)]:
+    """Limits writing to `scratch`, and reading to `scratch` and `readable`, from now on.
+
+    A program can create files in `scratch`, but no folders or links. With version 6 of Landlock (Linux 6.12), it cannot
+    send signals to other processes or connect to abstract sockets either, by any system call.
+    """
+    version = _checked(libc.syscall(CREATE_RULESET, None, 0, 1), "Landlock")
+    files, network, scopes = HANDLED[min(version, max(HANDLED))]
+    ruleset = _Ruleset(files, network, scopes)
+    rules = _checked(libc.syscall(CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0), "Landlock")
+    for path, rights in [(scratch, SCRATCH_FILES), *((path, READ_FILE | READ_FOLDER) for path in readable)]:
         if os.path.exists(path):
-            granted = allowed if os.path.isdir(path) else allowed & ~(1 << 3)
+            granted = rights & files if os.path.isdir(path) else rights & ~READ_FOLDER
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             beneath = _Path(granted, descriptor)
-            _system(libc, f"Landlock, {path}", 445, rules, 1, ctypes.byref(beneath), 0)
+            _checked(libc.syscall(ADD_RULE, rules, 1, ctypes.byref(beneath), 0), f"Landlock, {path}")
             os.close(descriptor)
-    _system(libc, "Landlock", 446, rules, 0)
+    _checked(libc.syscall(RESTRICT_SELF, rules, 0), "Landlock")
     os.close(rules)
 
 
-def confine_calls(libc: ctypes.CDLL) -> None:
-    """Makes the system calls in DENIED fail with EPERM from now on. Calls of another architecture kill the process."""
-    load, jump_if_equal, jump_if_at_least, ret = 0x20, 0x15, 0x35, 0x06  # instructions of BPF
-    allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
-    lines = [(load, 0, 0, 4), (jump_if_equal, 1, 0, X86_64), (ret, 0, 0, kill), (load, 0, 0, 0)]
-    lines += [(jump_if_at_least, 0, 1, 0x40000000), (ret, 0, 0, kill)]
-    for calls, error in ((DENIED, 1), (ENOSYS_CALLS, 38)):
-        for call in calls:
-            lines += [(jump_if_equal, 0, 1, call), (ret, 0, 0, refuse | error)]
-    lines.append((ret, 0, 0, allow))
-    instructions = (_Instruction * len(lines))(*(_Instruction(*line) for line in lines))
-    program = _Program(len(lines), instructions)
-    if libc.prctl(22, 2, ctypes.byref(program), 0, 0):
-        raise OSError(ctypes.get_errno(), "seccomp")
+def confine_calls(libc: ctypes.CDLL, instructions: list[list[int]]) -> None:
+    """Installs a seccomp filter, given as BPF instructions."""
+    lines = (_Instruction * len(instructions))(*(_Instruction(*line) for line in instructions))
+    program = _Program(len(lines), lines)
+    _checked(libc.prctl(22, 2, ctypes.byref(program), 0, 0), "seccomp")
 
 
-def confine(scratch: str, readable: list[str], cpu_seconds: int, memory: int, file_size: int) -> None:
-    """Confines this process: resource limits, files, then system calls. Raises OSError if the system cannot."""
-    if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
-        raise OSError(f"{os.uname().sysname} on {os.uname().machine}: only Linux on x86_64 is supported")
+def confine(
+    parent: int, scratch: str, readable: list[str], limits: dict[str, int], instructions: list[list[int]]
+) -> None:
+    """Confines this process. Raises OSError if the system cannot.
+
+    Args:
+      parent: id of the parent process. This process is killed when the parent ends.
+      scratch: folder that programs may write to.
+      readable: files and folders that programs may read.
+      limits: limits by name, such as {"CPU": 600}; see setrlimit(2).
+      instructions: the seccomp filter.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # ends when its parent does
-    limits = {"AS": memory, "CPU": cpu_seconds, "FSIZE": file_size, "NOFILE": 64, "CORE": 0}
+    hide_files(libc, scratch, readable)
+    drop_capabilities(libc)
+    _checked(libc.prctl(1, signal.SIGKILL, 0, 0, 0), "parent-death signal")
+    if os.getppid() != parent:  # the parent ended before the call
+        sys.exit()
     for name, limit in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    if libc.prctl(38, 1, 0, 0, 0):  # no new privileges
-        raise OSError(ctypes.get_errno(), "no_new_privs")
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+    _checked(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
     confine_files(libc, scratch, readable)
-    confine_calls(libc)
+    confine_calls(libc, instructions)
 
 
 class _Bounded(io.StringIO):
@@ -123,6 +169,8 @@ class _Bounded(io.StringIO):
 def execute(code: str, names: dict, max_output: int) -> str:
     """Runs a program and returns what it prints, or the last line of its traceback if it fails.
 
+    Lone surrogates, which no file can hold, become question marks.
+
     Args:
       code: the program. The value of an expression on its last line is printed.
       names: its global variables, which the program changes.
@@ -140,9 +188,10 @@ def execute(code: str, names: dict, max_output: int) -> str:
             value = eval(compile(last, "<program>", "eval"), names) if last else None
             if value is not None:
                 print(value)
-        return printed.getvalue()
+        output = printed.getvalue()
     except BaseException as error:
-        return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1][:max_output] + "\n"
+        output = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1][:max_output] + "\n"
+    return output.encode("utf-8", "replace").decode()
 
 
 def main() -> None:

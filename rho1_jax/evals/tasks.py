@@ -13,7 +13,6 @@ import ast
 import dataclasses
 import importlib
 import importlib.resources
-import json
 import pathlib
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 from rho1_jax.evals.extraction import last_boxed
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.schema import parse_json
 
 Record = dict[str, Any]
 LETTERS = "ABCDE"
@@ -62,8 +62,8 @@ class Task:
         ends in .json, one JSON object {id: record}.
       kind: how answers are extracted and compared. "choice": a letter from A to E. "math": a formula, a number or a
         short text. See `extraction.extract` and `Grader.equal`.
-      item: turns a record into an Item. It may raise ValueError, KeyError, TypeError, IndexError or AttributeError for
-        a bad record; the user then sees the file, the line and the error.
+      item: turns a record into an Item. It may raise any Exception for a bad record; the user then sees the file, the
+        line and the error.
       shots: number of exemplars in a prompt; 0: none.
       exemplars: the set they come from. "gsm8k" and "math" are the sets in lm-eval; any other name stands for the file
         exemplars/NAME.jsonl in this package. "": the task has no set, and needs --exemplars=TASK=FILE if `shots` > 0.
@@ -138,6 +138,8 @@ def _sat_math(record: Record) -> Item:
 
 def _choices(question: str, choices: list[str], right: str) -> Item:
     listed = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+    if len(choices) > len(LETTERS) or right not in tuple(LETTERS[: len(choices)]):
+        raise ValueError(f"the right answer is {right!r}, of {len(choices)} choices")
     return Item(f"{question}\nAnswer Choices: {listed}", right)
 
 
@@ -170,18 +172,25 @@ def read_items(name: str, data_dir: str | pathlib.Path) -> list[Item]:
     path = local_path(data_dir, "config.eval.data_dir") / task.file
     if not path.is_file():
         raise UserError(f"{path}: no such file; task {name} reads its items from it (see config.eval.data_dir)")
-    text = path.read_text(encoding="utf-8")
     try:
-        records = list(json.loads(text).values()) if path.suffix == ".json" else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object {{id: record}}: {error}") from None
-    lines = text.split("\n") if records is None else records
-    for number, line in enumerate(lines, start=1):
-        if line:
-            try:
-                items.append(task.item(json.loads(line) if records is None else line))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(f"{path}:{number}: not a record of task {name}: {error!r}") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+    if path.suffix == ".json":
+        records = [(f"{path}: {key}", record) for key, record in parse_json(content, dict[str, Record], path).items()]
+    else:
+        lines = [
+            (f"{path}:{number}", line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()
+        ]
+        records = [(where, parse_json(line, Record, f"{where}: not a record of task {name}")) for where, line in lines]
+    for where, record in records:
+        try:
+            item = task.item(record)
+            if not all(isinstance(text, str) for text in item):
+                raise TypeError("its question and answer must be text")
+        except Exception as error:  # the task's own function may raise anything
+            raise UserError(f"{where}: not a record of task {name}: {error!r}") from None
+        items.append(item)
     if not items:
         raise UserError(f"{path}: holds no records for task {name}")
     return items
@@ -205,18 +214,19 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
         return []
     try:
         if file:
-            exemplars = _parse_exemplars(local_path(file, f"config.eval.exemplars: {name}").read_text(encoding="utf-8"))
+            path = local_path(file, f"config.eval.exemplars: {name}")
+            exemplars = _parse_exemplars(path.read_bytes(), f"--exemplars={name}={file}")
         elif task.exemplars == "gsm8k":
             exemplars = _gsm8k_exemplars()
         elif task.exemplars == "math":
             utils = importlib.import_module("lm_eval.tasks.minerva_math.utils")
             exemplars = [Exemplar(shot["problem"], shot["solution"]) for shot in utils.list_fewshot_samples()]
         else:
-            path = importlib.resources.files("rho1_jax.evals") / "exemplars" / f"{task.exemplars}.jsonl"
-            exemplars = _parse_exemplars(path.read_text(encoding="utf-8"))
+            own = importlib.resources.files("rho1_jax.evals") / "exemplars" / f"{task.exemplars}.jsonl"
+            exemplars = _parse_exemplars(own.read_bytes(), task.exemplars)
     except ModuleNotFoundError as error:
         raise UserError(f"task {name}: {error}; install the extra `eval`, or give {option}") from None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         if file:
             raise UserError(f"--exemplars={name}={file}: {error}") from None
         raise UserError(f"task {name}: no exemplars {task.exemplars!r}: {error}; give {option}") from None
@@ -225,8 +235,9 @@ def read_exemplars(name: str, file: str | None) -> list[Exemplar]:
     return exemplars[: task.shots]
 
 
-def _parse_exemplars(text: str) -> list[Exemplar]:
-    return [Exemplar(**json.loads(line)) for line in text.split("\n") if line]
+def _parse_exemplars(content: bytes, file: str) -> list[Exemplar]:
+    lines = enumerate(content.split(b"\n"), start=1)
+    return [parse_json(line, Exemplar, f"{file}:{number}") for number, line in lines if line.strip()]
 
 
 def _gsm8k_exemplars() -> list[Exemplar]:

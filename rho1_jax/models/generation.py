@@ -11,7 +11,7 @@ H query heads, K key/value heads, C head width, V vocabulary, T tokens of one st
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -250,6 +250,7 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         max_prompt_tokens: int | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[Continuation]:
         """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
 
@@ -260,6 +261,7 @@ class Generator:
           temperature: sampling temperature; 0 takes the likeliest token.
           seed: seed for sampling. A continuation does not depend on the rest of the batch.
           max_prompt_tokens: a longer prompt keeps only this many tokens at its end.
+          on_tokens: called with the number of tokens that were decoded, after each stretch.
 
         Yields:
           The continuations, in the order in which they end.
@@ -290,6 +292,8 @@ class Generator:
                     rows[slot] = added
             state, *stretch = decode(self._graphdef, self._params, state, key, temperature=temperature)
             tokens_BT, logprobs_BT = (np.asarray(x_BT).tolist() for x_BT in stretch)
+            if on_tokens:
+                on_tokens(STRETCH * sum(row is not None for row in rows))
             for slot, row in enumerate(rows):
                 if row is not None:
                     text, ended = self._extend(row, tokens_BT[slot], logprobs_BT[slot], max_new_tokens, stops)

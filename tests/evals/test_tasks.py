@@ -119,6 +119,11 @@ def test_prompts_do_not_change(name):
     [
         ("not json\n", r"test.jsonl:1: not a record of task gsm8k"),
         ('{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n', r"test.jsonl:2: not a record of task gsm8k"),
+        ("[]\n", r"test.jsonl:1: not a record of task gsm8k: input should be an object"),
+        ('{"question": "q", "ans', r"test.jsonl:1: not a record of task gsm8k: not JSON"),
+        ("[" * 100_000, r"test.jsonl:1: not a record of task gsm8k: not JSON: recursion limit"),
+        ('{"question": 5, "answer": "#### 1"}', r"test.jsonl:1: not a record of task gsm8k: .*must be text"),
+        ('{"question": "\\ud800", "answer": "#### 1"}', r"test.jsonl:1: not a record of task gsm8k: not JSON"),
     ],
 )
 def test_error_names_file_and_line_of_a_bad_record(text, message, tmp_path):
@@ -132,6 +137,51 @@ def test_error_names_file_and_line_of_a_bad_record(text, message, tmp_path):
     (tmp_path / "svamp" / "test.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"svamp/test.jsonl: holds no records for task svamp"):
         read_items("svamp", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, record, message",
+    [
+        ("gsm_hard", '{"input": "q", "target": 1e999}', "not JSON|OverflowError"),
+        ("svamp", '{"Body": "b", "Question": "q", "Answer": NaN}', "not JSON|ValueError"),
+        ("math", '{"problem": "p", "solution": "1", "answer": 1}', "must be text"),
+        ("mathqa", '{"problem": "p", "options": "[(", "correct": "a"}', "SyntaxError"),
+        ("mathqa", '{"problem": "p", "options": "a ) 1 , b ) 2", "correct": "c"}', "right answer is 'C', of 2 choices"),
+        ("mathqa", '{"problem": "p", "options": "a ) 1 , b ) 2", "correct": ""}', "right answer is '', of 2 choices"),
+        ("mmlu_stem", '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 4}', "right answer is 'E', of 4"),
+        ("mmlu_stem", '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": -1}', "right answer is 'E', of 4"),
+        ("mmlu_stem", '{"question": "q", "choices": ["1", "2", "3", "4", "5", "6"], "answer": 0}', "of 6 choices"),
+    ],
+)
+def test_record_whose_right_answer_cannot_be_right_is_refused(name, record, message, tmp_path):
+    path = tmp_path / TASKS[name].file
+    path.parent.mkdir()
+    path.write_text(record + "\n")
+    with pytest.raises(UserError, match=f"test.jsonl:1: not a record of task {name}: .*(?:{message})"):
+        read_items(name, tmp_path)
+
+
+def test_error_names_the_key_of_a_bad_record_in_a_json_object(tmp_path):
+    path = tmp_path / TASKS["tabmwp"].file
+    path.parent.mkdir()
+    for content, message in (("[]", "an object"), ('{"7": []}', "7: input should"), ('{"7": {}}', ": 7: not a")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"problems_test1k.json: .*{message}|problems_test1k.json{message}"):
+            read_items("tabmwp", tmp_path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="problems_test1k.json: not JSON"):
+        read_items("tabmwp", tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"question": 1, "solution": "s"}', "[" * 100_000, '{"question": "q'])
+def test_error_names_file_and_line_of_a_bad_exemplar(line, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "q", "solution": "s"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"--exemplars=mathqa=.*mine.jsonl:2: "):
+        read_exemplars("mathqa", str(path))
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"--exemplars=mathqa=.*mine.jsonl:1: "):
+        read_exemplars("mathqa", str(path))
 
 
 def test_exemplars_from_a_file(tmp_path):
