@@ -27,7 +27,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
-from rho1_jax.runtime import sharding
+from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, write_text
@@ -92,6 +92,7 @@ def evaluate_model(
         params = trained.load(mesh, "float32")
         if output is not None:
             check_settings(output, settings)
+        stopping.save_on_stop()
         metrics = evaluator(params, temperature, seed, output)
         if lm_eval:
             metrics |= run_lm_eval(lm_eval, graphdef, params, tokenizer, mesh, config.eval.generate_batch)

@@ -32,6 +32,7 @@ from rho1_jax.evals.tasks import TASKS
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
+from rho1_jax.runtime import stopping
 from rho1_jax.runtime.command_line import parse_named
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, write_text
@@ -99,6 +100,9 @@ class Evaluator:
 
         Returns:
           {"eval/NAME/loss": nats per token, "eval/NAME/accuracy": fraction of right answers}.
+
+        Raises:
+          Stopped: the process was asked to stop.
         """
         metrics = {f"eval/{name}/loss": self._loss(params, name) for name in self._rows}
         if self.questions:
@@ -129,9 +133,11 @@ class Evaluator:
                 write_text(file, _lines(items))
                 lines = stack.enter_context(file.open("a", encoding="utf-8"))
             new_tokens = 0
+            kept = f"{file} keeps the items answered so far" if file else "without --output, no items are kept"
 
             def show_tokens(count: int) -> None:
                 nonlocal new_tokens
+                stopping.check(f"stopped in {name}; {kept}")
                 new_tokens += count
                 progress.advance(0, f"{new_tokens:,} tokens")
 
@@ -158,6 +164,7 @@ class Evaluator:
         total = count = 0.0
         with Progress(name, steps, unit="batches", leave=False) as progress:
             for batch in batches:
+                stopping.check(f"stopped in {name}; its loss is not known yet")
                 loss_sum, eligible = self._sums(params, to_devices(batch, self._mesh, self._batch_size))
                 total, count = total + float(loss_sum), count + float(eligible)
                 progress.advance(1)
