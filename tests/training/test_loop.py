@@ -17,7 +17,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.runtime.stopping import Stopped
 from rho1_jax.train import train_model
-from rho1_jax.training import checkpoint, loop
+from rho1_jax.training import checkpoint
 from rho1_jax.training.health import MEMORY, Health, advice
 from rho1_jax.training.setup import check_resume
 
@@ -42,6 +42,7 @@ def test_a_run_that_stops_after_a_step_resumes_as_if_it_had_not(
 ):
     # The default evaluates steps 5, 10 and 12, and saves steps 4, 8 and 12.
     votes = iter([False] * (step - 1) + [True])
+    monkeypatch.setattr(stopping, "check", lambda message: None)
     monkeypatch.setattr(stopping, "vote", lambda: functools.partial(bool, next(votes)))
     with pytest.raises(Stopped, match=f"stopped after step {step} of {STEPS}; the same command resumes there"):
         train_model(config_of("slm", data, reference), tmp_path / "run")
@@ -54,10 +55,10 @@ def test_a_run_that_stops_after_a_step_resumes_as_if_it_had_not(
 
 
 def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(data, reference, undisturbed, tmp_path, monkeypatch):
-    def stop(self, params):
-        raise Stopped("stopped")
+    def stop(message):
+        raise Stopped(message)
 
-    monkeypatch.setattr(loop.Evaluator, "__call__", stop)
+    monkeypatch.setattr(stopping, "check", stop)
     with pytest.raises(Stopped, match="stopped after step 5 of 12"):
         train_model(config_of("slm", data, reference), tmp_path / "run")
     monkeypatch.undo()
