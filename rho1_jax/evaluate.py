@@ -14,7 +14,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 from absl import flags
@@ -31,11 +31,12 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, read_json, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
-from rho1_jax.training.config import changes, complete
+from rho1_jax.training.config import changes, check_values, complete
 from rho1_jax.training.pretrained import TrainedRun
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
+FIELD_TYPES = get_type_hints(EvalConfig)  # without their ranges
 
 
 class LmEval(NamedTuple):
@@ -73,6 +74,7 @@ def evaluate_model(
     trained = TrainedRun.open(checkpoint, "--checkpoint")
     config = trained.config
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
+    check_values(config)
     if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     path = str(trained.directory)
@@ -143,7 +145,7 @@ def main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
-        field.name: define.get(field.type, flags.DEFINE_multi_string)(
+        field.name: define.get(FIELD_TYPES[field.name], flags.DEFINE_multi_string)(
             field.name, None, f"In place of the run's config.eval.{field.name}."
         )
         for field in EVAL_FIELDS
