@@ -1,11 +1,13 @@
 """Run one command as several processes: start-up, and output from the first process only."""
 
+import hashlib
 import resource
 import time
 from typing import Any
 
 import jax
 from absl import flags
+from jax._src import distributed  # jax.distributed does not publish the store that all processes share
 
 from rho1_jax.runtime.errors import UserError
 
@@ -46,6 +48,17 @@ def start(value: str) -> None:
 def is_first() -> bool:
     """True on the process that writes files and prints."""
     return jax.process_index() == 0
+
+
+def is_first_with(text: str) -> bool:
+    """True on the process that calls this first with a text, and False on those that follow it with the same text."""
+    client = distributed.global_state.client
+    try:
+        if client is not None:
+            client.key_value_set(f"rho1_jax/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", "")
+    except jax.errors.JaxRuntimeError as error:
+        return "ALREADY_EXISTS" not in str(error)  # any other error: the first process is gone
+    return True
 
 
 def say(text: str) -> None:
