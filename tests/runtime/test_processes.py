@@ -42,8 +42,8 @@ def flags_of(data, reference, questions, workdir, mesh):
     return ["rho1_jax.train", "--config=configs/default.py:slm", f"--workdir={workdir}", *named]
 
 
-def two_processes(flags, message="parameters on 8 devices"):
-    """Run the command as two hosts would, and return the output of the first process, which alone prints `message`."""
+def start_two(flags, status=0):
+    """Run the command as two hosts would: what each printed on standard output and on standard error."""
     address = f"localhost:{free_port()}"
     variables = {**environment(), "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": ""}
     processes = [
@@ -54,7 +54,13 @@ def two_processes(flags, message="parameters on 8 devices"):
         for index in (0, 1)
     ]  # fmt: skip
     printed = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    assert [process.returncode for process in processes] == [status, status], printed
+    return printed
+
+
+def two_processes(flags, message="parameters on 8 devices"):
+    """Run the command as two hosts, and return the output of the first process, which alone prints `message`."""
+    printed = start_two(flags)
     assert message in printed[0][0] and message not in printed[1][0]
     return printed[0][0]
 
@@ -107,3 +113,9 @@ def test_a_malformed_flag_is_refused(data, reference, questions, tmp_path):
     for value in ("localhost", "localhost:1,2", "localhost:1,two,0"):
         done = run_command(*flags, f"--distributed={value}")
         assert done.returncode == 2 and f"--distributed={value} is neither 'auto' nor HOST:PORT" in done.stderr
+
+
+def test_an_error_of_both_processes_is_printed_once(data, reference, questions, tmp_path):
+    flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
+    printed = start_two([*flags, "--config.batch_size=12"], status=2)
+    assert "".join(stderr for _, stderr in printed).count("error: config.batch_size=12 must be a multiple of 8") == 1
