@@ -1,5 +1,6 @@
 """What all commands share: --config, --help, and errors of one line with status 2."""
 
+import atexit
 import difflib
 import errno
 import glob
@@ -183,6 +184,8 @@ def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         _exit(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        # Threads that write a checkpoint still finish. What Python would do after that can crash in a library.
+        atexit.register(os._exit, INTERRUPTED)
         sys.exit(INTERRUPTED)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():

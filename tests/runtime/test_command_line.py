@@ -142,7 +142,8 @@ def test_other_errors_keep_their_traceback(monkeypatch, error):
         command_line._guarded(fail(error))
 
 
-def test_ctrl_c_is_one_line_with_status_130(run_main):
+def test_ctrl_c_is_one_line_with_status_130(run_main, monkeypatch):
+    monkeypatch.setattr(command_line.atexit, "register", lambda *arguments: None)  # it would end pytest
     assert run_main("--config=default:clm", main=fail(KeyboardInterrupt())) == (130, "interrupted\n")
 
 
