@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 import jax
+import pydantic
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
+from typing_extensions import TypedDict
 
 from rho1_jax.configs.default import EvalConfig
 from rho1_jax.data.tokenizer import Tokenizer
@@ -29,14 +31,22 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path, read_json, write_text
+from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, check_values, complete
 from rho1_jax.training.pretrained import TrainedRun
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
 FIELD_TYPES = get_type_hints(EvalConfig)  # without their ranges
+
+
+class StoredSettings(TypedDict):
+    """settings.json beside the results of an evaluation; its other keys are only compared."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    eval: dict[str, Any]
 
 
 class LmEval(NamedTuple):
@@ -128,7 +138,7 @@ def check_settings(output: pathlib.Path, settings: dict[str, Any]) -> None:
     """Stores the settings of an evaluation beside its results. Raises UserError if `output` holds a different one."""
     path, settings = output / "settings.json", json.loads(json.dumps(settings))
     if path.exists():
-        stored = read_json(path)
+        stored = read_json(path, StoredSettings)
         stored["eval"] = complete({"eval": stored["eval"]}, str(path))["eval"]
         changed = changes(stored, settings, "settings")
         if changed:

@@ -10,7 +10,7 @@ from helpers import run_command
 
 from rho1_jax.evals.sandbox import Sandbox
 from rho1_jax.evals.tool_use import program_at_end
-from rho1_jax.evaluate import evaluate_model
+from rho1_jax.evaluate import check_settings, evaluate_model
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 
@@ -243,3 +243,17 @@ def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, 
     evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])
     assert item["generation"].count("```output\n1\n```") == 4 and item["generation"].count("```python") == 5
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "input should be an object"),
+        ("{}", "eval: field required"),
+        ('{"eval": 3}', "eval: input should be an obj"),
+    ],
+)
+def test_damaged_settings_of_an_earlier_evaluation_are_named(tmp_path, text, message):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=f"settings.json: {message}"):
+        check_settings(tmp_path, {"eval": {}})
