@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from helpers import tiny, write_hf_folder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rho1_jax.models import decoder, hf_config
@@ -60,6 +60,7 @@ def read(path) -> None:
         folder.load(model, sharding.make_mesh(1, -1, 1), "float32")
 
 
+@settings(deadline=None)
 @given(CHANGES, KINDS)
 def test_any_values_in_config_json(folder, scratch, changes, architecture):
     described = json.loads((folder / "config.json").read_text())
@@ -67,12 +68,14 @@ def test_any_values_in_config_json(folder, scratch, changes, architecture):
     read(scratch)
 
 
+@settings(deadline=None)
 @given(JSON.map(json.dumps) | TEXT | st.binary())
 def test_any_json_and_any_bytes_as_config_json(scratch, text):
     (scratch / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     read(scratch)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(TEXT, JSON | TEXT.map("{}.safetensors".format) | st.just(SINGLE_FILE)) | JSON)
 def test_any_index(folder, scratch, weight_map):
     shutil.copy(folder / "config.json", scratch)
@@ -83,6 +86,7 @@ def test_any_index(folder, scratch, weight_map):
         (scratch / INDEX_FILE).unlink()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_weights_that_are_cut_or_have_flipped_bits(folder, scratch, data):
     """Mostly in the header, which says what the rest means."""

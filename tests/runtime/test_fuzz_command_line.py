@@ -6,7 +6,7 @@ import sys
 from unittest import mock
 
 from absl import flags
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rho1_jax.configs import default
@@ -27,6 +27,7 @@ ARGUMENTS = st.lists(OVERRIDES | VALUES | TEXT.map("--{}".format), max_size=4)
 CONFIGS = st.sampled_from(["default", "default:clm", "demo:slm"]) | st.text("demofault:/.py\0", max_size=9)
 
 
+@settings(deadline=None)
 @given(CONFIGS, ARGUMENTS)
 def test_any_arguments(config, arguments):
     known, printed = set(flags.FLAGS), io.StringIO()
