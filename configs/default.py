@@ -8,10 +8,11 @@ the code did before the key existed, because that is the value older checkpoints
 """
 
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import ml_collections
 from ml_collections import config_dict
+from pydantic import Field, FiniteFloat
 
 from rho1_jax.runtime.errors import UserError
 
@@ -29,6 +30,18 @@ STAGES = {
 }
 
 
+# What a key's value may be. `rho1_jax.training.config.check_values` refuses anything else.
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # JAX counts in int32
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
+NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
+PositiveOrInfinite = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How the devices are arranged."""
@@ -43,27 +56,27 @@ class ModelConfig:
     """The shape of the model, and how it is computed."""
 
     family: str = "llama"  # structure: a name in rho1_jax/models/families
-    vocab_size: int = 0  # V, number of token ids; 0: the tokenizer's
-    width: int = 256  # D, width of the hidden states
-    layers: int = 6  # N, number of layers
-    heads: int = 8  # H, query heads
-    kv_heads: int = 4  # K, key/value heads; divides `heads`
-    head_width: int = 32  # C, width of a head
-    ff_width: int = 768  # F, width of the feed-forward
-    context_length: int = 0  # longest row the model is built for; 0: the data's
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_factor: float = 1.0  # stretches the slow rotary waves, as Llama 3.1 does with 8; 1: no stretching
-    rope_low_frequency_factor: float = 1.0  # turns in the original length below which a wave is fully stretched
-    rope_high_frequency_factor: float = 4.0  # turns above which a wave is left alone
-    rope_original_length: int = 8192  # context length before the stretching
-    norm_eps: float = 1e-5  # epsilon of the norms
+    vocab_size: NonNegativeInt = 0  # V, number of token ids; 0: the tokenizer's
+    width: PositiveInt = 256  # D, width of the hidden states
+    layers: PositiveInt = 6  # N, number of layers
+    heads: PositiveInt = 8  # H, query heads
+    kv_heads: PositiveInt = 4  # K, key/value heads; divides `heads`
+    head_width: PositiveInt = 32  # C, width of a head
+    ff_width: PositiveInt = 768  # F, width of the feed-forward
+    context_length: NonNegativeInt = 0  # longest row the model is built for; 0: the data's
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary frequencies
+    rope_factor: PositiveFloat = 1.0  # stretches the slow rotary waves, as Llama 3.1 does with 8; 1: no stretching
+    rope_low_frequency_factor: PositiveFloat = 1.0  # turns in the original length below which a wave is fully stretched
+    rope_high_frequency_factor: PositiveFloat = 4.0  # turns above which a wave is left alone
+    rope_original_length: PositiveInt = 8192  # context length before the stretching
+    norm_eps: PositiveFloat = 1e-5  # epsilon of the norms
     tied_embeddings: bool = True  # one matrix for input and output
-    sliding_window: int | None = None  # keys a query sees, itself included; None: all of them
-    compute_dtype: str = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
+    sliding_window: PositiveInt | None = None  # keys a query sees, itself included; None: all of them
+    compute_dtype: Dtype = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
-    unroll: int = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
-    loss_chunk: int = 512  # tokens per device whose logits exist at the same time
+    unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
+    loss_chunk: PositiveInt = 512  # tokens per device whose logits exist at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +86,24 @@ class DataConfig:
     train: str = ""  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1
     external: str = ""  # columns of your own, [rows, seq_len] per data set: FILE.npy,... or NAME=FILE.npy,...
     document_mask: bool = True  # attention stays within a document, and positions restart at each
-    prefetch: int = 4  # batches read ahead
+    prefetch: PositiveInt = 4  # batches read ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = 1e-3  # peak learning rate
-    schedule_steps: int = 0  # steps that the learning rate schedule spans; 0: those of the run
-    warmup_fraction: float = 0.1  # share of the schedule that warms up, linearly from zero
+    learning_rate: NonNegativeFloat = 1e-3  # peak learning rate
+    schedule_steps: NonNegativeInt = 0  # steps that the learning rate schedule spans; 0: those of the run
+    warmup_fraction: FractionBelowOne = 0.1  # share of the schedule that warms up, linearly from zero
     decay: str = "cosine"  # shape of the decay after the warm-up: "cosine" or "linear"
-    final_learning_rate_fraction: float = 0.1  # learning rate at the end of the schedule, relative to the peak
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.95  # decay of the second moment
-    eps: float = 1e-8  # added to the denominator of the update
-    weight_decay: float = 0.1  # weight decay of matrices; norms and biases have none
-    clip_norm: float = 1.0  # largest global norm of the gradient
-    first_moment_dtype: str = "float32"  # dtype of the first moment; "bfloat16" saves memory
+    final_learning_rate_fraction: Fraction = 0.1  # learning rate at the end of the schedule, relative to the peak
+    b1: FractionBelowOne = 0.9  # decay of the first moment
+    b2: FractionBelowOne = 0.95  # decay of the second moment
+    eps: PositiveFloat = 1e-8  # added to the denominator of the update
+    weight_decay: NonNegativeFloat = 0.1  # weight decay of matrices; norms and biases have none
+    clip_norm: PositiveOrInfinite = 1.0  # largest global norm of the gradient
+    first_moment_dtype: Dtype = "float32"  # dtype of the first moment; "bfloat16" saves memory
     host_offload: bool = False  # keeps the moments in host memory between updates, where the backend can
 
 
@@ -100,13 +113,13 @@ class SelectionConfig:
 
     score: str = "excess"  # "none" (CLM), a score in rho1_jax/method/token_scores.py, "a:0.7 & b:0.7" or "a | b"
     rule: str = "ratio"  # keeps the top `ratio`; "threshold", "soft" and "weight": see the guide on selection
-    ratio: float = 0.6  # share of the eligible tokens to train on, a multiple of 0.0001
+    ratio: FiniteFloat = 0.6  # share of the eligible tokens to train on, a multiple of 0.0001
     schedule: str = "constant"  # or from first_ratio to ratio: "linear", "cosine" or "stepwise"
-    first_ratio: float = 1.0  # ratio at the start of the schedule
+    first_ratio: FiniteFloat = 1.0  # ratio at the start of the schedule
     stairs: int = 4  # number of levels of the schedule "stepwise"
-    dense_fraction: float = 0.0  # share of the steps, at the start, that train on every eligible token
-    threshold: float = 0.0  # score threshold of the rules "threshold" and "soft"
-    temperature: float = 1.0  # temperature of the rule "soft", in units of the score
+    dense_fraction: FractionBelowOne = 0.0  # share of the steps, at the start, that train on every eligible token
+    threshold: FiniteFloat = 0.0  # score threshold of the rules "threshold" and "soft"
+    temperature: PositiveFloat = 1.0  # temperature of the rule "soft", in units of the score
     scope: str = "global"  # which tokens compete: those of the step, of a "microbatch" or of a "sequence"
 
 
@@ -124,20 +137,20 @@ class ReferenceConfig:
     checkpoint: str = ""  # a run, one of its checkpoints, or a Hugging Face folder
     scores: str = ""  # name of losses stored beside the data by `rho1 score`; empty: the reference runs in the step
     moves: str = ""  # lets the reference follow the policy: "average" of its parameters, or "snapshot"
-    decay: float = 0.999  # share of the average that a step keeps, for moves="average"
-    every: int = 100  # steps between two snapshots, for moves="snapshot"
+    decay: FractionBelowOne = 0.999  # share of the average that a step keeps, for moves="average"
+    every: PositiveInt = 100  # steps between two snapshots, for moves="snapshot"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """What is evaluated during the run."""
 
-    every: int = 100  # steps between two evaluations; the last step always has one
+    every: PositiveInt = 100  # steps between two evaluations; the last step always has one
     data: str = ""  # held-out loss on the split "eval" of data sets: NAME=DIR,NAME=DIR
-    rows: int = 256  # rows of each data set, rounded up to whole batches
+    rows: PositiveInt = 256  # rows of each data set, rounded up to whole batches
     tasks: str = ""  # accuracy on math tasks, comma-separated: gsm8k,math_oai,... of rho1_jax/evals/tasks.py
     data_dir: str = ""  # folder of the tasks' files: DATA_DIR/gsm8k/test.jsonl
-    task_items: int = 0  # items of each task, from its start; 0: all
+    task_items: NonNegativeInt = 0  # items of each task, from its start; 0: all
     exemplars: str = ""  # NAME=FILE,NAME=FILE of {"question", "solution"} lines that replace a task's own
     tool_use: bool = False  # asks tasks in transcript form, without exemplars, and runs the model's programs
     questions: str = ""  # accuracy on JSON lines files: NAME=FILE,NAME=FILE
@@ -145,38 +158,38 @@ class EvalConfig:
     answer_key: str = "answer"  # the record's key that holds the right answer
     answer_pattern: str = r"####\s*(.+)"  # regular expression; the group of its last match is the answer
     stops: tuple[str, ...] = ("\n\n",)  # strings that end a generation
-    max_new_tokens: int = 256  # longest generation
-    generate_batch: int = 64  # prompts decoded together
+    max_new_tokens: PositiveInt = 256  # longest generation
+    generate_batch: PositiveInt = 64  # prompts decoded together
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceConfig:
     """Profiling."""
 
-    first: int = 0  # first step recorded for xprof, in WORKDIR/trace; 0: no trace
-    last: int = 0  # last step recorded
+    first: NonNegativeInt = 0  # first step recorded for xprof, in WORKDIR/trace; 0: no trace
+    last: NonNegativeInt = 0  # last step recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
 
-    every: int = 100  # steps between two checkpoints; the last step always has one
-    keep: int = 2  # newest checkpoints to keep; 0: all
-    grace_seconds: float = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
+    every: PositiveInt = 100  # steps between two checkpoints; the last step always has one
+    keep: NonNegativeInt = 2  # newest checkpoints to keep; 0: all
+    grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
-    seed: int = 0  # seed of the initial weights, the shuffles and the random score
-    steps: int = 1000  # updates in total
-    epochs: float = 0.0  # passes over the training data; above 0, they decide `steps`
-    batch_size: int = 32  # rows per step, over all devices and microbatches
-    microbatches: int = 1  # parts that a step is computed in, to save memory; the update stays the same
-    log_every: int = 10  # steps between two lines of metrics.jsonl
-    max_skipped_steps: int = 10  # in a row; a step is skipped if its loss or gradient is not finite
+    seed: Seed = 0  # seed of the initial weights, the shuffles and the random score
+    steps: PositiveInt = 1000  # updates in total
+    epochs: NonNegativeFloat = 0.0  # passes over the training data; above 0, they decide `steps`
+    batch_size: PositiveInt = 32  # rows per step, over all devices and microbatches
+    microbatches: PositiveInt = 1  # parts that a step is computed in, to save memory; the update stays the same
+    log_every: PositiveInt = 10  # steps between two lines of metrics.jsonl
+    max_skipped_steps: PositiveInt = 10  # in a row; a step is skipped if its loss or gradient is not finite
     objective: str = "cross_entropy"  # what is minimized: a name in rho1_jax/method/objectives.py
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()

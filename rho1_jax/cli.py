@@ -33,7 +33,11 @@ def main() -> None:
         print(rho1_jax.__version__)
     elif name in COMMANDS:
         sys.argv = [f"rho1 {name}", *arguments]
-        importlib.import_module(f"rho1_jax.{COMMANDS[name][0]}").main()
+        try:
+            importlib.import_module(f"rho1_jax.{COMMANDS[name][0]}").main()
+        except KeyboardInterrupt:  # while the imports run; `runtime.command_line` handles it later
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
     else:
         (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)
         print(f"error: rho1 {name}: no such command. The nearest is `rho1 {nearest}`", file=sys.stderr)

@@ -14,7 +14,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import pydantic
@@ -33,7 +33,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.runtime.schema import read_json
-from rho1_jax.training.config import changes, complete
+from rho1_jax.training.config import changes, check_values, complete
 from rho1_jax.training.pretrained import TrainedRun
 
 # The keys of config.eval that a flag may replace.
@@ -42,6 +42,7 @@ MORE_HELP = {
     "stops": r" A string that ends a generation for --questions; '\n' is a line break. Repeatable; --stops= alone: "
     "none. Tasks have their own."
 }
+FIELD_TYPES = get_type_hints(EvalConfig)  # without their ranges
 
 
 class LmEval(NamedTuple):
@@ -79,6 +80,7 @@ def evaluate_model(
     trained = TrainedRun.open(checkpoint, "--checkpoint")
     config = trained.config
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
+    check_values(config)
     if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     if overrides.get("stops") is not None and not config.eval.questions:
@@ -174,7 +176,7 @@ def main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
-        field.name: define.get(field.type, flags.DEFINE_multi_string)(
+        field.name: define.get(FIELD_TYPES[field.name], flags.DEFINE_multi_string)(
             field.name, None, f"Replaces the run's config.eval.{field.name}.{MORE_HELP.get(field.name, '')}"
         )
         for field in EVAL_FIELDS
@@ -189,6 +191,7 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "Directory for results.json and the items.")
 
     def command() -> None:
+        stopping.listen()
         start(distributed_flag.value)
         values = {name: flag.value for name, flag in overrides.items()}
         if values["stops"] is not None:

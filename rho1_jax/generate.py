@@ -48,11 +48,12 @@ def generate_text(
       UserError: there is no checkpoint, or a prompt is empty.
     """
     trained = TrainedRun.open(checkpoint, "--checkpoint")
-    config, mesh = trained.config, sharding.mesh_of_run(**trained.config.mesh)
+    config, tokenizer = trained.config, trained.tokenizer()
+    mesh = sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):
         rows = max(1, min(len(prompts), config.eval.generate_batch))
         params = trained.load(mesh, "float32")
-        generator = Generator(decoder.build(trained.model), params, trained.tokenizer(), rows)
+        generator = Generator(decoder.build(trained.model), params, tokenizer, rows)
         continuations = generator.run(
             deque(enumerate(prompts)), max_new_tokens=max_new_tokens, stops=stops, temperature=temperature, seed=seed
         )

@@ -16,10 +16,11 @@ import ml_collections
 from absl import flags
 
 from rho1_jax.configs import default
-from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models import hf_config
 from rho1_jax.models.hf_folder import DTYPES, HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
+from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -50,14 +51,17 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
       The number of parameters.
 
     Raises:
-      UserError: the folder is incomplete, its model family is unknown, or `output` exists.
+      UserError: the folder is incomplete or damaged, its model family is unknown, its tokenizer has ids beyond the
+        model's vocabulary, or `output` exists.
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
-    folder, tokenizer = HuggingFaceFolder(hf), Tokenizer(hf)
+    folder = HuggingFaceFolder(hf)
     config = config_of(folder)
+    model = model_config(config)
+    tokenizer = open_tokenizer(folder.path, model)
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-    params = folder.load(model_config(config), mesh, dtype)
+    params = folder.load(model, mesh, dtype)
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial / TOKENIZER_DIR)

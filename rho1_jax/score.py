@@ -15,7 +15,7 @@ from absl import flags
 from rho1_jax.data.stored_scores import DTYPES, ScoreWriter, describe
 from rho1_jax.models import decoder
 from rho1_jax.models.forward import make_reference_signals
-from rho1_jax.runtime import sharding
+from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.processes import define_distributed_flag, say, start
 from rho1_jax.training.accounting import ForwardFlops
@@ -59,6 +59,7 @@ def main() -> None:
     distributed_flag = define_distributed_flag()
 
     def command() -> None:
+        stopping.listen()
         start(distributed_flag.value)
         score_data(config.value, dtype.value, entropies.value)
 

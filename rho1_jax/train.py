@@ -18,7 +18,7 @@ from rho1_jax.data.loader import batches, to_devices
 from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
-from rho1_jax.runtime import sharding
+from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.lock import locked
@@ -100,6 +100,7 @@ def main() -> None:
     distributed_flag = define_distributed_flag()
 
     def command() -> None:
+        stopping.listen()
         start(distributed_flag.value)
         train_model(config.value, workdir.value)
 

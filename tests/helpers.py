@@ -11,12 +11,14 @@ from collections import deque
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.preparation import Options
 from rho1_jax.method.selection import Selection
+from rho1_jax.models import hf_config
 from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.generation import Generator
 from rho1_jax.models.hf_folder import named_tensors
@@ -57,6 +59,15 @@ def tensors(tree, family="llama") -> dict[str, np.ndarray]:
     """Parameters or their gradients, under Hugging Face's names and in its shapes."""
     leaves, table = jax.tree_util.tree_flatten_with_path(tree)[0], FAMILIES[family].tensors
     return dict(pair for path, leaf in leaves for pair in named_tensors(table[path_name(path)], np.asarray(leaf)))
+
+
+def write_hf_folder(path, config: ModelConfig, params, tokenizer):
+    """Writes our parameters as a Hugging Face folder."""
+    path.mkdir()
+    save_file(tensors(params, config.family), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(hf_config.to_hf(config, "float32", None, tokenizer.eos_id)))
+    tokenizer.save(path)
+    return path
 
 
 def continuations(graphdef, params, tokenizer, prompts, rows=None, **options) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from rho1_jax.configs import default, finetune_tora, llama3_8b_math, llama3_70b_math, models
 from rho1_jax.models.decoder import param_count
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training.config import model_config
+from rho1_jax.training.config import check_values, model_config
 
 SHARED = ("__init__.py", "models.py", "recipe.py", "finetune_tora.py")
 FILES = sorted(path for path in pathlib.Path(default.__file__).parent.glob("*.py") if path.name not in SHARED)
@@ -107,3 +107,62 @@ def test_every_key_has_a_comment():
 def test_an_unknown_stage_is_refused():
     with pytest.raises(UserError, match="unknown stage 'dpo'"):
         default.get_config("dpo")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("optimizer.b1", 1.5, "1.5: input should be less than 1"),
+        ("optimizer.b2", -0.1, "-0.1: input should be greater than or equal to 0"),
+        ("optimizer.eps", 0.0, "0.0: input should be greater than 0"),
+        ("optimizer.learning_rate", float("nan"), "nan: input should be a finite number"),
+        ("optimizer.learning_rate", -1e-3, "-0.001: input should be greater than or equal to 0"),
+        ("optimizer.weight_decay", float("inf"), "inf: input should be a finite number"),
+        ("optimizer.clip_norm", float("nan"), "nan: input should be greater than 0"),
+        ("optimizer.clip_norm", 0.0, "0.0: input should be greater than 0"),
+        ("optimizer.warmup_fraction", 1.0, "1.0: input should be less than 1"),
+        ("optimizer.final_learning_rate_fraction", 2.0, "2.0: input should be less than or equal to 1"),
+        ("optimizer.first_moment_dtype", "float8", "'float8': input should be 'float32', 'bfloat16' or 'float16'"),
+        ("model.compute_dtype", "int8", "'int8': input should be 'float32', 'bfloat16' or 'float16'"),
+        *(
+            (f"model.{name}", 0, "0: input should be greater than or equal to 1")
+            for name in ("layers", "heads", "width")
+        ),
+        ("model.kv_heads", 0, "0: input should be greater than or equal to 1"),
+        ("model.vocab_size", -1, "-1: input should be greater than or equal to 0"),
+        ("model.ff_width", 10**12, "1000000000000: input should be less than 2147483648"),
+        ("model.norm_eps", float("nan"), "nan: input should be a finite number"),
+        ("model.rope_low_frequency_factor", 4.0, "4.0 must be below config.model.rope_high_frequency_factor=4.0"),
+        ("model.sliding_window", 0, "0: input should be greater than or equal to 1"),
+        ("selection.temperature", float("nan"), "nan: input should be a finite number"),
+        ("selection.threshold", float("nan"), "nan: input should be a finite number"),
+        ("selection.dense_fraction", float("nan"), "nan: input should be"),
+        ("reference.decay", float("nan"), "nan: input should be"),
+        ("selection.ratio", float("inf"), "inf: input should be a finite number"),
+        ("selection.first_ratio", float("nan"), "nan: input should be a finite number"),
+        ("eval.stops", (3,), "3: input should be a valid string"),
+        ("eval.rows", -3, "-3: input should be greater than or equal to 1"),
+        ("checkpoint.keep", -1, "-1: input should be greater than or equal to 0"),
+        ("seed", -1, "-1: input should be greater than or equal to 0"),
+        ("seed", 2**32, "4294967296: input should be less than 4294967296"),
+        ("epochs", float("nan"), "nan: input should be a finite number"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_key(key, value, message):
+    config = default.get_config()
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(UserError, match=rf"^config\.{re.escape(key)}(\.0)?={re.escape(message)}"):
+        check_values(config)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_values_of_every_config_are_allowed(file):
+    for stage in default.STAGES:
+        check_values(importlib.import_module(f"rho1_jax.configs.{file.stem}").get_config(stage))
+
+
+def test_clipping_can_be_switched_off():
+    config = default.get_config()
+    config.optimizer.clip_norm = float("inf")
+    check_values(config)

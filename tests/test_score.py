@@ -186,7 +186,7 @@ def test_scoring_twice_does_nothing(scored, reference, capsys):
 
 
 def test_bad_settings_are_refused_as_in_training(scored, reference):
-    with pytest.raises(UserError, match="config.microbatches=0 must be at least 1"):
+    with pytest.raises(UserError, match="config.microbatches=0: input should be greater than or equal to 1"):
         score.score_data(scoring_config(scored, reference, "new", microbatches=0), "float16", entropies=False)
     assert not (scored / "scores" / "new.partial").exists()
 

@@ -285,7 +285,7 @@ def test_a_moving_reference_resumes(data, reference, tmp_path, moves):
     [
         ({"moves": "often"}, "config.reference.moves='often' is not empty, nor one of average, snapshot"),
         ({"moves": "average", "decay": 1.0}, "config.reference.decay=1.0"),
-        ({"moves": "snapshot", "every": 0}, "config.reference.every=0 must be at least 1"),
+        ({"moves": "snapshot", "every": 0}, "config.reference.every=0: input should be greater than or equal to 1"),
     ],
 )
 def test_bad_settings_of_a_moving_reference_are_refused(data, tmp_path, change, message):

@@ -4,11 +4,57 @@ This module handles what all families share; `families` adds the rest. Import re
 something the decoder does not compute.
 """
 
-from typing import Any
+import reprlib
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families import FAMILIES, ConfigJson, family_of
 from rho1_jax.runtime.errors import UserError
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]  # JAX counts elements along an axis in int32
+Positive = Annotated[pydantic.FiniteFloat, Field(gt=0)]
+
+
+class RopeJson(TypedDict, total=False):
+    """Rotary positions in config.json."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    rope_type: str
+    type: str  # the name of `rope_type` in older files
+    rope_theta: Positive | None
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Size
+
+
+class HfConfigJson(TypedDict, total=False):
+    """The keys of config.json that all or several families read. Null counts as missing. Other keys are allowed."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    architectures: list[str] | None
+    vocab_size: Size | None
+    hidden_size: Size | None
+    num_hidden_layers: Size | None
+    num_attention_heads: Size | None
+    num_key_value_heads: Size | None
+    head_dim: Size | None
+    intermediate_size: Size | None
+    max_position_embeddings: Size | None
+    rms_norm_eps: Positive | None
+    tie_word_embeddings: bool
+    rope_theta: Positive | None
+    rope_parameters: RopeJson | None
+    rope_scaling: RopeJson | None
+    sliding_window: Size | None
+    use_sliding_window: bool | None
+    max_window_layers: Annotated[int, Field(ge=0)] | None
+    layer_types: list[str] | None
+
 
 # Key of config.json -> our field.
 FIELDS = {
@@ -40,21 +86,24 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
     """The model that a config.json describes.
 
     Args:
-      hf_config: content of config.json.
+      hf_config: content of config.json, checked against `HfConfigJson`.
       path: its path, for errors.
       run_settings: the fields that belong to a run rather than to a model: compute_dtype and so on.
 
     Raises:
-      UserError: the architecture is unknown, a size is missing, or a key asks for what the decoder does not compute.
+      UserError: the architecture is unknown, a size is missing, sizes do not fit together, or a key asks for something
+        the decoder does not compute.
     """
     architecture = (hf_config.get("architectures") or ["none"])[0]
     families = {family.architecture: family for family in FAMILIES.values()}
     if architecture not in families:
-        raise UserError(f"{path}: unknown architecture {architecture}; known are {', '.join(families)}")
+        raise UserError(
+            f"{path}: unknown architecture {reprlib.repr(architecture)[1:-1]}; known are {', '.join(families)}"
+        )
     family = families[architecture]
     for key, value in {**CONSTANTS, **family.constants}.items():
         if hf_config.get(key, value) != value:
-            raise UserError(f"{path}: {key}={hf_config[key]!r} is not supported, only {value!r}")
+            raise UserError(f"{path}: {key}={reprlib.repr(hf_config[key])} is not supported, only {value!r}")
     missing = [key for key in [*FIELDS, *family.required] if hf_config.get(key) is None]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}")
@@ -66,13 +115,29 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
         **_rope(hf_config, path),
         **family.from_hf(hf_config, path),
     }
-    return ModelConfig(family=family.name, **fields, **run_settings)
+    model = ModelConfig(family=family.name, **fields, **run_settings)
+    _check_heads(model, hf_config, path)
+    return model
+
+
+def _check_heads(model: ModelConfig, hf_config: ConfigJson, path: str) -> None:
+    heads = f"num_attention_heads={model.heads}"
+    if model.heads % model.kv_heads:
+        raise UserError(f"{path}: num_key_value_heads={model.kv_heads} does not divide {heads}")
+    if not hf_config.get("head_dim") and model.width % model.heads:
+        raise UserError(f"{path}: {heads} does not divide hidden_size={model.width}, and head_dim is not given")
+    if model.head_width % 2 or not model.head_width:
+        raise UserError(f"{path}: heads of width {model.head_width}: rotary positions need an even width above 0")
 
 
 def _rope(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor={reprlib.repr(rope['partial_rotary_factor'])} is not supported")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rotary positions that differ between layers are not supported")
     fields: dict[str, Any] = {
         "rope_theta": float(rope.get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_THETA)
     }
@@ -80,9 +145,14 @@ def _rope(hf_config: ConfigJson, path: str) -> dict[str, Any]:
         missing = [key for key in ROPE_FIELDS if key not in rope]
         if missing:
             raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise UserError(
+                f"{path}: low_freq_factor={rope['low_freq_factor']} must be below "
+                f"high_freq_factor={rope['high_freq_factor']}"
+            )
         fields |= {field: rope[key] for key, field in ROPE_FIELDS.items()}
     elif kind != "default":
-        raise UserError(f"{path}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise UserError(f"{path}: rope_type {reprlib.repr(kind)} is not supported, only 'default' and 'llama3'")
     return fields
 
 

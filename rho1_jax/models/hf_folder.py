@@ -6,36 +6,56 @@ The tensor table of the model's family says which tensor stores each parameter, 
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jax.sharding import Mesh
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError, safe_open
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
 from rho1_jax.models.families import Tensor, family_of
+from rho1_jax.models.hf_config import HfConfigJson
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path, read_json
+from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.runtime.sharding import param_shardings, path_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+def _file_name(text: str) -> str:
+    """A name without folders: a folder's files stay inside it. Links are followed, as Hugging Face's cache needs."""
+    if {"/", "\\", "\0"} & set(text) or not text.endswith(".safetensors"):
+        raise PydanticCustomError("file_name", "input should be the name of a .safetensors file in the same folder")
+    return text
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
+class Index:
+    """The index of weights in several files: the file of each tensor. Other keys are ignored."""
+
+    weight_map: dict[str, Annotated[str, pydantic.AfterValidator(_file_name)]]
+
+
 class _Stored(NamedTuple):
     """A tensor in a file."""
 
     file: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name for it
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ALIGNMENT = 64  # bytes
+SHOWN = 150  # characters of a name from a file
 # Buffers in older files. Both we and Transformers compute them.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -43,9 +63,13 @@ _IGNORED = ("rotary_emb.inv_freq",)
 def to_hf_axes(tensor: Tensor, array: np.ndarray) -> np.ndarray:
     """A parameter of one layer, with the axes of its Hugging Face tensor."""
     letters = tensor.hf_axes.replace(" ", "")
-    sizes = dict(zip(tensor.axes, array.shape))
-    shape = [math.prod(sizes[letter] for letter in group) for group in tensor.hf_axes.split()]
-    return array.transpose([tensor.axes.index(letter) for letter in letters]).reshape(shape)
+    return array.transpose([tensor.axes.index(letter) for letter in letters]).reshape(_hf_shape(tensor, array.shape))
+
+
+def _hf_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the Hugging Face tensor that stores a parameter of one layer."""
+    sizes = dict(zip(tensor.axes, shape))
+    return tuple(math.prod(sizes[letter] for letter in group) for group in tensor.hf_axes.split())
 
 
 def _from_hf_axes(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -82,27 +106,29 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Raises UserError if the folder has no config.json or no safetensors."""
+        """Raises UserError if the folder has no config.json or no safetensors, or if one of its files is damaged."""
         self.path = local_path(path, "Hugging Face folder")
-        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self.config: HfConfigJson = read_json(self.path / "config.json", HfConfigJson)
+        weight_map: dict[str, str] = {}
         if (self.path / INDEX_FILE).is_file():
-            index = read_json(self.path / INDEX_FILE)
-            if "weight_map" not in index:
-                raise UserError(f"{self.path / INDEX_FILE}: lacks weight_map")
-            names = sorted(set(index["weight_map"].values()))
+            weight_map = read_json(self.path / INDEX_FILE, Index).weight_map
+            files = sorted(set(weight_map.values()))
         elif (self.path / SINGLE_FILE).is_file():
-            names = [SINGLE_FILE]
+            files = [SINGLE_FILE]
         else:
             raise UserError(
                 f"{self.path}: has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are not supported"
             )
         self._stored: dict[str, _Stored] = {}
-        for file in (self.path / name for name in names):
+        for file in (self.path / name for name in files):
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     if not name.endswith(_IGNORED):
                         view = opened.get_slice(name)
-                        self._stored[name] = _Stored(file, tuple(view.get_shape()), view.get_dtype())
+                        self._stored[name] = _Stored(file, name, tuple(view.get_shape()), view.get_dtype())
+        for name, file_name in weight_map.items():
+            if not name.endswith(_IGNORED) and (name not in self._stored or self._stored[name].file.name != file_name):
+                raise UserError(f"{self.path / INDEX_FILE}: {_shown(name)} is not in {file_name}")
 
     def _open(self, path: pathlib.Path):
         try:
@@ -112,12 +138,26 @@ class HuggingFaceFolder:
 
     def read(self, tensor: str, part: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor. Closes the file afterwards; otherwise everything read so far would stay mapped."""
-        with self._open(self._stored[tensor].file) as file:
-            return file.get_slice(tensor)[part]
+        stored = self._stored[tensor]
+        with self._open(stored.file) as file:
+            return file.get_slice(stored.name)[part]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError, naming the tensors, if some are missing, unexpected, or of the wrong shape or dtype."""
+        """Compares the tensors with those of the model, before anything of the model's size is allocated.
+
+        Raises:
+          UserError: some are missing, unexpected, or of the wrong shape or dtype. It names them.
+        """
         tensors = family_of(config).tensors
+        head, embedding = tensors["head"].name, tensors["embedding"].name
+        if config.layers > len(self._stored):  # names for a billion layers would fill the memory
+            raise UserError(
+                f"{self.path}: num_hidden_layers is {config.layers} in config.json, but the files hold only "
+                f"{len(self._stored)} tensors"
+            )
+        if config.tied_embeddings and head in self._stored and embedding not in self._stored:
+            # `safetensors.torch.save_model` stores the one matrix of a tied model as the head.
+            self._stored[embedding] = self._stored.pop(head)
         expected = {
             name: shape
             for path, leaf in _leaves(abstract_params(config))
@@ -126,7 +166,6 @@ class HuggingFaceFolder:
         shapes = {name: stored.shape for name, stored in self._stored.items()}
         missing = sorted(expected.keys() - shapes.keys())
         extra = sorted(shapes.keys() - expected.keys())
-        head, embedding = tensors["head"].name, tensors["embedding"].name
         if config.tied_embeddings and head in extra and self._are_equal(head, embedding):
             extra.remove(head)
         wrong = [
@@ -151,8 +190,12 @@ class HuggingFaceFolder:
             raise UserError(f"{self.path}: the tensors do not match config.json; {'; '.join(problems)}")
 
     def _are_equal(self, *names: str) -> bool:
-        first, second = (self.read(name, (slice(None), slice(None))) for name in names)
-        return first.dtype == second.dtype and bool((first == second).all())
+        """True if two matrices have the same shape, dtype and values."""
+        first, second = (self._stored[name] for name in names)
+        if first[2:] != second[2:] or first.dtype not in DTYPES or len(first.shape) != 2:
+            return False
+        whole = slice(None), slice(None)
+        return np.array_equal(self.read(names[0], whole), self.read(names[1], whole))
 
     def load(self, config: ModelConfig, mesh: Mesh, dtype: str | None) -> Params:
         """Reads the parameters onto the mesh. Each device's part is read separately, layer by layer.
@@ -210,12 +253,16 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
 def _expected(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that store a parameter."""
     layers, ours = (shape[0], shape[1:]) if tensor.stacked else (1, shape)
-    hf_shape = to_hf_axes(tensor, np.broadcast_to(np.int8(0), ours)).shape
-    return {tensor.name.format(n=n): hf_shape for n in range(layers)}
+    return {tensor.name.format(n=n): _hf_shape(tensor, ours) for n in range(layers)}
+
+
+def _shown(text: str) -> str:
+    """Text from a file, made fit for a one-line error."""
+    return ascii(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")[1:-1]
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
+    shown = ", ".join(map(_shown, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 

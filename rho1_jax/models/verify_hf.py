@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.structure import soft_cap
+from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Pa
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--verify={text_file}: {error}") from None
-    tokenizer = Tokenizer(folder.path)
+    tokenizer = open_tokenizer(folder.path, config)
     ids = tokenizer.encode_prompt(text)
     their_ids = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)(text)["input_ids"]
     first = next((n for n, (a, b) in enumerate(zip(ids, their_ids)) if a != b), None)

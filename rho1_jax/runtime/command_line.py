@@ -1,24 +1,40 @@
 """What all commands share: --config, --help, and errors of one line with status 2."""
 
+import atexit
 import difflib
+import errno
+import glob
 import importlib.util
+import os
 import pathlib
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from rho1_jax.runtime import peers, stopping
+from rho1_jax.runtime import peers
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
-from rho1_jax.runtime.processes import say
+from rho1_jax.runtime.processes import is_first_with, say
 from rho1_jax.runtime.stopping import Stopped
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
+HELP = {"--help", "-help", "--helpshort", "--helpfull", "--helpxml", "-h", "-?"}
+BAD_USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # exit statuses; the last two are those of a shell
+# Errors of a path that a user gave, and of the machine, as opposed to mistakes of ours.
+PATH_ERRORS = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY),
+}
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
+# What a TPU's driver creates. Without one, libtpu prints five lines of alarm, except with these two variables.
+TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def define_config_flag() -> Any:
@@ -35,15 +51,36 @@ def define_config_flag() -> Any:
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):
-    """Loads a config by name or by path, and names the nearest key if the command line has an unknown one."""
+    """Loads a config by name or by path, and checks the keys that the command line changes."""
 
     def parse(self, argument: str) -> Any:
-        config = super().parse(_config_file(argument))
-        keys = list(_keys(config))
-        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)(?:=.*)?$", "\n".join(sys.argv[1:]), re.MULTILINE):
-            if key not in keys:
-                raise UserError(f"--config.{key}: no such key. Did you mean config.{_nearest_key(key, keys)}?")
+        file = _config_file(argument)
+        try:
+            config = super().parse(file)
+            getattr(config, "lock", None)  # raises if the file could not be read
+        except UserError:
+            raise
+        except Exception as error:  # the file may run any code
+            # ml_collections passes some errors on as the text of a traceback; its last line says what happened.
+            lines = str(error).strip().splitlines()
+            problem = lines[-1].replace("\\'", "'") if len(lines) > 1 else f"{type(error).__name__}: {error}"
+            raise UserError(f"--config={argument}: {problem}") from error
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(f"--config={argument}: get_config must return a ConfigDict, not {type(config).__name__}")
+        for word in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
+            override = re.match(r"--?(?:no)?config\.([^=]*)", word)
+            if override:
+                _check_key(config, override[1])
         return config
+
+
+def _check_key(config: Any, key: str) -> None:
+    """Raises UserError if a config has no such key, or only a section of that name."""
+    keys = dict(_keys(config))
+    if key not in keys:
+        raise UserError(f"--config.{key}: no such key. Did you mean config.{_nearest_key(key, list(keys))}?")
+    if hasattr(keys[key], "items"):
+        raise UserError(f"--config.{key} is a section; set its keys one by one: {', '.join(keys[key])}")
 
 
 def _config_names() -> list[str]:
@@ -63,10 +100,10 @@ def _config_file(text: str) -> str:
     return f"{CONFIGS / name}.py{colon}{stage}"
 
 
-def _keys(config: Any, prefix: str = "") -> Iterator[str]:
-    """The sections and keys of a config: optimizer, optimizer.learning_rate, ..."""
+def _keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The sections and keys of a config with their values: optimizer, optimizer.learning_rate, ..."""
     for name, value in config.items():
-        yield prefix + name
+        yield prefix + name, value
         if hasattr(value, "items"):
             yield from _keys(value, f"{prefix}{name}.")
 
@@ -101,8 +138,11 @@ def _load_plugins(paths: Sequence[str]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs a command. A `UserError` ends it with one line on standard error and status 2."""
+    """Parses the flags and runs a command.
 
+    A `UserError`, or an error of a file system, ends it with one line on standard error and status 2. Ctrl-C ends it
+    with status 130, and a closed pipe (`rho1 ... | head`) with 141.
+    """
     plugins = flags.DEFINE_multi_string(
         "plugin",
         [],
@@ -110,41 +150,69 @@ def run(main: Callable[[], None]) -> None:
         "A config file given by --config may register them itself.",
     )
 
-    def parse(argv: Sequence[str]) -> list[str]:
-        if HELP & set(argv[1:]):
-            print(_help(main))
-            sys.exit(0)
+    def command() -> None:
+        _load_plugins(plugins.value)
         try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS:
-                flags.FLAGS.config.lock()  # raises if the file did not load
-        except OSError as error:
-            # ml_collections passes on the traceback of the config file as text; its last line says what happened.
-            _exit(f"--config: {str(error).strip().splitlines()[-1]}")
-        except UserError as error:
-            _exit(error)
-        except (flags.Error, AttributeError, TypeError, ValueError) as error:
-            _exit(f"command line: {error}")
-        if len(rest) > 1:
-            _exit(f"command line: unexpected argument {rest[1]!r}")
-        return rest
-
-    def guarded(_: Sequence[str]) -> None:
-        stopping.listen()
-        try:
-            _load_plugins(plugins.value)
             main()
         except Stopped as stop:
             say(str(stop))
-        except UserError as error:
-            _exit(error)
-        except Exception:
-            peers.wait_for_verdict()
-            raise
         peers.done()
 
+    if not any(map(glob.glob, TPU_DEVICES)):
+        os.environ.update(NO_TPU | os.environ)
     logging.set_verbosity(logging.ERROR)
-    app.run(guarded, flags_parser=parse)
+    app.run(lambda _: _guarded(command), flags_parser=lambda argv: _guarded(_parse, argv, main))
+
+
+def _parse(argv: Sequence[str], main: Callable[[], None]) -> list[str]:
+    """Parses the flags. Raises UserError for anything wrong on the command line or in the config file."""
+    if HELP & set(argv[1:]):
+        print(_help(main), flush=True)
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+        missing = re.findall(r"flag --(\w+)=None: Flag", str(error))
+        problem = f"give {' and '.join(f'--{name}' for name in missing)}" if missing else error
+        raise UserError(f"command line: {problem}") from None
+    if len(rest) > 1:
+        raise UserError(f"command line: unexpected argument {rest[1]!r}")
+    return rest
+
+
+def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function. Errors that are not mistakes of ours end the program with one line, or with none."""
+    try:
+        result = function(*arguments)
+        sys.stdout.flush()  # here a closed pipe can still be caught
+        return result
+    except UserError as error:
+        _exit(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        # Threads that write a checkpoint still finish. What Python would do after that can crash in a library.
+        atexit.register(os._exit, INTERRUPTED)
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            sys.exit(CLOSED_PIPE)
+        path = [] if error.filename is None else [os.fsdecode(error.filename)]
+        if error.errno not in (MACHINE_ERRORS | PATH_ERRORS if path else MACHINE_ERRORS):
+            raise
+        _exit(": ".join([*path, os.strerror(error.errno)]))
+    except Exception:
+        peers.wait_for_verdict()
+        raise
+
+
+def _stdout_is_closed() -> bool:
+    """True if nobody reads standard output any more. What is still to be printed is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    closed = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def _help(main: Callable[[], None]) -> str:
@@ -159,9 +227,13 @@ def _help(main: Callable[[], None]) -> str:
     return "\n".join(lines)
 
 
-def _exit(error: Exception | str) -> None:
-    print("error:", " ".join(str(error).replace("\\'", "'").split()), file=sys.stderr, flush=True)
-    peers.leave(2)
+def _exit(error: Exception | str) -> NoReturn:
+    """Prints an error as one line and ends the program. Of several processes with the same error, one prints it."""
+    line = " ".join(filter(None, (part.strip() for part in str(error).splitlines())))
+    if is_first_with(line):
+        # A path may hold anything, such as a terminal's control characters.
+        print("error:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr, flush=True)
+    peers.leave(BAD_USAGE)
 
 
 def parse_named(text: str, key: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Run one command as several processes: start-up, and output from the first process only."""
 
+import hashlib
 import json
 import resource
 import socket
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax._src import distributed  # jax.distributed does not publish the store that all processes share
 from jax.experimental import multihost_utils
 
 from rho1_jax.runtime import peers, stopping
@@ -70,6 +72,17 @@ def gather_json(value: Any) -> list[Any]:
     longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
     texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
     return [json.loads(row.tobytes()) for row in texts]
+
+
+def is_first_with(text: str) -> bool:
+    """True on the process that calls this first with a text, and False on those that follow it with the same text."""
+    client = distributed.global_state.client
+    try:
+        if client is not None:
+            client.key_value_set(f"rho1_jax/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", "")
+    except jax.errors.JaxRuntimeError as error:
+        return "ALREADY_EXISTS" not in str(error)  # any other error: the first process is gone
+    return True
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ SILENT_SECONDS = 5.0  # without a terminal, shorter work prints nothing
 class Progress:
     """Progress with rate and time left: a bar in a terminal, a plain line every PLAIN_SECONDS elsewhere.
 
-    Only the first process prints.
+    The rate does not count the first piece of work, which may include compilation. Only the first process prints.
     """
 
     def __init__(self, name: str, total: int, unit: str, initial: int = 0, leave: bool = True):
@@ -32,9 +32,9 @@ class Progress:
             dynamic_ncols=True,
         )
         self._name, self._total, self._unit, self._initial = name, total, unit, initial
-        self._done = initial
+        self._done = self._counted_from = initial
         self._note = ""
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._counted_since = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
         """Add `count` finished units. `note` is shown after the rate."""
@@ -43,23 +43,36 @@ class Progress:
     def advance_to(self, done: int, note: str = "") -> None:
         """Set the number of finished units to `done`."""
         self._note = note
+        first = self._done == self._initial and done < self._total
         if self._terminal:
             self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done - self._done)
+            if not first:
+                self._bar.update(done - self._done)
+        if first:
+            self._count_from(done)
         self._done = done
         if is_first() and not self._terminal and time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._print_line()
+
+    def _count_from(self, done: int) -> None:
+        """Start to measure the rate."""
+        self._counted_from, self._counted_since = done, time.monotonic()
+        if self._terminal:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
+            self._bar.last_print_t = self._bar.start_t
+            self._bar.unpause()  # moves the start to now
+            self._bar.refresh()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         line = tqdm.format_meter(
             self._done,
             self._total,
-            self._last_line - self._start,
+            self._last_line - self._counted_since,
             prefix=self._name,
             unit=self._unit,
             unit_scale=self._unit in LARGE_UNITS,
-            initial=self._initial,
+            initial=self._counted_from,
             postfix=self._note,
             bar_format="{desc}: {n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt} {remaining} left{postfix}",
         )

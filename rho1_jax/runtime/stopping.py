@@ -22,6 +22,7 @@ GRACE_SECONDS = 30.0
 SAME_REQUEST_SECONDS = 0.5
 
 _requested = threading.Event()
+_listening = False
 _grace_seconds: float | None = None  # None: there is nothing to save
 
 
@@ -30,18 +31,21 @@ class Stopped(Exception):
 
 
 def listen() -> None:
-    """Handles SIGTERM and SIGINT from now on. Call it in the main thread, once."""
+    """Handles SIGTERM and SIGINT from now on. For commands that save; call it in the main thread, once."""
+    global _listening
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    _listening = True
     handle_signals()
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
 def handle_signals() -> None:
-    """Installs the handlers again, after a library installed its own."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    """Installs the handlers again if a library installed its own. Does nothing before `listen`."""
+    if _listening:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
 
 
 def save_on_stop(grace_seconds: float = GRACE_SECONDS) -> None:

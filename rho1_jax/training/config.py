@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
+import pydantic
 
 from rho1_jax.configs import default
-from rho1_jax.configs.default import ModelConfig
+from rho1_jax.configs.default import ModelConfig, RunConfig
 from rho1_jax.method.selection import Selection
 from rho1_jax.models.attention import ATTENTION
 from rho1_jax.models.decoder import REMAT
@@ -105,3 +106,23 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "confi
         elif before != after:
             changed.append(Change(f"{prefix}.{key}", before, after))
     return changed
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Checks each value against the type that configs/default.py gives its key.
+
+    Raises:
+      UserError: a value is out of range, not finite, or not one of those allowed. It names the key.
+    """
+    try:
+        pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(config.to_dict()), strict=True)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key, message = ".".join(map(str, problem["loc"])), problem["msg"]
+        raise UserError(f"config.{key}={problem['input']!r}: {message[:1].lower()}{message[1:]}") from None
+    model = config.model
+    if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
+        raise UserError(
+            f"config.model.rope_low_frequency_factor={model.rope_low_frequency_factor} must be below "
+            f"config.model.rope_high_frequency_factor={model.rope_high_frequency_factor}"
+        )

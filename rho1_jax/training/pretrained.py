@@ -12,6 +12,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
+from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
@@ -53,7 +54,7 @@ class TrainedRun:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the run keeps beside its checkpoints."""
-        return Tokenizer(checkpoint.tokenizer_path(self.directory))
+        return open_tokenizer(checkpoint.tokenizer_path(self.directory), self.model)
 
     def load(self, mesh: Mesh, dtype: str) -> Params:
         """The parameters in a dtype, on the mesh."""
@@ -100,7 +101,7 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     if is_hugging_face_folder(local_path(path, key)):
         folder = HuggingFaceFolder(path)
         model = hf_config.from_hf(folder.config, f"{path}/config.json", run_settings(config))
-        pretrained = Pretrained(folder.path, model, folder.path, Tokenizer(path).fingerprint, folder)
+        pretrained = Pretrained(folder.path, model, folder.path, open_tokenizer(folder.path, model).fingerprint, folder)
     else:
         try:
             directory = checkpoint.find(path, key)

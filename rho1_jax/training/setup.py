@@ -25,7 +25,7 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.processes import say
 from rho1_jax.training.checkpoint import Checkpoints, Meta
-from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, model_config, selection_rule
+from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, check_values, model_config, selection_rule
 from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import Reference
@@ -125,6 +125,7 @@ def build_setup(config: ml_collections.ConfigDict, mesh: Mesh) -> RunSetup:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the key, if a value is not allowed."""
+    check_values(config)
     selection_rule(config)
     for key, value, values in (
         ("objective", config.objective, OBJECTIVES),
@@ -132,20 +133,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     ):
         if value not in values:
             raise UserError(f"config.{key}={value!r} is not one of {', '.join(values)}")
-    if not 0 <= config.optimizer.warmup_fraction < 1:
-        raise UserError(f"config.optimizer.warmup_fraction={config.optimizer.warmup_fraction} must be in [0, 1)")
-    if config.epochs < 0:
-        raise UserError(f"config.epochs={config.epochs} must not be negative")
-    for key in ("steps", "batch_size", "microbatches", "log_every"):
-        if config[key] < 1:
-            raise UserError(f"config.{key}={config[key]} must be at least 1")
     if not 0 <= config.trace.first <= config.trace.last:
         raise UserError(
             f"config.trace.last={config.trace.last} must not be below config.trace.first={config.trace.first} or 0"
         )
-    for section in ("eval", "checkpoint"):
-        if config[section].every < 1:
-            raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
 
 
 def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, config_of, run_command, tensors, tiny
+from helpers import TINY, config_of, run_command, tiny, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax.data.tokenizer import Tokenizer
@@ -16,9 +16,11 @@ from rho1_jax.export_hf import export_hf
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import family_of
+from rho1_jax.models.hf_config import HfConfigJson
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.schema import parse_json
 from rho1_jax.runtime.sharding import path_name
 from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
@@ -32,21 +34,12 @@ FAMILIES = {
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 
 
-def write_folder(path, config, params, tokenizer):
-    """Writes our parameters as a Hugging Face folder."""
-    path.mkdir()
-    save_file(tensors(params, config.family), path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(hf_config.to_hf(config, "float32", None, tokenizer.eos_id)))
-    tokenizer.save(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     """A Llama folder with the test tokenizer's vocabulary."""
     config = FAMILIES["llama"]
     path = tmp_path_factory.mktemp("hf") / "llama"
-    return write_folder(path, config, decoder.init_params(config, 3), tokenizer)
+    return write_hf_folder(path, config, decoder.init_params(config, 3), tokenizer)
 
 
 @pytest.fixture
@@ -63,15 +56,15 @@ def test_every_parameter_has_one_tensor_name(config):
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_config_json_round_trip(config):
-    described = json.loads(json.dumps(hf_config.to_hf(config, "float32", None, 2)))
-    assert hf_config.from_hf(described, "here", RUN_SETTINGS) == config
+    described = json.dumps(hf_config.to_hf(config, "float32", None, 2))
+    assert hf_config.from_hf(parse_json(described, HfConfigJson, "here"), "here", RUN_SETTINGS) == config
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_reading_onto_any_mesh(config, sizes, tokenizer, tmp_path):
     params = decoder.init_params(config, 1)
-    path = write_folder(tmp_path / "hf", config, params, tokenizer)
+    path = write_hf_folder(tmp_path / "hf", config, params, tokenizer)
     mesh = sharding.make_mesh(*sizes)
     read = HuggingFaceFolder(path).load(config, mesh, "float32")
     jax.tree.map(np.testing.assert_array_equal, read, params)

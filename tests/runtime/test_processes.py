@@ -154,7 +154,7 @@ def test_when_a_process_dies_the_other_names_it_and_ends(data, reference, questi
 def test_processes_that_were_started_differently_say_so(data, reference, questions, extra, message, tmp_path):
     flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
     status, lines, _ = last_lines(start_two(flags, [], [extra]))
-    assert status == [2, 2] and lines == [[f"error: {message}"]] * 2
+    assert status == [2, 2] and lines[0] + lines[1] == [f"error: {message}"]
     assert not (tmp_path / "run").exists()
 
 
@@ -176,3 +176,10 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(data, reference, qu
         del line["tokens_per_second"]
     assert ended == undisturbed and len(ended) == stopped + 3
     jax.tree.map(np.testing.assert_array_equal, *(params_of(tmp_path / name) for name in ("run", "undisturbed")))
+
+
+def test_an_error_of_both_processes_is_printed_once(data, reference, questions, tmp_path):
+    flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
+    status, lines, _ = last_lines(start_two([*flags, "--config.batch_size=12"]))
+    assert status == [2, 2] and len(lines[0] + lines[1]) == 1
+    assert (lines[0] + lines[1])[0].startswith("error: config.batch_size=12 must be a multiple of 8")

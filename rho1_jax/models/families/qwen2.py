@@ -14,12 +14,16 @@ def window_from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     window = hf_config.get("sliding_window") if hf_config.get("use_sliding_window") else None
     if window is None:
         return {"sliding_window": None}
-    layers = hf_config["num_hidden_layers"]
-    first = hf_config.get("max_window_layers", layers)
-    kinds = hf_config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    if len(set(kinds)) > 1:
+    layers, first = hf_config["num_hidden_layers"], hf_config.get("max_window_layers")
+    windowed = 0 if first is None else max(0, layers - first)  # the layers from `first` on have the window
+    kinds = hf_config.get("layer_types")
+    if kinds:
+        windowed = kinds.count("sliding_attention")
+        if len(kinds) != layers or windowed + kinds.count("full_attention") != layers:
+            raise UserError(f"{path}: layer_types must name full_attention or sliding_attention for each layer")
+    if 0 < windowed < layers:
         raise UserError(f"{path}: a sliding window in some layers and not in others is not supported")
-    return {"sliding_window": window if kinds[0] == "sliding_attention" else None}
+    return {"sliding_window": window if windowed else None}
 
 
 def window_to_hf(model: ModelConfig) -> dict[str, Any]:

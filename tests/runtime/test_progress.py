@@ -1,0 +1,63 @@
+"""Progress in a terminal and without one: rate and time left."""
+
+import io
+import sys
+
+import pytest
+
+from rho1_jax.runtime import progress as progress_module
+from rho1_jax.runtime.progress import Progress
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The time in seconds, for `Progress` and for tqdm: a list of one number, to change."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def test_progress_without_a_terminal_prints_lines_with_rate_and_time_left(capsys, now):
+    with Progress("work", 100, unit="rows", initial=20) as progress:
+        for _ in range(4):
+            now[0] += 6.0
+            progress.advance(15, note="loss 1.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: 50/100 50%  2.50rows/s 00:20 left, loss 1.5"
+    assert len(lines) == 3 and lines[-1].startswith("work: 80/100")
+    assert not any("\r" in line for line in lines)
+
+
+def compile_then_step(now, seconds):
+    """Three hundred seconds of compilation with the first of ten steps, and then steps of `seconds`."""
+    with Progress("run", 10, unit="steps") as progress:
+        for step in range(6):
+            now[0] += seconds if step else 300.0
+            progress.advance_to(step + 1)
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [(20.0, "run: 6/10 60% 20.00s/steps 01:20 left"), (0.5, "run: 6/10 60%  2.00steps/s 00:02 left")],
+)
+def test_compilation_does_not_count(capsys, now, seconds, expected):
+    """Below one a second, the rate is the seconds of a step."""
+    compile_then_step(now, seconds)
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+def test_compilation_does_not_count_in_a_terminal(monkeypatch, now):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    compile_then_step(now, 20.0)
+    assert "6/10" in terminal.getvalue() and terminal.getvalue().rstrip().endswith("20.00s/steps]")
+    assert "[01:40<01:20" in terminal.getvalue()
+
+
+def test_work_that_is_done_at_once_has_a_rate(capsys, now):
+    with Progress("read", 100, unit="rows") as progress:
+        now[0] += 10.0
+        progress.advance(100)
+    assert capsys.readouterr().err.splitlines()[-1] == "read: 100/100 100% 10.00rows/s 00:00 left"
