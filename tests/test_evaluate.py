@@ -309,17 +309,3 @@ def test_a_model_that_only_writes_programs_comes_to_an_end(reference, data_dir, 
     evaluate_model(str(reference), overrides, tmp_path / "out", temperature=0.0, seed=0)
     item = json.loads((tmp_path / "out" / "svamp.jsonl").read_text().splitlines()[0])
     assert item["generation"].count("```output\n1\n```") == 4 and item["generation"].count("```python") == 5
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[]", "input should be an object"),
-        ("{}", "eval: field required"),
-        ('{"eval": 3}', "eval: input should be an obj"),
-    ],
-)
-def test_damaged_settings_of_an_earlier_evaluation_are_named(tmp_path, text, message):
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(UserError, match=f"settings.json: {message}"):
-        check_settings(tmp_path, {"eval": {}})
