@@ -15,16 +15,16 @@ import multiprocessing
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from rho1_jax.data import records, store, transcripts
+from rho1_jax.data import manifest, records, store, transcripts
+from rho1_jax.data.manifest import MANIFEST
 from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
-from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
@@ -198,14 +198,15 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
     except UserError:
         shutil.rmtree(partial)
         raise
-    manifest = {formats.KEY: formats.FORMAT_VERSION} | description | counts
-    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     tokenizer.save(partial / TOKENIZER_DIR)
+    paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
+    sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
+    store.Store(partial).verify()
     for chunk in chunks:
         chunk.unlink()
     (partial / "description.json").unlink()
     partial.rename(output)
-    return manifest
+    return sealed
 
 
 def _check(options: Options) -> None:
@@ -217,15 +218,15 @@ def _check(options: Options) -> None:
 
 
 def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
-    if not (output / store.MANIFEST).is_file():
+    if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists but is not a prepared data set; choose another --output")
-    manifest = store.Store(output).manifest
+    stored: Mapping[str, Any] = store.Store(output).manifest
     for part in ("tokenizer_fingerprint", "options", "fingerprint"):
-        if manifest[part] != description[part]:
+        if stored[part] != description[part]:
             changed = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}
             difference = changed.get(part, "other inputs")
             raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
-    return manifest
+    return dict(stored)
 
 
 def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:

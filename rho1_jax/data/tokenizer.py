@@ -42,11 +42,16 @@ class Tokenizer:
       fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, expected: str | None = None):
         """Opens a model file. In a folder, tokenizer.json is preferred to tokenizer.model.
 
+        Args:
+          path: the file, or its folder.
+          expected: the fingerprint recorded for it; None: any.
+
         Raises:
-          UserError: the file does not exist, is not a tokenizer, or has no end-of-sequence token.
+          UserError: the file does not exist, is not a tokenizer, has no end-of-sequence token, or is not the expected
+            one.
         """
         self.path = local_path(path, "tokenizer")
         if self.path.is_dir():
@@ -69,6 +74,11 @@ class Tokenizer:
         self.eos_id: int = self._model.eos_id
         identity = self.path.read_bytes() + f"{self.bos_id} {self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
+        if expected is not None and expected != self.fingerprint:
+            raise UserError(
+                f"{self.path} is not the tokenizer recorded here: its fingerprint is {self.fingerprint[:12]}, not "
+                f"{expected[:12]}. The file was replaced, or BOS or EOS in the JSON files beside it; restore them"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""

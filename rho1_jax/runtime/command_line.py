@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import local_path, split_list
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
@@ -97,8 +97,13 @@ def _load_plugins(paths: Sequence[str]) -> None:
             raise UserError(f"--plugin={path}: {type(error).__name__}: {error}") from error
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs a command. A `UserError` ends it with one line on standard error and status 2."""
+def run(main: Callable[[], None], argument: Any = None) -> None:
+    """Parses the flags and runs a command. A `UserError` ends it with one line on standard error and status 2.
+
+    Args:
+      main: the command.
+      argument: holder of the flag that an argument without a name sets; None: the command takes no such argument.
+    """
 
     plugins = flags.DEFINE_multi_string(
         "plugin",
@@ -122,6 +127,8 @@ def run(main: Callable[[], None]) -> None:
             _exit(error)
         except (flags.Error, AttributeError, TypeError, ValueError) as error:
             _exit(f"command line: {error}")
+        if argument is not None and len(rest) == 2:
+            flags.FLAGS[argument.name].value = rest.pop()
         if len(rest) > 1:
             _exit(f"command line: unexpected argument {rest[1]!r}")
         return rest
@@ -161,8 +168,9 @@ def parse_named(text: str, key: str) -> dict[str, str]:
       UserError: a part is not NAME=PATH, or a path is not local.
     """
     named = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.partition("=")
+    for part in filter(None, split_list(text)):
+        name, *rest = split_list(part, "=")
+        path = "=".join(rest)
         if not name or not path:
             raise UserError(f"{key}: {part!r} is not NAME=PATH")
         named[name] = str(local_path(path, f"{key}: {name}"))

@@ -52,8 +52,8 @@ class TrainedRun:
         return cls(directory, meta, config, ModelConfig(**config.model))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the run keeps beside its checkpoints."""
-        return Tokenizer(checkpoint.tokenizer_path(self.directory))
+        """The tokenizer the run keeps beside its checkpoints. Raises UserError if it was replaced."""
+        return Tokenizer(checkpoint.tokenizer_path(self.directory), self.meta.tokenizer)
 
     def load(self, mesh: Mesh, dtype: str) -> Params:
         """The parameters in a dtype, on the mesh."""
