@@ -27,6 +27,7 @@ from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime import formats
+from rho1_jax.runtime.children import end_with_parent
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
@@ -156,6 +157,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_path: pathlib.Path, options: Options) -> None:
+    end_with_parent()
     _worker.update(tokenizer=Tokenizer(tokenizer_path), options=options)
 
 

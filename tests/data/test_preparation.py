@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow
@@ -278,6 +279,41 @@ def test_interrupted_run_resumes(corpus, tokenizer, data, tmp_path, small_chunks
     assert kept.items() <= set(loaded)
     assert rows_bytes(Store(output)) == rows_bytes(Store(data))
     assert Store(output).fingerprint == Store(data).fingerprint
+
+
+def workers_of(pid: int | None = None) -> set[int]:
+    """Worker processes of `multiprocessing`, of one parent or all of them."""
+    lines = subprocess.run(["ps", "-axwwo", "pid=,ppid=,command="], capture_output=True, text=True).stdout.splitlines()
+    processes = [line.split(maxsplit=2) for line in lines if "multiprocessing.spawn" in line]
+    return {int(child) for child, parent, _ in processes if pid in (None, int(parent))}
+
+
+def test_a_killed_run_leaves_no_worker_and_resumes(corpus, tokenizer, tmp_path, monkeypatch):
+    big, output = tmp_path / "big.jsonl", tmp_path / "out"
+    big.write_bytes(corpus.read_bytes() * 50)
+    flags = [f"--input={big}", f"--tokenizer={tokenizer.path}", f"--output={output}", "--seq_len=16", "--workers=2"]
+    code = "from rho1_jax.data import preparation; preparation.CHUNK_BYTES = 20_000; from rho1_jax import prepare; "
+    command = [sys.executable, "-c", code + "prepare.main()", *flags]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("out.partial/chunk-*.npz"))) < 2:
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = workers_of(parent.pid)
+        parent.kill()
+    assert len(workers) == 2 and not output.exists()
+    deadline = time.monotonic() + 5
+    while alive := workers & workers_of():
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.1)
+    kept = len(list(tmp_path.glob("out.partial/chunk-*.npz")))
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 20_000)
+    prepare([big], tokenizer, output, options(), workers=1)
+    monkeypatch.undo()
+    prepare([big], tokenizer, tmp_path / "whole", options(), workers=1)  # without interruption, and in other chunks
+    assert kept >= 2
+    for path in Store(output).manifest["files"]:
+        assert (output / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
 
 
 def test_changed_inputs_do_not_resume_from_old_chunks(tokenizer, tmp_path, monkeypatch):
