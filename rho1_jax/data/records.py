@@ -85,7 +85,7 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
             for number, line in enumerate(_lines(stream), start=1):
                 if isinstance(line, BadRecord) or line.strip():
                     yield number, line, file.tell()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
