@@ -17,6 +17,7 @@ COMMANDS = {
     "import": ("import_hf", "turn a Hugging Face folder into a checkpoint"),
     "export": ("export_hf", "turn a checkpoint into a Hugging Face folder"),
     "grade": ("grade", "grade generations that another program wrote"),
+    "verify": ("verify", "check a data set or stored scores against their checksums"),
     "dynamics": ("token_dynamics", "classify tokens by how their loss changes during a run"),
     "report": ("report", "show which tokens SLM selects, as an HTML page"),
 }

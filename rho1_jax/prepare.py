@@ -26,7 +26,9 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "Folder of the data set to write.", required=True)
     seq_len = flags.DEFINE_integer("seq_len", 2048, "Targets in a row.")
     is_transcripts = flags.DEFINE_bool(
-        "transcripts", False, "The records are conversations: train on their responses only, and split none over rows."
+        "transcripts",
+        False,
+        "The records are conversations: train on their responses only, and keep each within a row.",
     )
     prompt_key = flags.DEFINE_string("prompt_key", "prompt", "Conversations: key of the prompt.")
     response_key = flags.DEFINE_string("response_key", "response", "Conversations: key of the response.")

@@ -83,6 +83,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
             first_step=meta.step,
             rows=sharding.local_rows(mesh, config.batch_size),
             prefetch=config.data.prefetch,
+            permute=meta.permuted_rows,
             columns=reference.columns,
         )
         forward = ForwardFlops.of(setup.model, data.seq_len)

@@ -5,8 +5,9 @@ rho1 tokenizer --input=FILES --output=FILE.model --vocab_size=8192 [--text_key=t
 
 import io
 import pathlib
+import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 from absl import flags
@@ -33,17 +34,33 @@ def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterat
                     yield sentence[start : start + MAX_SENTENCE_BYTES // 4]
 
 
+def sample(lines: Iterable[str], limit: int) -> list[str]:
+    """Takes `limit` lines at random, each with the same probability, and the same ones on every machine.
+
+    SentencePiece can sample lines itself, but its generator has another seed in every process.
+    """
+    generator, kept = random.Random(0), []
+    for number, line in enumerate(lines):
+        if number < limit:
+            kept.append(line)
+        elif (place := int(generator.random() * (number + 1))) < limit:
+            kept[place] = line
+    return kept
+
+
 def train_tokenizer(
     files: Sequence[pathlib.Path], output: pathlib.Path, vocab_size: int, templates: Sequence[str], max_sentences: int
 ) -> None:
     """Writes a byte-pair model. It is lossless, and each digit and each line break is a token.
+
+    The same text gives the same model, to the byte.
 
     Args:
       files: the text to learn from.
       output: the model file.
       vocab_size: pieces, including 256 bytes.
       templates: format strings over a record's keys, see `records.document`.
-      max_sentences: lines to learn from, sampled from all.
+      max_sentences: lines to learn from, at most. They are kept in memory. If the text has more, they are sampled.
 
     Raises:
       UserError: a record is bad, or the text is too short for the vocabulary.
@@ -51,7 +68,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(files, templates),
+            sentence_iterator=iter(sample(sentences(files, templates), max_sentences)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -61,8 +78,7 @@ def train_tokenizer(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            input_sentence_size=max_sentences,
-            shuffle_input_sentence=True,
+            shuffle_input_sentence=False,
             max_sentence_length=MAX_SENTENCE_BYTES,
             minloglevel=2,
         )
@@ -79,7 +95,7 @@ def main() -> None:
     inputs, text_key, text_templates = records.define_document_flags()
     output = flags.DEFINE_string("output", None, "Model file to write.", required=True)
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Pieces, including 256 bytes.")
-    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.")
+    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.", 1)
 
     def command() -> None:
         files, path = records.expand(inputs.value), local_path(output.value, "--output")

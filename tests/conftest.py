@@ -7,6 +7,7 @@ import pathlib
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,11 @@ from rho1_jax.train_tokenizer import train_tokenizer
 logging.set_verbosity(logging.ERROR)
 jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# `make test-faults` sets HYPOTHESIS_PROFILE=faults.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("faults", deadline=None, max_examples=20_000, derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Only `make test-peers` installs the libraries these tests need. Elsewhere `pytest -m peers` finds no tests and fails.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["peers"]

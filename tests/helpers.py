@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data import manifest
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.preparation import Options
 from rho1_jax.method.selection import Selection
@@ -84,6 +85,11 @@ def options(**changes) -> Options:
 def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def edit_manifest(folder: pathlib.Path, **changes) -> None:
+    """Changes a manifest and gives it the checksum of its new content."""
+    manifest.write(folder, json.loads((folder / "manifest.json").read_text()) | changes)
 
 
 def config_of(stage, data, reference=""):

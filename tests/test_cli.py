@@ -5,12 +5,13 @@ import inspect
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import config_of, environment
+from helpers import config_of, edit_manifest, environment
 
 import rho1_jax
 from rho1_jax import cli, generate, report
@@ -353,11 +354,10 @@ def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference
 
 
 def test_report_refuses_data_of_another_tokenizer(data, reference, tmp_path):
-    manifest = json.loads((data / "manifest.json").read_text())
-    (tmp_path / "rows").symlink_to(data / "rows")
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_fingerprint": "0" * 64}))
+    shutil.copytree(data, tmp_path / "rows")
+    edit_manifest(tmp_path / "rows", tokenizer_fingerprint="0" * 64)
     with pytest.raises(UserError, match="--policy=.* has another tokenizer"):
-        report.compare(reference, reference, Store(tmp_path), rows=3, ratio=None)
+        report.compare(reference, reference, Store(tmp_path / "rows"), rows=3, ratio=None)
 
 
 def test_importing_the_package_does_not_import_jax():

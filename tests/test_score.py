@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIONS, config_of, run_command
+from helpers import OPTIONS, config_of, edit_manifest, run_command
 
 from rho1_jax import score
 from rho1_jax.configs.default import ModelConfig
@@ -246,9 +246,7 @@ def test_other_rows_and_another_tokenizer_are_refused(copy, corpus, tokenizer, t
         prepare([corpus], made_by, tmp_path / str(number), options, workers=1)
         shutil.copytree(copy / "scores", tmp_path / str(number) / "scores")
         refused(tmp_path / str(number), "half", "", message)
-    manifest = tmp_path / "1" / "scores" / "half" / "manifest.json"
-    edited = json.loads(manifest.read_text()) | {"data": Store(tmp_path / "1").fingerprint}
-    manifest.write_text(json.dumps(edited))
+    edit_manifest(tmp_path / "1" / "scores" / "half", data=Store(tmp_path / "1").fingerprint)
     refused(tmp_path / "1", "half", "", "another tokenizer")
 
 
@@ -281,7 +279,7 @@ def test_rows_and_their_columns_stay_together(data):
         def __getitem__(self, row):
             return np.full(SEQ_LEN, row, np.float32)
 
-    settings = dict(batch_size=8, seed=3, first_step=1, rows=np.array([1, 4, 6]), prefetch=1)
+    settings = dict(batch_size=8, seed=3, first_step=1, rows=np.array([1, 4, 6]), prefetch=1, permute=True)
     stream = batches([store, store], [3, 1], **settings, columns=[{"external_BL": Numbers()}] * 2)
     for _ in range(4):
         batch = next(stream)

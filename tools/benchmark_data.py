@@ -66,7 +66,9 @@ def tokenizing_ways(tokenizer: Tokenizer, files: list[pathlib.Path], templates: 
 def loading_ways(data: str, rows: int) -> tuple[Ways, int]:
     """Loading ten batches of a prepared data set. Also returns their number of tokens."""
     stores, weights = open_mixture(data)
-    stream = batches(stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4)
+    stream = batches(
+        stores, weights, batch_size=rows, seed=0, first_step=0, rows=np.arange(rows), prefetch=4, permute=True
+    )
     return {"batches": lambda: list(itertools.islice(stream, 10))}, 10 * rows * stores[0].seq_len
 
 

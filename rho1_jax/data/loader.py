@@ -4,6 +4,8 @@ Each data set is repeated forever and reshuffled every epoch; several data sets 
 n * B to (n + 1) * B of the resulting sequence, so there is no iterator state to save.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,23 +17,26 @@ from jax.sharding import Mesh
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.sharding import batch_sharding, local_rows
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """Parses "DIR1:3,DIR2:1" into [("DIR1", 3.0), ("DIR2", 1.0)]. The default weight is 1.
 
+    See `split_list` for directories with a comma or a colon in their names.
+
     Raises:
       UserError: no directory is named, or a weight is not a positive number.
     """
     mixture = []
-    for part in filter(None, text.split(",")):
+    for part in filter(None, split_list(text)):
         local_path(part, "config.data.train")
-        directory, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
+        *names, last = split_list(part, ":")
+        directory, weight = (":".join(names), last) if names else (last, "1")
         try:
             mixture.append((directory, float(weight)))
-            if not mixture[-1][1] > 0:
+            if not 0 < mixture[-1][1] < math.inf:
                 raise ValueError
         except ValueError:
             raise UserError(f"config.data.train: {part!r} is not DIR or DIR:WEIGHT with a positive weight") from None
@@ -83,6 +88,7 @@ def batches(
     first_step: int,
     rows: np.ndarray,
     prefetch: int,
+    permute: bool,
     columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Batch]:
     """Loads the given rows of every training batch, from `first_step` on and without end. No other row is read.
@@ -95,6 +101,9 @@ def batches(
       first_step: the step of the first batch.
       rows: [R] the rows to load of each global batch, from 0 to B - 1 (see `sharding.local_rows`).
       prefetch: batches to read ahead.
+      permute: shuffle the rows within each batch. Otherwise the data sets of a mixture follow each other in a fixed
+        pattern, which can put all rows of one of them into the same microbatch. Runs that older versions began are not
+        permuted.
       columns: for each data set, the signals that `Batch.columns` gets: row number -> float32 [seq_len].
 
     Yields:
@@ -105,7 +114,9 @@ def batches(
         grain.MapDataset.source(table).seed(seed + number).shuffle().repeat() for number, table in enumerate(tables)
     ]
     mixed = grain.MapDataset.mix(sources, weights)
-    mine = grain.MapDataset.source(_LocalRows(mixed, batch_size, rows)).batch(len(rows))[first_step:]
+    mine = grain.MapDataset.source(_LocalRows(mixed, batch_size, rows, seed if permute else None)).batch(len(rows))[
+        first_step:
+    ]
     for read in mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)):
         yield Batch(**read)
 
@@ -125,17 +136,33 @@ class _Table:
 
 
 class _LocalRows:
-    """The same rows of every batch, where a sequence of rows is cut into batches of `batch_size`."""
+    """The same rows of every batch, where a sequence of rows is cut into batches of `batch_size`.
 
-    def __init__(self, sequence: Sequence[dict[str, np.ndarray]], batch_size: int, rows: np.ndarray):
-        self._sequence, self._batch_size, self._rows = sequence, batch_size, rows
+    With a seed, the rows of each batch are permuted first.
+    """
+
+    def __init__(self, sequence: Sequence[dict[str, np.ndarray]], batch_size: int, rows: np.ndarray, seed: int | None):
+        self._sequence, self._batch_size, self._rows, self._seed = sequence, batch_size, rows, seed
 
     def __len__(self) -> int:
         return len(self._sequence) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, position = divmod(index, len(self._rows))
-        return self._sequence[step * self._batch_size + int(self._rows[position])]
+        row = int(self._rows[position])
+        if self._seed is not None:
+            row = int(_permutation(self._seed, step, self._batch_size)[row])
+        return self._sequence[step * self._batch_size + row]
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, step: int, count: int) -> np.ndarray:
+    """A permutation of `count` numbers that depends on the seed and the step alone.
+
+    It sorts the raw output of a bit generator, which NumPy keeps the same from version to version. The methods of
+    `np.random.Generator` may change.
+    """
+    return np.argsort(np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(count), kind="stable")
 
 
 def eval_batches(

@@ -15,22 +15,26 @@ import multiprocessing
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from rho1_jax.data import records, store, transcripts
+from rho1_jax.data import manifest, records, store, transcripts
+from rho1_jax.data.manifest import MANIFEST
 from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime import formats
+from rho1_jax.runtime.children import end_with_parent
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
 from rho1_jax.runtime.progress import Progress
 
 CHUNK_BYTES = 4 << 20
 BAD_RECORDS_SHOWN = 20
+REASON_CHARACTERS = 300  # kept of the reason why a record is bad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +75,12 @@ class Chunk:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Chunk":
-        """Reads a chunk that `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            fields = dict(arrays)
+        """Reads a chunk that `save` wrote. Raises UserError if it was damaged since."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                fields = dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged: {error}; remove {path.parent} and run `rho1 prepare` again") from error
         return cls(**fields | {"bad": fields["bad"].tolist(), "truncated": int(fields["truncated"])})
 
     def split(self, held_out: bool) -> Documents:
@@ -98,7 +105,7 @@ def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
     for path in files:
         for line, record, position in records.read(path):
             chunk.append((path, line, record))
-            size += len(record) if isinstance(record, bytes) else sum(len(str(value)) for value in record.values())
+            size += records.size(record)
             if size >= CHUNK_BYTES:
                 yield chunk, done + position
                 chunk, size = [], 0
@@ -109,7 +116,7 @@ def raw_chunks(files: list[pathlib.Path]) -> Iterator[tuple[RawChunk, int]]:
 
 def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
     """Tokenizes a chunk. Bad records are listed with the reason, and empty texts are dropped."""
-    documents: list[list[int]] = []
+    documents: list[np.ndarray] = []
     responses: list[list[bool]] = []
     held_out, bad, truncated = [], [], 0
     for path, line, record in chunk:
@@ -117,26 +124,26 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
             parsed = records.parse(path, record)
             if options.transcripts is None:
                 text = records.document(parsed, options.templates)
-                ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
+                ids = tokenizer.encode_document(text)
             else:
                 conversation = transcripts.exchanges(parsed, options.transcripts)
                 text = "".join(exchange.text for exchange in conversation)
-                ids, in_response = transcripts.encode(conversation, tokenizer)
                 row_length = options.seq_len + 1
+                tokens, in_response = transcripts.encode(conversation, tokenizer, row_length)
                 if not any(in_response[:row_length]):
                     raise records.BadRecord(f"no response within the {row_length} tokens of a row")
-                truncated += len(ids) > row_length
-                ids = ids[:row_length]
+                truncated += len(tokens) > row_length
+                ids = np.array(tokens[:row_length], np.int32)
                 responses.append(in_response[:row_length])
         except records.BadRecord as error:
-            bad.append(f"{path}:{line}: {error}")
+            bad.append(f"{path}:{line}: {str(error)[:REASON_CHARACTERS]}")
             continue
         if text:
             documents.append(ids)
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             held_out.append(int.from_bytes(digest, "big") < options.eval_fraction * 2**64)
     return Chunk(
-        tokens=np.fromiter(itertools.chain.from_iterable(documents), np.int32),
+        tokens=np.concatenate([np.empty(0, np.int32), *documents]),
         lengths=np.array(list(map(len, documents)), np.int64),
         responses=np.fromiter(itertools.chain.from_iterable(responses), bool),
         held_out=np.array(held_out, bool),
@@ -150,6 +157,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_path: pathlib.Path, options: Options) -> None:
+    end_with_parent()
     _worker.update(tokenizer=Tokenizer(tokenizer_path), options=options)
 
 
@@ -198,14 +206,15 @@ def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Pat
     except UserError:
         shutil.rmtree(partial)
         raise
-    manifest = {formats.KEY: formats.FORMAT_VERSION} | description | counts
-    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     tokenizer.save(partial / TOKENIZER_DIR)
+    paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
+    sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
+    store.Store(partial).verify()
     for chunk in chunks:
         chunk.unlink()
     (partial / "description.json").unlink()
     partial.rename(output)
-    return manifest
+    return sealed
 
 
 def _check(options: Options) -> None:
@@ -217,24 +226,26 @@ def _check(options: Options) -> None:
 
 
 def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
-    if not (output / store.MANIFEST).is_file():
+    if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists but is not a prepared data set; choose another --output")
-    manifest = store.Store(output).manifest
+    stored: Mapping[str, Any] = store.Store(output).manifest
     for part in ("tokenizer_fingerprint", "options", "fingerprint"):
-        if manifest[part] != description[part]:
+        if stored[part] != description[part]:
             changed = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}
             difference = changed.get(part, "other inputs")
             raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
-    return manifest
+    return dict(stored)
 
 
 def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:
     """Keeps the chunks of an interrupted run if its inputs and options were the same; deletes them otherwise."""
     marker = partial / "description.json"
-    if not (marker.is_file() and json.loads(marker.read_text()) == description):
+    # Another version may read records or cut chunks in another way.
+    text = json.dumps({formats.KEY: formats.FORMAT_VERSION} | description)
+    if not (marker.is_file() and marker.read_bytes() == text.encode()):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_text(marker, json.dumps(description))
+        write_text(marker, text)
 
 
 def _tokenize_all(

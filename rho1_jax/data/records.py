@@ -1,21 +1,25 @@
 """Read records from JSON lines, Parquet and plain text files. Each record holds one document."""
 
+import collections
 import glob
 import io
+import itertools
 import json
 import pathlib
 import string
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
 from absl import flags
 
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import local_path, split_list
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# The longest record. JSON takes up to 25 times its size in memory once it is parsed.
+MAX_BYTES = {"json": 16 << 20, "text": 64 << 20, "parquet": 64 << 20}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".tex": "text"}
 
 
@@ -24,21 +28,22 @@ class BadRecord(ValueError):
 
 
 def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
-    """The files that match paths and glob patterns, sorted within each pattern.
+    """The files that match paths and glob patterns, sorted within each pattern. An existing file is no pattern.
 
     Raises:
       UserError: a pattern matches no file, or a file has an unknown type.
     """
-    files: list[pathlib.Path] = []
+    files: dict[pathlib.Path, None] = {}
     for pattern in patterns:
-        local_path(pattern, "--input")
-        matches = sorted(path for path in map(pathlib.Path, glob.glob(pattern, recursive=True)) if path.is_file())
+        path = local_path(pattern, "--input")
+        matches = [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(pattern, recursive=True)))
+        matches = [path for path in matches if path.is_file()]
         if not matches:
             raise UserError(f"{pattern}: no such file")
-        files += [path for path in matches if path not in files]
+        files |= dict.fromkeys(matches)
     for path in files:
         file_format(path)
-    return files
+    return list(files)
 
 
 def file_format(path: pathlib.Path) -> str:
@@ -51,11 +56,11 @@ def file_format(path: pathlib.Path) -> str:
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
-    """Reads the raw records of a file.
+    """Reads the raw records of a file. The memory is bounded by MAX_BYTES, also in compressed files.
 
     Yields:
-      (number, record, position). `number` counts lines or rows from 1. `record` is a JSON line or a whole text file, as
-      bytes, or a Parquet row, as a dict. `position` is the number of bytes read from the file so far.
+      (number, record, position). `number` counts lines or rows from 1. `record` is for `parse`: a JSON line or a whole
+      text file, as bytes, a Parquet row, as a dict, or a BadRecord. `position` is the number of bytes read so far.
 
     Raises:
       UserError: the file cannot be read in the format that its name implies.
@@ -65,7 +70,7 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
         if kind == "parquet":
             table = pyarrow.parquet.ParquetFile(path)
             rows, size = table.metadata.num_rows, path.stat().st_size
-            records = (record for batch in table.iter_batches(batch_size=256) for record in batch.to_pylist())
+            records = (record for batch in table.iter_batches(batch_size=256) for record in _parquet_rows(batch))
             for row, record in enumerate(records, start=1):
                 yield row, record, size * row // rows
             return
@@ -74,13 +79,55 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
             # Unlike other readers, pyarrow reports a truncated file.
             stream = io.BufferedReader(pyarrow.CompressedInputStream(file, codec)) if codec else file
             if kind == "text":
-                yield 1, stream.read(), file.tell()
+                text = stream.read(MAX_BYTES[kind] + 1)
+                yield 1, text if len(text) <= MAX_BYTES[kind] else _too_long(kind), file.tell()
                 return
-            for line, record in enumerate(stream, start=1):
-                if record.strip():
-                    yield line, record, file.tell()
-    except (OSError, pyarrow.ArrowException) as error:
+            for number, line in enumerate(_lines(stream), start=1):
+                if isinstance(line, BadRecord) or line.strip():
+                    yield number, line, file.tell()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | BadRecord]:
+    """The lines of a stream. One that is too long is skipped piece by piece, and a BadRecord stands for it."""
+    limit = MAX_BYTES["json"]
+    while line := stream.readline(limit + 1):
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(limit)
+        yield _too_long("json")
+
+
+def _parquet_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | BadRecord]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # one of them has no value in Python, such as text that is not UTF-8
+        rows = [_parquet_row(batch.slice(row, 1)) for row in range(len(batch))]
+    for row in rows:
+        yield row if size(row) <= MAX_BYTES["parquet"] else _too_long("parquet")
+
+
+def _parquet_row(row: pyarrow.RecordBatch) -> dict[str, Any] | BadRecord:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 at byte {error.start}")
+    except (ValueError, OverflowError) as error:
+        return BadRecord(f"cannot be read: {' '.join(str(error).split())}")
+
+
+def _too_long(kind: str) -> BadRecord:
+    return BadRecord(f"longer than {MAX_BYTES[kind] >> 20} MiB; split it into several records")
+
+
+def size(record: Any) -> int:
+    """The size of a record that `read` yielded: bytes, or characters in Parquet."""
+    if isinstance(record, dict):
+        return sum(len(str(value)) for value in record.values())
+    return len(record) if isinstance(record, bytes) else 0
 
 
 def parse(path: pathlib.Path, record: Any) -> dict[str, Any] | str:
@@ -91,8 +138,10 @@ def parse(path: pathlib.Path, record: Any) -> dict[str, Any] | str:
       record: a record that `read` yielded.
 
     Raises:
-      BadRecord: the record is not UTF-8, not JSON, or not a JSON object.
+      BadRecord: the record is too long, not UTF-8, not JSON, not a JSON object, or has a key twice.
     """
+    if isinstance(record, BadRecord):
+        raise record
     if isinstance(record, bytes):
         try:
             text = record.decode("utf-8")
@@ -101,12 +150,24 @@ def parse(path: pathlib.Path, record: Any) -> dict[str, Any] | str:
         if file_format(path) == "text":
             return text
         try:
-            record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadRecord(f"not JSON: {error}") from None
+            record = json.loads(text, object_pairs_hook=_object)
+        except BadRecord:
+            raise
+        except RecursionError:
+            raise BadRecord("not JSON: nested too deeply") from None
+        except ValueError as error:  # not only JSONDecodeError: Python limits the digits of an integer
+            raise BadRecord(f"not JSON: {str(error).partition(';')[0]}") from None
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {type(record).__name__}, not an object with keys")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise BadRecord(f"the key {twice[:50]!r} appears twice")
+    return parsed
 
 
 def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
@@ -139,7 +200,8 @@ def document(record: dict[str, Any] | str, templates: Sequence[str]) -> str:
 def missing_keys(record: dict[str, Any], choices: Sequence[Sequence[str]]) -> BadRecord:
     """The error for a record that does not have the keys of any choice."""
     needed = ", or ".join(" and ".join(map(repr, keys)) for keys in choices)
-    return BadRecord(f"missing keys: needs {needed}; has {', '.join(map(repr, record)) or 'none'}")
+    present = ", ".join(repr(key[:50]) for key in itertools.islice(record, 20)) or "none"
+    return BadRecord(f"missing keys: needs {needed}; has {present}")
 
 
 def check_text(text: str) -> None:
@@ -169,18 +231,34 @@ def template_keys(template: str) -> list[str]:
       UserError: the template is not a format string over plain keys, or uses none.
     """
     try:
-        keys = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+        keys = [name for _, name, _, _ in fields if name is not None]
         if not keys or not all(key.isidentifier() for key in keys):
             raise ValueError("put plain keys in braces, like '{question}\\n{answer}'")
+        if any(spec or conversion for _, _, spec, conversion in fields):
+            raise ValueError("a key takes no format after ':' or '!'")
     except ValueError as error:
         raise UserError(f"text template {template!r}: {error}") from None
     return keys
 
 
+class _PathListParser(flags.ArgumentParser):
+    """Parses a list of paths with `split_list`."""
+
+    def parse(self, argument: str) -> list[str]:
+        return [part for part in split_list(argument) if part]
+
+
 def define_document_flags() -> tuple[Any, Any, Any]:
     """Defines --input, --text_key and --text_template, and returns their holders."""
     return (
-        flags.DEFINE_list("input", None, "Files or glob patterns, comma-separated.", required=True),
+        flags.DEFINE(
+            _PathListParser(),
+            "input",
+            None,
+            r"Files or glob patterns, separated by commas. Write \, for a comma in a name.",
+            required=True,
+        ),
         flags.DEFINE_string("text_key", "text", "Key of a record that holds its text."),
         flags.DEFINE_multi_string(
             "text_template",

@@ -5,23 +5,53 @@ DIR/manifest.json  DIR/tokenizer.model  DIR/rows/1.0.0/*.array_record*
 
 import contextlib
 import io
-import json
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+import pydantic
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from typing_extensions import TypedDict
 
+from rho1_jax.data import manifest
+from rho1_jax.data.manifest import MANIFEST
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
-from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 
-MANIFEST = "manifest.json"
 _ROWS = "rows"
 _VERSION = "1.0.0"
+FOLDERS = (_ROWS, TOKENIZER_DIR)  # everything in them is listed in the manifest
+
+_Count = Annotated[int, pydantic.Field(ge=0)]
+_Positive = Annotated[int, pydantic.Field(ge=1)]
+
+
+class _Options(TypedDict):
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    seq_len: _Positive
+    transcripts: dict[str, Any] | None
+
+
+class _Split(TypedDict):
+    documents: _Count
+    tokens: _Count
+    rows: _Positive
+
+
+class DataManifest(TypedDict):
+    """How a data set was made, and its files. Formats before 3 list no files."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    format_version: NotRequired[int]
+    fingerprint: str
+    tokenizer_fingerprint: str
+    options: _Options
+    splits: dict[str, _Split]
+    files: NotRequired[dict[str, manifest.File]]
 
 
 class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
@@ -81,14 +111,28 @@ class Store:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Opens the data set. Raises UserError if `path` does not hold one."""
+        """Opens the data set, and checks its manifest and the sizes and ends of its files.
+
+        Raises:
+          UserError: `path` does not hold a data set, or one that is damaged.
+        """
         self.path = local_path(path, "data set")
+        if self.path.is_file():
+            raise UserError(f"{path} is a file, not a prepared data set; make one from it with `rho1 prepare`")
+        if not (self.path / MANIFEST).exists():
+            raise UserError(f"{path}: no prepared data set here; make one with `rho1 prepare`")
+        self._remedy = f"restore it, or remove {path} and run `rho1 prepare` again"
+        self.manifest: DataManifest = manifest.read(self.path, DataManifest, self._remedy)
+        if "files" in self.manifest:
+            manifest.check(self.path, self.manifest["files"], FOLDERS, self._remedy)
+        rows = self.path / _ROWS / _VERSION
         try:
-            self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no prepared data set here; make one with `rho1 prepare`") from None
-        formats.check_format(self.manifest, self.path)
-        self._builder = tfds.builder_from_directory(self.path / _ROWS / _VERSION)
+            self._builder = tfds.builder_from_directory(rows)
+            for name, split in self.manifest["splits"].items():
+                if self._builder.info.splits[name].num_examples != split["rows"]:
+                    raise ValueError(f"dataset_info.json and {MANIFEST} disagree about the split {name!r}")
+        except Exception as error:  # TFDS raises errors of many kinds
+            raise UserError(f"{rows}: cannot open the rows: {_one_line(error)}; {self._remedy}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -111,18 +155,61 @@ class Store:
         return self.manifest["tokenizer_fingerprint"]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the rows were made with."""
-        return Tokenizer(self.path / TOKENIZER_DIR)
+        """The tokenizer that the rows were made with. Raises UserError if it was replaced."""
+        return Tokenizer(self.path / TOKENIZER_DIR, self.tokenizer_fingerprint)
 
     def rows(self, split: str) -> Sequence[dict[str, np.ndarray]]:
         """Random access to the rows of a split.
 
-        Each row is a dict of arrays [M]: "tokens", "segment_ids" and, in conversations, "responses".
+        Each row is a dict of arrays [M]: "tokens", "segment_ids" and, in conversations, "responses". Reading one raises
+        UserError if it is damaged.
 
         Raises:
-          UserError: the data set has no such split.
+          UserError: the data set has no such split, or a file of it does not hold as many rows as it should.
         """
-        if split not in self._builder.info.splits:
+        if split not in self.manifest["splits"]:
             option = "--eval_fraction above 0" if split == "eval" else "--eval_fraction below 1"
             raise UserError(f"{self.path} has no {split!r} split; prepare it with {option}")
-        return self._builder.as_data_source(split)
+        info = self._builder.info.splits[split]
+        for path, expected in zip(info.filepaths, info.shard_lengths):
+            try:
+                reader = ArrayRecordReader(str(path))
+                count = reader.num_records()
+                reader.close()
+            except RuntimeError as error:
+                raise UserError(f"{path} cannot be read: {_one_line(error)}; {self._remedy}") from None
+            if count != expected:
+                raise UserError(f"{path} holds {count:,} rows instead of {expected:,}; {self._remedy}")
+        return _Rows(self._builder.as_data_source(split), f"{self.path}: row", f"of the split {split!r}", self._remedy)
+
+    def verify(self) -> None:
+        """Compares every file with its checksum, and opens tokenizer and rows. Raises UserError on any damage."""
+        checksums = {name: file["sha256"] for name, file in self.manifest.get("files", {}).items()}
+        manifest.verify(self.path, checksums, self._remedy)
+        self.tokenizer()
+        for split in self.manifest["splits"]:
+            self.rows(split)
+
+
+class _Rows(Sequence[dict[str, np.ndarray]]):
+    """The rows of a split. An error while reading one names it."""
+
+    def __init__(self, source: Sequence[Mapping[str, np.ndarray]], before: str, after: str, remedy: str):
+        self._source, self._before, self._after, self._remedy = source, before, after, remedy
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: Any) -> Any:
+        try:
+            return self._source[row]
+        except Exception as error:  # the libraries raise RuntimeError, ValueError, IndexError and more
+            where = f"{self._before} {row} {self._after}"
+            raise UserError(f"{where} cannot be read: {_one_line(error)}; {self._remedy}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

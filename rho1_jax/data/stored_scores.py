@@ -9,21 +9,25 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+import pydantic
+from typing_extensions import TypedDict
 
-from rho1_jax.data.store import MANIFEST, Store
+from rho1_jax.data import manifest
+from rho1_jax.data.manifest import MANIFEST, File
+from rho1_jax.data.store import Store
 from rho1_jax.method.signals import SUFFIX
-from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path, read_json, replacing, sha256, write_text
-from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.files import local_path, replacing, split_list, write_text
+from rho1_jax.runtime.schema import read_json
 
 KEY = "config.reference.scores"
 EXTERNAL_KEY = "config.data.external"
 SPLIT = "train"
+FOLDER = "scores"  # folder in a data set that holds its scores
 SHARD_TOKENS = 2**22
 DTYPES = ("float16", "float32")
 # The parts of a description that must match, and what to call a mismatch in an error.
@@ -34,12 +38,43 @@ PARTS = {
     "document_mask": "another config.data.document_mask",
 }
 
+_Positive = Annotated[int, pydantic.Field(ge=1)]
+
+
+def _has_fingerprint(reference: dict[str, str]) -> dict[str, str]:
+    if "fingerprint" not in reference:
+        raise ValueError("the fingerprint is missing")
+    return reference
+
+
+class ScoreManifest(TypedDict):
+    """What scores were made from, their shape and their files. Formats before 3 store only SHA-256 of each file."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    format_version: NotRequired[int]
+    data: str
+    tokenizer: str
+    reference: Annotated[dict[str, str], pydantic.AfterValidator(_has_fingerprint)]
+    document_mask: bool
+    rows: _Positive
+    seq_len: _Positive
+    rows_per_shard: _Positive
+    dtype: Literal["float16", "float32"]
+    signals: list[Literal["losses", "entropies"]]
+    flops: pydantic.FiniteFloat
+    files: dict[str, str | File]
+
 
 def scores_path(store: Store, name: str) -> pathlib.Path:
     """The directory of the scores called `name`. Raises UserError if the name is not a plain directory name."""
     if not name or name != pathlib.PurePath(name).name:
         raise UserError(f"{KEY}={name!r} must be the name of a directory, without a path")
-    return store.path / "scores" / name
+    return store.path / FOLDER / name
+
+
+def is_scores(path: pathlib.Path) -> bool:
+    """True if a folder holds scores."""
+    return path.absolute().parent.name == FOLDER and (path / MANIFEST).exists()
 
 
 def describe(store: Store, reference: dict[str, str], document_mask: bool) -> dict[str, Any]:
@@ -52,7 +87,7 @@ def describe(store: Store, reference: dict[str, str], document_mask: bool) -> di
     }
 
 
-def _difference(stored: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def _difference(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """The first mismatch between two descriptions, or None. References are compared by fingerprint, not by path."""
     stored, expected = ({**x, "reference": x["reference"]["fingerprint"]} for x in (stored, expected))
     return next((mismatch for part, mismatch in PARTS.items() if stored[part] != expected[part]), None)
@@ -82,18 +117,17 @@ class ScoreWriter:
         self._description = description | shape | {"dtype": dtype, "signals": list(self.names)}
         self.finished = self._final.exists()
         if self.finished:
-            manifest = read_json(self._final / MANIFEST)
-            formats.check_format(manifest, self._final)
-            difference = _difference(manifest, description)
-            if difference is None and any(manifest[key] != self._description[key] for key in ("dtype", "signals")):
-                difference = f"dtype {manifest['dtype']} and signals {', '.join(manifest['signals'])}"
+            stored = manifest.read(self._final, ScoreManifest, _remedy(self._final))
+            difference = _difference(stored, description)
+            if difference is None and (stored["dtype"] != dtype or stored["signals"] != list(self.names)):
+                difference = f"dtype {stored['dtype']} and signals {', '.join(stored['signals'])}"
             if difference:
                 raise UserError(f"{self._final} was made with {difference}; remove it or choose another {KEY}")
 
     def start(self) -> None:
         """Creates NAME.partial, or resumes one with the same description. Call it in one process only."""
         marker = self._partial / "description.json"
-        if not (marker.exists() and read_json(marker) == json.loads(json.dumps(self._description))):
+        if not (marker.exists() and read_json(marker, dict[str, Any]) == json.loads(json.dumps(self._description))):
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
             write_text(marker, json.dumps(self._description))
@@ -108,22 +142,30 @@ class ScoreWriter:
         return all((self._partial / _file(name, shard)).exists() for name in self.names)
 
     def write(self, shard: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes a shard. `arrays` maps each of `names` to an array [rows in the shard, seq_len], in nats."""
+        """Writes a shard. `arrays` maps each of `names` to an array [rows in the shard, seq_len], in nats.
+
+        Raises:
+          UserError: a number is not finite in the dtype that is stored.
+        """
         for name in self.names:
+            with np.errstate(over="ignore"):  # reported below
+                values = arrays[name].astype(self._dtype)
+            wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if len(wrong):
+                row = shard * self.rows_per_shard + int(wrong[0])
+                raise UserError(
+                    f"the reference's {name} of row {row} are not finite in {self._dtype}, so they were not stored; "
+                    "check the reference and the row, or use --dtype=float32 if the numbers are only too large"
+                )
             with replacing(self._partial / _file(name, shard)) as beside, beside.open("wb") as file:
-                np.save(file, arrays[name].astype(self._dtype), allow_pickle=False)
+                np.save(file, values, allow_pickle=False)
 
     def finish(self, totals: dict[str, Any]) -> None:
-        """Writes the manifest, with `totals` and the checksum of each file, and renames NAME.partial to NAME."""
-        files = [_file(name, shard) for name in self.names for shard in range(len(self.shards()))]
-        checksums = {file: sha256(self._partial / file) for file in files}
-        write_text(
-            self._partial / MANIFEST,
-            json.dumps(
-                {formats.KEY: formats.FORMAT_VERSION} | self._description | totals | {"files": checksums}, indent=2
-            )
-            + "\n",
-        )
+        """Writes the manifest, with `totals` and the checksums of the files, and renames NAME.partial to NAME."""
+        paths = [self._partial / _file(name, shard) for name in self.names for shard in range(len(self.shards()))]
+        files = manifest.describe(self._partial, paths)
+        manifest.write(self._partial, self._description | totals | {"files": files})
+        verify(self._partial)
         (self._partial / "description.json").unlink()
         self._partial.rename(self._final)
 
@@ -135,6 +177,62 @@ class ScoreWriter:
 
 def _file(name: str, shard: int) -> str:
     return f"{name}-{shard:05d}.npy"
+
+
+def _remedy(path: pathlib.Path) -> str:
+    return f"remove {path} and score again"
+
+
+def _open_shards(path: pathlib.Path, stored: ScoreManifest, name: str) -> list[np.ndarray]:
+    """The shards of a signal, mapped from disk. Raises UserError if one is not what the manifest says."""
+    shards = []
+    for shard in range(math.ceil(stored["rows"] / stored["rows_per_shard"])):
+        file = path / _file(name, shard)
+        rows = min(stored["rows_per_shard"], stored["rows"] - shard * stored["rows_per_shard"])
+        shards.append(_load(file, (rows, stored["seq_len"]), stored["dtype"], _remedy(path)))
+    return shards
+
+
+def _load(file: pathlib.Path, shape: tuple[int, int], dtype: str, remedy: str) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {remedy}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is damaged: {' '.join(str(error).split())}; {remedy}") from None
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+        content = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "not an array"
+        raise UserError(f"{file} is {content} instead of {dtype} {shape}; {remedy}")
+    return array
+
+
+def verify(path: pathlib.Path) -> ScoreManifest:
+    """Compares every file of a folder of scores with its checksum, and reads every number.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: a file is missing, damaged or changed, or holds a number that is not finite.
+    """
+    stored = manifest.read(path, ScoreManifest, _remedy(path))
+    _verify_files(path, stored)
+    for name in stored["signals"]:
+        for number, shard in enumerate(_open_shards(path, stored, name)):
+            for row, values in enumerate(shard, start=number * stored["rows_per_shard"]):
+                _finite(values, path, name, row)
+    return stored
+
+
+def _verify_files(path: pathlib.Path, stored: ScoreManifest) -> None:
+    checksums = {name: file if isinstance(file, str) else file["sha256"] for name, file in stored["files"].items()}
+    manifest.verify(path, checksums, _remedy(path))
+
+
+def _finite(values: np.ndarray, path: pathlib.Path, name: str, row: int) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: the {name} of row {row} are not finite; {_remedy(path)}")
+    return values
 
 
 class ScoreStore:
@@ -160,45 +258,36 @@ class ScoreStore:
         self.path = scores_path(store, name)
         if not (self.path / MANIFEST).exists():
             raise UserError(f"{KEY}={name}: no scores in {self.path}; make them with `rho1 score`")
-        self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
-        formats.check_format(self.manifest, self.path)
+        self.manifest = manifest.read(self.path, ScoreManifest, _remedy(self.path))
         expected = describe(store, reference or self.manifest["reference"], document_mask)
         difference = _difference(self.manifest, expected)
+        shape = (len(store.rows(SPLIT)), store.seq_len)
+        if difference is None and shape != (self.manifest["rows"], self.manifest["seq_len"]):
+            difference = f"rows [{self.manifest['rows']}, {self.manifest['seq_len']}] instead of {list(shape)}"
         if difference:
             raise UserError(
                 f"{self.path} was made with {difference} than this run uses; score again under another {KEY}"
             )
-        self._verify()
-
-    def _verify(self) -> None:
-        files = [(self.path / file, checksum) for file, checksum in self.manifest["files"].items()]
-        for path, _ in files:
-            if not path.exists():
-                raise UserError(f"{path} is missing; remove {self.path} and score again")
-        with Progress(f"verify {self.path.name}", sum(path.stat().st_size for path, _ in files), unit="B") as progress:
-            for path, checksum in files:
-                if sha256(path) != checksum:
-                    raise UserError(f"{path} was changed since it was written; remove {self.path} and score again")
-                progress.advance(path.stat().st_size)
+        _verify_files(self.path, self.manifest)
 
     def column(self, name: str) -> "ScoreColumn":
-        """The column "losses" or "entropies". Raises UserError if it was not stored."""
+        """The column "losses" or "entropies". Raises UserError if it was not stored, or is damaged."""
         if name not in self.manifest["signals"]:
             raise UserError(f"{self.path} has no {name}; score again with --{name} under another {KEY}")
-        shards = math.ceil(self.manifest["rows"] / self.manifest["rows_per_shard"])
-        arrays = [np.load(self.path / _file(name, shard), mmap_mode="r", allow_pickle=False) for shard in range(shards)]
-        return ScoreColumn(arrays, self.manifest["rows_per_shard"])
+        shards = _open_shards(self.path, self.manifest, name)
+        return ScoreColumn(shards, self.manifest["rows_per_shard"], self.path, name)
 
 
 class ScoreColumn:
     """One number for each target of each row, in nats. Rows are read from disk on demand."""
 
-    def __init__(self, shards: list[np.ndarray], rows_per_shard: int):
-        self._shards, self._rows_per_shard = shards, rows_per_shard
+    def __init__(self, shards: list[np.ndarray], rows_per_shard: int, path: pathlib.Path, name: str):
+        self._shards, self._rows_per_shard, self._path, self._name = shards, rows_per_shard, path, name
 
     def __getitem__(self, row: int) -> np.ndarray:
+        """Float32 [seq_len]. Raises UserError if a number is not finite."""
         shard, position = divmod(row, self._rows_per_shard)
-        return self._shards[shard][position].astype(np.float32)
+        return _finite(self._shards[shard][position].astype(np.float32), self._path, self._name, row)
 
 
 class ExternalColumn:
@@ -208,8 +297,8 @@ class ExternalColumn:
         """Raises UserError if the file holds no such array."""
         try:
             self._array = np.load(local_path(path, "config.data.external"), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{EXTERNAL_KEY}: {path}: {error}") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{EXTERNAL_KEY}: {path}: {' '.join(str(error).split())}") from None
         expected = (len(store.rows(SPLIT)), store.seq_len)
         is_array = isinstance(self._array, np.ndarray)
         if not is_array or self._array.shape != expected or self._array.dtype.kind not in "biuf":
@@ -239,9 +328,9 @@ def external_columns(text: str, needed: Collection[str], stores: Sequence[Store]
       UserError: a needed column has no file for each data set, or a file does not fit.
     """
     files: dict[str, list[str]] = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.rpartition("=")
-        files.setdefault((name or "external") + SUFFIX, []).append(path)
+    for part in filter(None, split_list(text)):
+        name, *path = split_list(part, "=")
+        files.setdefault((name if path else "external") + SUFFIX, []).append("=".join(path) if path else name)
     for signal in sorted(needed):
         name, count = signal.removesuffix(SUFFIX), len(files.get(signal, ()))
         if count != len(stores):

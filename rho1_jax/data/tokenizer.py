@@ -1,11 +1,13 @@
 """Tokenize text with a SentencePiece model, or with a tokenizer.json of the library `tokenizers`."""
 
 import hashlib
+import itertools
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -28,6 +30,8 @@ SETTINGS_FILES = (
 )
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
 
+PART_CHARACTERS = 1 << 19  # tokenized at once: SentencePiece needs up to 300 bytes of memory per character
+
 Span = tuple[int, int]  # the first character, and the one after the last
 
 
@@ -42,11 +46,16 @@ class Tokenizer:
       fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, expected: str | None = None):
         """Opens a model file. In a folder, tokenizer.json is preferred to tokenizer.model.
 
+        Args:
+          path: the file, or its folder.
+          expected: the fingerprint recorded for it; None: any.
+
         Raises:
-          UserError: the file does not exist, is not a tokenizer, or has no end-of-sequence token.
+          UserError: the file does not exist, is not a tokenizer, has no end-of-sequence token, or is not the expected
+            one.
         """
         self.path = local_path(path, "tokenizer")
         if self.path.is_dir():
@@ -69,6 +78,11 @@ class Tokenizer:
         self.eos_id: int = self._model.eos_id
         identity = self.path.read_bytes() + f"{self.bos_id} {self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
+        if expected is not None and expected != self.fingerprint:
+            raise UserError(
+                f"{self.path} is not the tokenizer recorded here: its fingerprint is {self.fingerprint[:12]}, not "
+                f"{expected[:12]}. The file was replaced, or BOS or EOS in the JSON files beside it; restore them"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""
@@ -77,6 +91,30 @@ class Tokenizer:
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Token ids as from `encode`, with the span of characters that each token covers."""
         return self._model.encode_spans(text)
+
+    def encode_parts(self, text: str) -> Iterator[tuple[list[int], list[Span]]]:
+        """Token ids and spans as from `encode_spans`, at most PART_CHARACTERS at a time, to bound the memory.
+
+        Parts end at line breaks, where tokenizers end tokens. The ids can differ from those of `encode` only if a text
+        has no line break in PART_CHARACTERS.
+        """
+        start = 0
+        while start < len(text):
+            end = _part_end(text, start)
+            # With one character more at each end, a part is tokenized as in the middle of the text.
+            first = start - int(start > 0 and text[start - 1] == "\n")
+            last = end + int(end < len(text) and text[end - 1] == "\n")
+            ids, spans = self.encode_spans(text[first:last])
+            tokens = [(i, (a + first, b + first)) for i, (a, b) in zip(ids, spans)]
+            inside = [(i, span) for i, span in tokens if span[0] < end and (span[0] >= start or span[1] > start)]
+            yield [i for i, _ in inside], [span for _, span in inside]
+            start = end
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Token ids, int32, of a document to train on: BOS, if the tokenizer adds it, the text, and EOS."""
+        parts = [self.encode(text)] if len(text) <= PART_CHARACTERS else (ids for ids, _ in self.encode_parts(text))
+        everything = itertools.chain([self.prefix()], parts, [[self.eos_id]])
+        return np.concatenate([np.array(ids, np.int32) for ids in everything])
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to continue: BOS, if the tokenizer adds it, and then the text."""
@@ -102,6 +140,19 @@ class Tokenizer:
         for name in (*SETTINGS_FILES, *([SENTENCEPIECE_FILE] if is_json else [])):
             if (self.path.parent / name).is_file():
                 shutil.copyfile(self.path.parent / name, directory / name)
+
+
+def _part_end(text: str, start: int) -> int:
+    """Where the part of a text that begins at `start` ends: after the last line break that more text follows."""
+    end = start + PART_CHARACTERS
+    if end >= len(text):
+        return len(text)
+    found = end
+    while (found := text.rfind("\n", start, found)) >= 0:
+        if not text[found + 1].isspace():
+            return found + 1
+    space = text.rfind(" ", start + 1, end)
+    return space if space > 0 else end
 
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Read conversations for fine-tuning, and mark the tokens to train on: the responses, without tool output."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rho1_jax.data.records import BadRecord, check_text, missing_keys
 from rho1_jax.data.tokenizer import Span, Tokenizer
@@ -82,8 +85,10 @@ def _messages(record: dict[str, Any] | str, options: Transcripts) -> list[tuple[
     else:
         raise missing_keys(record, [[options.messages_key], keys])
     for role, content in turns:
-        if role not in dict(options.role_templates):
-            raise BadRecord(f"unknown role {role!r}; use one of {', '.join(ROLE_TEMPLATES)}")
+        if not isinstance(role, str):
+            raise BadRecord(f"the role of a message is {type(role).__name__}, not text")
+        if role not in ROLE_TEMPLATES:
+            raise BadRecord(f"unknown role {role[:50]!r}; use one of {', '.join(ROLE_TEMPLATES)}")
         if not isinstance(content, str):
             raise BadRecord(f"the {role}'s content is {type(content).__name__}, not text")
         check_text(content)
@@ -98,23 +103,24 @@ def exchanges(record: dict[str, Any] | str, options: Transcripts) -> list[Exchan
     Raises:
       BadRecord: the record holds no conversation, or one without a response.
     """
-    templates = dict(options.role_templates)
-    conversation: list[Exchange] = []
-    last_role = "assistant"
+    templates = {role: template.split("{content}") for role, template in options.role_templates}
+    parts: list[list[str]] = []  # the texts of each exchange
+    responses: list[list[Span]] = []
+    length, last_role = 0, "assistant"
     for role, content in _messages(record, options):
-        if not conversation or (role not in RESPONDING and last_role in RESPONDING):
-            conversation.append(Exchange("", []))
+        if not parts or (role not in RESPONDING and last_role in RESPONDING):
+            parts.append([])
+            responses.append([])
+            length = 0
         last_role = role
-        before, after = templates[role].split("{content}")
-        text, responses = conversation[-1]
-        start = len(text)
-        spans: list[Span] = []
+        before, after = templates[role]
         if role == "assistant":
-            spans = _without_output(start + len(before), content + after)
+            responses[-1] += _without_output(length + len(before), content + after)
         elif role == "tool":
-            spans = [(start, start + len(before))]
-        conversation[-1] = Exchange(text + before + content + after, responses + spans)
-    return conversation
+            responses[-1].append((length, length + len(before)))
+        parts[-1].append(before + content + after)
+        length += len(parts[-1][-1])
+    return [Exchange("".join(texts), spans) for texts, spans in zip(parts, responses)]
 
 
 def _without_output(start: int, text: str) -> list[Span]:
@@ -126,17 +132,30 @@ def _without_output(start: int, text: str) -> list[Span]:
     return [*spans, (start + first, start + len(text))]
 
 
-def encode(conversation: list[Exchange], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def encode(
+    conversation: list[Exchange], tokenizer: Tokenizer, enough: float = math.inf
+) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, with EOS after each exchange, and a flag for each token: True to train on it.
 
     The flag is True for EOS, and for each token whose last character is part of a response.
+
+    Args:
+      conversation: its exchanges.
+      tokenizer: the tokenizer.
+      enough: stop soon after this many tokens, to bound memory and time.
     """
     ids, in_response = tokenizer.prefix(), [False] * len(tokenizer.prefix())
     for exchange in conversation:
-        exchange_ids, spans = tokenizer.encode_spans(exchange.text)
-        ids += [*exchange_ids, tokenizer.eos_id]
-        # A token that is one of several bytes of a character has an empty span.
-        last_characters = [max(begin, end - 1) for begin, end in spans]
-        in_response += [any(start <= last < stop for start, stop in exchange.responses) for last in last_characters]
+        starts, stops = np.array(exchange.responses, np.int64).reshape(-1, 2).T
+        for part_ids, spans in tokenizer.encode_parts(exchange.text):
+            begin, end = np.array(spans, np.int64).reshape(-1, 2).T
+            # A token that is one of several bytes of a character has an empty span.
+            last = np.maximum(begin, end - 1)
+            response = np.searchsorted(starts, last, side="right") - 1  # the last response that starts before
+            in_response += ((response >= 0) & (last < np.append(stops, 0)[response])).tolist()
+            ids += part_ids
+            if len(ids) > enough:
+                return ids, in_response
+        ids.append(tokenizer.eos_id)
         in_response.append(True)
     return ids, in_response

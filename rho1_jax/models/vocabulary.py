@@ -7,13 +7,18 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.runtime.errors import UserError
 
 
-def open_tokenizer(path: pathlib.Path, model: ModelConfig) -> Tokenizer:
+def open_tokenizer(path: pathlib.Path, model: ModelConfig, fingerprint: str | None = None) -> Tokenizer:
     """Opens the tokenizer at `path` for a model.
 
+    Args:
+      path: its file or folder.
+      model: the model.
+      fingerprint: what was recorded of the tokenizer; None: nothing.
+
     Raises:
-      UserError: there is none, or it has token ids beyond the model's vocabulary.
+      UserError: there is none, it was replaced, or it has token ids beyond the model's vocabulary.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, fingerprint)
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} token ids, but the model's vocabulary has only "

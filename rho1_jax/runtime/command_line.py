@@ -19,7 +19,7 @@ from ml_collections.config_flags import config_flags
 
 from rho1_jax.runtime import peers
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.processes import is_first_with, say
 from rho1_jax.runtime.stopping import Stopped
 
@@ -137,11 +137,16 @@ def _load_plugins(paths: Sequence[str]) -> None:
             raise UserError(f"--plugin={path}: {type(error).__name__}: {error}") from error
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], argument: Any = None) -> None:
     """Parses the flags and runs a command.
+
 
     A `UserError`, or an error of a file system, ends it with one line on standard error and status 2. Ctrl-C ends it
     with status 130, and a closed pipe (`rho1 ... | head`) with 141.
+
+    Args:
+      main: the command.
+      argument: holder of the flag that an argument without a name sets; None: the command takes no such argument.
     """
     plugins = flags.DEFINE_multi_string(
         "plugin",
@@ -161,10 +166,10 @@ def run(main: Callable[[], None]) -> None:
     if not any(map(glob.glob, TPU_DEVICES)):
         os.environ.update(NO_TPU | os.environ)
     logging.set_verbosity(logging.ERROR)
-    app.run(lambda _: _guarded(command), flags_parser=lambda argv: _guarded(_parse, argv, main))
+    app.run(lambda _: _guarded(command), flags_parser=lambda argv: _guarded(_parse, argv, main, argument))
 
 
-def _parse(argv: Sequence[str], main: Callable[[], None]) -> list[str]:
+def _parse(argv: Sequence[str], main: Callable[[], None], argument: Any) -> list[str]:
     """Parses the flags. Raises UserError for anything wrong on the command line or in the config file."""
     if HELP & set(argv[1:]):
         print(_help(main), flush=True)
@@ -175,6 +180,8 @@ def _parse(argv: Sequence[str], main: Callable[[], None]) -> list[str]:
         missing = re.findall(r"flag --(\w+)=None: Flag", str(error))
         problem = f"give {' and '.join(f'--{name}' for name in missing)}" if missing else error
         raise UserError(f"command line: {problem}") from None
+    if argument is not None and len(rest) == 2:
+        flags.FLAGS[argument.name].value = rest.pop()
     if len(rest) > 1:
         raise UserError(f"command line: unexpected argument {rest[1]!r}")
     return rest
@@ -243,8 +250,9 @@ def parse_named(text: str, key: str) -> dict[str, str]:
       UserError: a part is not NAME=PATH, or a path is not local.
     """
     named = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.partition("=")
+    for part in filter(None, split_list(text)):
+        name, *rest = split_list(part, "=")
+        path = "=".join(rest)
         if not name or not path:
             raise UserError(f"{key}: {part!r} is not NAME=PATH")
         named[name] = str(local_path(path, f"{key}: {name}"))

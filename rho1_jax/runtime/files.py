@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,18 @@ def local_path(text: str | pathlib.Path, name: str) -> pathlib.Path:
             f"{name}={text}: rho1 reads and writes local files only; mount the bucket, for example with gcsfuse"
         )
     return pathlib.Path(text)
+
+
+def split_list(text: str, separator: str = ",") -> list[str]:
+    """The parts of a list the user gave.
+
+    A path that exists is a single part, even if the separator is in its name. Otherwise, a backslash before a separator
+    makes it part of a name.
+    """
+    if os.path.exists(text):
+        return [text]
+    parts = re.split(rf"(?<!\\){re.escape(separator)}", text)
+    return [part.replace(f"\\{separator}", separator) for part in parts]
 
 
 @contextlib.contextmanager

@@ -53,8 +53,8 @@ class TrainedRun:
         return cls(directory, meta, config, ModelConfig(**config.model))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the run keeps beside its checkpoints."""
-        return open_tokenizer(checkpoint.tokenizer_path(self.directory), self.model)
+        """The tokenizer the run keeps beside its checkpoints. Raises UserError if it was replaced or does not fit."""
+        return open_tokenizer(checkpoint.tokenizer_path(self.directory), self.model, self.meta.tokenizer)
 
     def load(self, mesh: Mesh, dtype: str) -> Params:
         """The parameters in a dtype, on the mesh."""

@@ -179,6 +179,7 @@ def describe_run(setup: RunSetup, data: TrainingData, reference: Reference) -> M
         data=[{"fingerprint": s.fingerprint, "weight": w} for s, w in zip(data.stores, data.weights)],
         tokenizer=data.tokenizer.fingerprint,
         reference=reference.description,
+        permuted_rows=True,
     )
 
 

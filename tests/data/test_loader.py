@@ -1,11 +1,13 @@
 """Batches are a pure function of (seed, step) and do not depend on the number of hosts."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 from helpers import OPTIONS, random_batch, write_jsonl
 
+from rho1_jax.data import loader
 from rho1_jax.data.loader import batches, eval_batches, open_mixture, parse_mixture, to_devices
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.store import Store
@@ -13,7 +15,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import batch_sharding, local_rows, make_mesh
 
 
-def take(stores, weights, count, *, first_step=0, rows=range(8), seed=0, batch_size=8):
+def take(stores, weights, count, *, first_step=0, rows=range(8), seed=0, batch_size=8, permute=True):
     stream = batches(
         stores,
         weights,
@@ -22,6 +24,7 @@ def take(stores, weights, count, *, first_step=0, rows=range(8), seed=0, batch_s
         first_step=first_step,
         rows=np.array(rows),
         prefetch=2,
+        permute=permute,
     )
     return [batch.tokens for batch in itertools.islice(stream, count)]
 
@@ -64,7 +67,7 @@ def test_each_epoch_has_every_row_once_in_a_new_order(data):
     stores, weights = open_mixture(str(data))
     rows = Store(data).rows("train")
     count = len(rows)
-    stream = np.concatenate(take(stores, weights, -(-2 * count // 8)))
+    stream = np.concatenate(take(stores, weights, -(-2 * count // 8), permute=False))
     expected = sorted(row["tokens"].tolist() for row in (rows[i] for i in range(count)))
     epochs = [stream[:count].tolist(), stream[count : 2 * count].tolist()]
     assert sorted(epochs[0]) == expected and sorted(epochs[1]) == expected
@@ -82,6 +85,48 @@ def test_mixture_follows_its_weights(data, other_data):
     assert abs(share - 0.25) < 0.02
 
 
+@pytest.mark.parametrize("hosts", [[range(16)], [range(8), range(8, 16)], [[0, 1, 6, 7], [2, 3, 4, 5, *range(8, 16)]]])
+def test_every_microbatch_of_a_mixture_sees_every_data_set(data, other_data, hosts):
+    """At weights 3:1, rows are drawn as g, g, g, s. Row r goes to microbatch r mod 4."""
+    stores, weights = open_mixture(f"{data}:3,{other_data}:1")
+    rows = stores[1].rows("train")
+    other = {tuple(rows[i]["tokens"].tolist()) for i in range(len(rows))}
+
+    def is_other(permute):
+        """Bool [steps, 16], and the rows, put together from those of all hosts."""
+        batches = np.empty((8, 16, 17), np.int32)
+        for host in hosts:
+            batches[:, list(host)] = take(stores, weights, 8, rows=host, batch_size=16, permute=permute)
+        return np.array([[tuple(row.tolist()) in other for row in batch] for batch in batches]), batches
+
+    fixed, in_order = is_other(permute=False)
+    assert (fixed.sum(axis=0) > 0).reshape(4, 4).all(axis=0).sum() == 1  # only one microbatch sees the second data set
+    permuted, batches = is_other(permute=True)
+    counts = permuted.reshape(8, 4, 4).sum(axis=1)  # [steps, microbatches]
+    assert (counts.sum(axis=0) > 0).all() and (counts.sum(axis=0) < 8 * 4).all()
+    for before, after in zip(in_order, batches):
+        assert sorted(before.tolist()) == sorted(after.tolist()) and (before != after).any()
+    # The same on any number of hosts, and on every machine and version of NumPy.
+    np.testing.assert_array_equal(batches, take(stores, weights, 8, rows=range(16), batch_size=16))
+
+
+def test_the_permutation_of_a_step_is_fixed():
+    """A run must resume in the order it began with, on any machine and with any version of NumPy."""
+    assert loader._permutation(3, 5, 8).tolist() == [0, 6, 2, 1, 3, 4, 7, 5]
+    assert loader._permutation(3, 6, 8).tolist() == [4, 3, 2, 6, 7, 1, 5, 0]
+
+
+def test_a_damaged_row_ends_a_run_with_one_line(data, tmp_path):
+    shutil.copytree(data, tmp_path / "rows")
+    stores, weights = open_mixture(str(tmp_path / "rows"))
+    (path,) = (tmp_path / "rows" / "rows" / "1.0.0").glob("rows-train*")
+    path.write_bytes(path.read_bytes()[:3000] + bytes(5000) + path.read_bytes()[8000:])
+    with pytest.raises(
+        UserError, match=r"rows: row \d+ of the split 'train' cannot be read: .*; restore it, or remove"
+    ):
+        take(stores, weights, 100)
+
+
 def test_eval_batches_hold_every_row_once_for_any_hosts(data):
     rows = Store(data).rows("eval")
     for parts in ([range(8)], [[0, 1, 6, 7], [2, 3, 4, 5]]):
@@ -96,9 +141,19 @@ def test_eval_batches_hold_every_row_once_for_any_hosts(data):
 def test_parse_mixture():
     assert parse_mixture("a:3,b:0.5") == [("a", 3.0), ("b", 0.5)]
     assert parse_mixture("some/dir") == [("some/dir", 1.0)]
-    for text in ("", "a:0", "a:x", "a:-1", "a:nan"):
+    for text in ("", "a:0", "a:x", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(UserError, match="config.data.train"):
             parse_mixture(text)
+
+
+def test_directories_with_commas_and_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_mixture(r"a\,b:3,c\:1:2,d\:5") == [("a,b", 3.0), ("c:1", 2.0), ("d:5", 1.0)]
+    for name in ("a,b:2", "x:3", "y,z"):
+        (tmp_path / name).mkdir()
+    assert parse_mixture("a,b:2") == [("a,b:2", 1.0)]
+    assert parse_mixture("x:3,n:2") == [("x:3", 1.0), ("n", 2.0)]
+    assert parse_mixture(r"y\,z,x\:3:2") == [("y,z", 1.0), ("x:3", 2.0)]
 
 
 def test_incompatible_data_sets_are_refused(data, tokenizer, corpus, tmp_path):

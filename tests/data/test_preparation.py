@@ -4,18 +4,22 @@ import gzip
 import json
 import pathlib
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import OPTIONS, options, write_jsonl
+from helpers import OPTIONS, environment, options, write_jsonl
 
 from rho1_jax.data import preparation, records
 from rho1_jax.data.preparation import prepare
 from rho1_jax.data.store import Store
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import split_list
 
 TEXTS = ["one plus one", "zwei und zwei – vier", "a line\nand another"]
 
@@ -103,6 +107,16 @@ BAD_LINES = {
     b'{"text": "\xff"}': "not UTF-8",
     b'["text"]': "a JSON list, not an object",
     b'{"text": "\\ud800"}': "lone surrogate",
+    b'{"text": "a", "n": '
+    + b"9" * 5000
+    + b"}": "not JSON: Exceeds the limit (4300 digits) for integer string conversion",
+    b'{"text": ' + b"[" * 100_000: "not JSON: nested too deeply",
+    b'{"text": NaN}': "holds float, not text",
+    b'{"text": null}': "holds NoneType, not text",
+    b'{"text": "a", "text": "b"}': "the key 'text' appears twice",
+    b'{"text": "a", "x": {"y": 1, "z": 1, "y": 2}}': "the key 'y' appears twice",
+    b'{"text": "a"}\x00': "not JSON: Extra data",
+    b'{"' + b"k" * 10_000 + b'": 1}': "missing keys: needs 'text'; has 'kkkk",
 }
 
 
@@ -117,6 +131,109 @@ def test_bad_record_is_reported_and_nothing_is_written(line, tokenizer, tmp_path
     # Bad records within the limit are left out and counted.
     manifest = prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.34), workers=1)
     assert (manifest["documents"], manifest["bad_records"]) == (2, 1)
+
+
+def write_in(path: pathlib.Path, content: bytes) -> pathlib.Path:
+    """Writes a JSON lines file, compressed as its name says."""
+    compress = {".gz": gzip.compress, ".zst": lambda b: pyarrow.compress(b, codec="zstd", asbytes=True)}
+    path.write_bytes(compress.get(path.suffix, bytes)(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_that_is_too_long_is_a_bad_record(name, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(records.MAX_BYTES, "json", 1 << 20)
+    longest = b'{"text": "' + b"y" * ((1 << 20) - 12) + b'"}'
+    assert len(longest) == 1 << 20
+    lines = [b'{"text": "good"}', b'{"text": "' + b"x" * 5_000_000 + b'"}', longest, longest + b" ", b'{"text": "end"}']
+    path = write_in(tmp_path / name, b"\n".join(lines))
+    read = list(records.read(path))
+    assert [number for number, *_ in read] == [1, 2, 3, 4, 5]
+    assert [isinstance(record, records.BadRecord) for _, record, _ in read] == [False, True, False, True, False]
+    with pytest.raises(UserError, match="2 of 5 records are bad"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+    assert f"bad record: {path}:2: longer than 1 MiB; split it into several records" in capsys.readouterr().err
+
+
+def test_a_decompression_bomb_needs_little_memory(tmp_path):
+    """One line of 512 MiB in 20 kB. Without a bound, it takes 1 GiB."""
+    path = write_in(tmp_path / "bomb.jsonl.zst", bytes(1 << 29))
+    code = f"""
+import pathlib, resource
+from rho1_jax.data import records
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+((line, record, _),) = records.read(pathlib.Path({str(path)!r}))
+print(line, record, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    *text, mebibytes = done.stdout.split()
+    assert text == "1 longer than 16 MiB; split it into several records".split() and int(mebibytes) < 150, done.stderr
+
+
+def test_a_text_file_that_is_too_long_is_a_bad_record(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(records.MAX_BYTES, "text", 1 << 20)
+    path = tmp_path / "long.txt"
+    path.write_text("x" * (1 << 20))
+    assert len(next(records.read(path))[1]) == 1 << 20
+    path.write_text("x" * ((1 << 20) + 1))
+    with pytest.raises(UserError, match="1 of 1 records are bad"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+
+
+def test_parquet_rows_that_cannot_be_read_are_bad_records(tokenizer, tmp_path, capsys):
+    path = tmp_path / "bad.parquet"
+    texts = pyarrow.array([b"good", b"\xff\xfe", b"good too"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    with pytest.raises(UserError, match="1 of 3 records are bad"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+    assert f"{path}:2: not UTF-8 at byte 0" in capsys.readouterr().err
+    manifest = prepare([path], tokenizer, tmp_path / "out", options(max_bad_fraction=0.5), workers=1)
+    assert (manifest["documents"], manifest["bad_records"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "column, reason",
+    [
+        (pyarrow.array([1, 2]), "holds int, not text"),
+        (pyarrow.array([b"a", b"b"]), "holds bytes, not text"),
+        (pyarrow.array([["a"], None]), "holds list, not text"),
+        (pyarrow.array([2**62, 1], pyarrow.timestamp("us")), "cannot be read: "),
+    ],
+)
+def test_parquet_columns_of_another_type_are_bad_records(column, reason, tokenizer, tmp_path, capsys):
+    path = tmp_path / "bad.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(UserError, match="[12] of [12] records are bad"):
+        prepare([path], tokenizer, tmp_path / "out", options(), workers=1)
+    assert f"{path}:1: " in (reported := capsys.readouterr().err) and reason in reported
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -20])
+def test_a_cut_parquet_file_is_refused(keep, tmp_path):
+    path = write_parquet(tmp_path / "cut")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"{path}: cannot be read: "):
+        list(records.read(path))
+
+
+def test_a_damaged_chunk_of_an_interrupted_run_is_refused(corpus, tokenizer, tmp_path, small_chunks, monkeypatch):
+    monkeypatch.setattr(preparation, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([corpus], tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    chunk = tmp_path / "out.partial" / "chunk-000001.npz"
+    chunk.write_bytes(chunk.read_bytes()[:-10])
+    with pytest.raises(UserError, match="chunk-000001.npz is damaged: .*; remove .*out.partial and run `rho1 prepare`"):
+        preparation.Chunk.load(chunk)
+
+
+def test_files_with_commas_and_brackets_in_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "[1].jsonl", "1.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert split_list("a,b.jsonl") == ["a,b.jsonl"]
+    assert split_list(r"a\,b.jsonl,[1].jsonl") == ["a,b.jsonl", "[1].jsonl"]
+    assert records.expand(["[1].jsonl"]) == [pathlib.Path("[1].jsonl")]
+    assert records.expand(["[12].jsonl"]) == [pathlib.Path("1.jsonl")]
 
 
 def test_too_many_bad_records_are_an_error(tokenizer, tmp_path):
@@ -162,6 +279,41 @@ def test_interrupted_run_resumes(corpus, tokenizer, data, tmp_path, small_chunks
     assert kept.items() <= set(loaded)
     assert rows_bytes(Store(output)) == rows_bytes(Store(data))
     assert Store(output).fingerprint == Store(data).fingerprint
+
+
+def workers_of(pid: int | None = None) -> set[int]:
+    """Worker processes of `multiprocessing`, of one parent or all of them."""
+    lines = subprocess.run(["ps", "-axwwo", "pid=,ppid=,command="], capture_output=True, text=True).stdout.splitlines()
+    processes = [line.split(maxsplit=2) for line in lines if "multiprocessing.spawn" in line]
+    return {int(child) for child, parent, _ in processes if pid in (None, int(parent))}
+
+
+def test_a_killed_run_leaves_no_worker_and_resumes(corpus, tokenizer, tmp_path, monkeypatch):
+    big, output = tmp_path / "big.jsonl", tmp_path / "out"
+    big.write_bytes(corpus.read_bytes() * 50)
+    flags = [f"--input={big}", f"--tokenizer={tokenizer.path}", f"--output={output}", "--seq_len=16", "--workers=2"]
+    code = "from rho1_jax.data import preparation; preparation.CHUNK_BYTES = 20_000; from rho1_jax import prepare; "
+    command = [sys.executable, "-c", code + "prepare.main()", *flags]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("out.partial/chunk-*.npz"))) < 2:
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = workers_of(parent.pid)
+        parent.kill()
+    assert len(workers) == 2 and not output.exists()
+    deadline = time.monotonic() + 5
+    while alive := workers & workers_of():
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.1)
+    kept = len(list(tmp_path.glob("out.partial/chunk-*.npz")))
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 20_000)
+    prepare([big], tokenizer, output, options(), workers=1)
+    monkeypatch.undo()
+    prepare([big], tokenizer, tmp_path / "whole", options(), workers=1)  # without interruption, and in other chunks
+    assert kept >= 2
+    for path in Store(output).manifest["files"]:
+        assert (output / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
 
 
 def test_changed_inputs_do_not_resume_from_old_chunks(tokenizer, tmp_path, monkeypatch):

@@ -6,10 +6,12 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 
+from rho1_jax.data import tokenizer as tokenizer_module
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.runtime.errors import UserError
 
@@ -89,6 +91,22 @@ def test_spans_cover_the_characters_of_each_token(byte_level, mistral):
             covered = sorted({i for start, end in spans for i in range(start, end)})
             assert covered == list(range(len(text)))
             assert all(a[0] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("size", [40, 200, 1000])
+def test_a_long_text_is_tokenized_in_parts_to_the_same_ids(byte_level, mistral, tokenizer, monkeypatch, size):
+    monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", size)
+    text = "\n".join([*TEXTS, "", "  indented", *TEXTS, "\n\n"] * 4)
+    for each in (tokenizer, Tokenizer(byte_level), Tokenizer(mistral)):
+        ids, spans = each.encode_spans(text)
+        parts = list(each.encode_parts(text))
+        if size > 100:  # longer than every line
+            assert len(parts) > 1 and [i for part, _ in parts for i in part] == ids
+            assert [span for _, part in parts for span in part] == spans
+            assert each.encode_document(text).tolist() == [*each.prefix(), *ids, each.eos_id]
+        covered = sorted({i for _, part in parts for begin, end in part for i in range(begin, end)})
+        assert covered == list(range(len(text)))
+        assert each.encode_document(text).dtype == np.int32
 
 
 @pytest.mark.parametrize(

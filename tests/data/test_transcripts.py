@@ -1,6 +1,7 @@
 """Only the responses of a conversation are trained on, without tool output."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -65,6 +66,10 @@ def test_prompt_and_response_with_other_keys_and_templates():
         ({"messages": "x"}, "'messages' must hold a list of objects"),
         ({"messages": [{"role": "user"}]}, "'messages' must hold a list of objects"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "the role of a message is list, not text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "the assistant's content is NoneType, not text"),
+        ({"messages": None}, "'messages' must hold a list of objects"),
+        ({"messages": []}, "no message from the assistant"),
         ({"messages": [{"role": "user", "content": 3}]}, "the user's content is int, not text"),
         ({"messages": MESSAGES[:2]}, "no message from the assistant"),
         ({"prompt": "x", "response": "\ud800"}, "not text: a lone surrogate"),
@@ -90,6 +95,16 @@ def test_tokens_that_end_in_a_response_and_eos_are_trained_on(tokenizer):
     for prompt in ("Be", "times", "Thanks", "42\n```\n"):
         assert prompt in masked
     assert "It is" in kept and "Bye." in kept and "user" not in kept and "print" in kept
+
+
+def test_many_messages_take_linear_time(tokenizer):
+    """Quadratic time would be minutes."""
+    record = {"messages": [{"role": "user", "content": "a"}] + [{"role": "assistant", "content": "b"}] * 50_000}
+    start = time.monotonic()
+    ids, trained = transcripts.encode(exchanges(record, Transcripts()), tokenizer)
+    assert time.monotonic() - start < 20 and len(ids) == len(trained) > 100_000
+    ids, _ = transcripts.encode(exchanges(record, Transcripts()), tokenizer, 10)
+    assert len(ids) > 10
 
 
 def random_documents(seed, count, longest):

@@ -1,0 +1,22 @@
+"""Worker processes that end with the process that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+
+
+def end_with_parent() -> None:
+    """Makes a process of `multiprocessing` end when its parent does, even if the parent is killed.
+
+    Call it first in the process. Ctrl-C, which a terminal sends to both, is left to the parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a process of multiprocessing"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,69 @@
+"""Checks that nothing on disk was damaged, replaced or edited: compares every byte with the checksums in the manifest.
+
+rho1 verify DIR
+
+DIR is a prepared data set, with the scores stored beside it, or one folder of stored scores.
+"""
+
+import pathlib
+
+from absl import flags
+
+from rho1_jax.data import stored_scores
+from rho1_jax.data.manifest import MANIFEST
+from rho1_jax.data.store import Store
+from rho1_jax.runtime.command_line import run
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import local_path
+
+
+def verify(path: str | pathlib.Path) -> list[str]:
+    """Verifies everything in a folder.
+
+    Returns:
+      One line for each thing in it: what was verified, and what could not be.
+
+    Raises:
+      UserError: something is damaged, or the folder holds nothing that can be verified.
+    """
+    folder = local_path(path, "DIR")
+    if stored_scores.is_scores(folder):
+        return [_verify_scores(folder)]
+    if (folder / MANIFEST).exists():
+        scores = sorted(manifest.parent for manifest in folder.glob(f"{stored_scores.FOLDER}/*/{MANIFEST}"))
+        return [_verify_data(folder), *map(_verify_scores, scores)]
+    raise UserError(f"{path} is neither a prepared data set nor a folder of stored scores")
+
+
+def _verify_data(folder: pathlib.Path) -> str:
+    store = Store(folder)
+    store.verify()
+    files = store.manifest.get("files")
+    if files is None:
+        return (
+            f"{folder}: opens, but an older version wrote it without checksums, so a change of its rows cannot be "
+            "noticed; prepare it again to have them"
+        )
+    return f"{folder}: {len(files)} files are as they were written"
+
+
+def _verify_scores(folder: pathlib.Path) -> str:
+    files = stored_scores.verify(folder)["files"]
+    return f"{folder}: {len(files)} files are as they were written"
+
+
+def main() -> None:
+    """The command: verifies the folder it is given."""
+    path = flags.DEFINE_string("path", None, "The folder; `rho1 verify DIR` is short for it.")
+
+    def command() -> None:
+        if path.value is None:
+            raise UserError("name the folder to verify: rho1 verify DIR")
+        for line in verify(path.value):
+            print(line)
+
+    run(command, argument=path)
+
+
+if __name__ == "__main__":
+    main()
