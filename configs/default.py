@@ -158,10 +158,12 @@ class TraceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, and how many are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: int = 100  # steps between two checkpoints; the last step always has one
     keep: int = 2  # newest checkpoints to keep; 0: all
+    keep_every: int = 0  # keeps the checkpoints of every K-th step as well; 0: none
+    best: str = ""  # keeps the best checkpoint as well, by eval/NAME/loss or /accuracy, if its step was evaluated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
 
         # 2. The state: from the newest checkpoint, from another run, or new.
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
         state, meta = first_state(setup, checkpoints, describe_run(setup, data, reference), initial, reference)
         if is_first():
             write_config(config, workdir)

@@ -66,12 +66,14 @@ class Loop:
                 last = number == config.steps
                 evaluate = last or number % config.eval.every == 0
                 save = last or number % config.checkpoint.every == 0
+                evaluations: dict[str, float] = {}
                 if evaluate or save:
                     # The metrics of a checkpoint's step reach metrics.jsonl before the checkpoint is written.
-                    self.record(*waiting, self.evaluate(state.params) if evaluate else {})
+                    evaluations = self.evaluate(state.params) if evaluate else {}
+                    self.record(*waiting, evaluations)
                     waiting = None
                 if save:
-                    self.save(state)
+                    self.save(state, evaluations)
         self.checkpoints.close()
         if self.writer:
             self.writer.close()
@@ -84,10 +86,10 @@ class Loop:
         self.clock += time.monotonic() - start
         return metrics
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, evaluations: dict[str, float]) -> None:
         """Starts to save a checkpoint. The rate does not count the time until training can continue."""
         start = time.monotonic()
-        self.checkpoints.save(state, self.meta)
+        self.checkpoints.save(state, self.meta, evaluations)
         if self.writer:
             self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)
         self.clock += time.monotonic() - start

@@ -27,6 +27,7 @@ from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, model_conf
 from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import Reference
+from rho1_jax.training.retention import check_retention
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step, needed_signals
 
@@ -141,6 +142,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for section in ("eval", "checkpoint"):
         if config[section].every < 1:
             raise UserError(f"config.{section}.every={config[section].every} must be at least 1")
+    check_retention(config)
 
 
 def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -195,10 +197,9 @@ def first_state(
       UserError: the work directory holds a different run.
     """
     abstract = abstract_state(setup, moving=reference.moving is not None)
-    saved = checkpoints.latest_meta()
-    if saved is not None:
-        check_resume(saved, meta)
-        state = checkpoints.restore(saved.step, abstract)
+    newest = checkpoints.newest(abstract, lambda saved: check_resume(saved, meta))
+    if newest is not None:
+        state, saved = newest
         say(f"resumed from step {saved.step}")
         return state, meta._replace(
             step=saved.step, tokens_seen=saved.tokens_seen, tokens_selected=saved.tokens_selected

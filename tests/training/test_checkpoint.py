@@ -11,7 +11,7 @@ from rho1_jax.configs.default import OptimizerConfig
 from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training import checkpoint
+from rho1_jax.training import checkpoint, checksums
 from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.config import as_saved
 from rho1_jax.training.optimizer import make_optimizer
@@ -32,7 +32,7 @@ def saved(params, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         scaled = jax.tree.map(lambda x, step=step: x * step, params[0])
-        checkpoints.save(TrainState(jnp.int32(step), scaled, ADAMW.init(scaled)), meta(step))
+        checkpoints.save(TrainState(jnp.int32(step), scaled, ADAMW.init(scaled)), meta(step), {})
     checkpoints.close()
     return tmp_path
 
@@ -83,14 +83,14 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
 
 
 def test_fingerprint_is_the_same_on_every_mesh_and_changes_with_every_part(params):
-    original = checkpoint.fingerprint(params[0])
+    original = checksums.fingerprint(params[0])
     mesh = sharding.make_mesh(1, 4, 2)
-    assert checkpoint.fingerprint(jax.device_put(params[0], sharding.param_shardings(params[0], mesh))) == original
+    assert checksums.fingerprint(jax.device_put(params[0], sharding.param_shardings(params[0], mesh))) == original
     embedding = params[0]["embedding"]
     others = [
         embedding.at[5, 7].set(jnp.nextafter(embedding[5, 7], jnp.inf)),  # one bit
         embedding[::-1],  # the order
         embedding.astype(jnp.bfloat16),
     ]
-    fingerprints = {checkpoint.fingerprint(params[0] | {"embedding": other}) for other in others}
+    fingerprints = {checksums.fingerprint(params[0] | {"embedding": other}) for other in others}
     assert len(fingerprints | {original}) == 4
