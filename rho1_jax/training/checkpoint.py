@@ -9,8 +9,11 @@ The description has the shape, dtype and checksum of every array, and a checksum
 
 import contextlib
 import functools
+import inspect
+import logging
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -41,7 +44,7 @@ from rho1_jax.training.retention import KeepBest, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
-SHOWN = 300  # characters of an error of Orbax
+SHOWN = 160  # characters of an error of Orbax
 
 T = TypeVar("T")
 
@@ -229,7 +232,7 @@ def _stored_arrays(
     """The arrays of an item, by path. Before format 3, as Orbax describes them."""
     if arrays is not None:
         return {name.removeprefix(f"{item}/"): array for name, array in arrays.items() if name.startswith(f"{item}/")}
-    tree = _read(checkpoint, lambda: ocp.StandardCheckpointHandler().metadata(checkpoint.absolute() / item).tree)
+    tree = _read(checkpoint, item, lambda: ocp.StandardCheckpointHandler().metadata(checkpoint.absolute() / item).tree)
     return {name: StoredArray(str(leaf.dtype), leaf.shape, None) for name, leaf in named_leaves(tree).items()}
 
 
@@ -254,7 +257,7 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
     target = ocp.args.StandardRestore(jax.tree.unflatten(structure, as_stored))
     directory = checkpoint.absolute() / item
     restored = jax.tree.leaves(
-        _read(checkpoint, lambda: ocp.StandardCheckpointHandler().restore(directory, args=target))
+        _read(checkpoint, item, lambda: ocp.StandardCheckpointHandler().restore(directory, args=target))
     )
     if arrays is not None:
         sums = checksums(dict(zip(wanted, restored)))
@@ -268,29 +271,51 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
     return jax.tree.unflatten(structure, restored)
 
 
-def _read(checkpoint: pathlib.Path, read: Callable[[], T]) -> T:
-    """Reads something through Orbax. Raises DamagedCheckpoint in every process if it fails in one.
+def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
+    """Reads an item through Orbax. Raises DamagedCheckpoint in every process if it fails in one.
 
     Orbax and TensorStore raise all kinds of errors for damaged files. Running out of memory is not damage.
     """
     problem = ""
     try:
-        result = read()
+        with _hiding_abandoned_reads():
+            result = read()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        problem = _one_line(error)
+        problem = f"cannot read {item}: {_one_line(error)}"
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
-        problem = problem or "another process cannot read it"
+        problem = problem or f"another process cannot read {item}"
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
     return result
 
 
 def _one_line(error: Exception) -> str:
-    """What an error of Orbax or TensorStore says, without its source locations."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(re.sub(r"\[[\w_]+='[^']*'\]", "", text).split())[:SHOWN] or type(error).__name__
+    """The start of what an error of Orbax or TensorStore says."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    text = re.sub(r'Error opening "\w+" driver: ', "", " ".join(text.split()))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+@contextlib.contextmanager
+def _hiding_abandoned_reads() -> Iterator[None]:
+    """Hides the tracebacks of reads that are still under way when another one fails.
+
+    Orbax abandons them and closes their event loop, and each complains when it ends. After an error they stay hidden.
+    """
+    report, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level = logger.level
+
+    def hook(ignored: Any) -> None:
+        if str(ignored.exc_value) != "Event loop is closed" and not inspect.iscoroutine(ignored.object):
+            report(ignored)
+
+    sys.unraisablehook = hook
+    logger.setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = report
+    logger.setLevel(level)
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
@@ -325,7 +350,9 @@ def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]
             only_this = {key: only_this}
         item = jax.tree.map(lambda _: 0, only_this, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
         arguments = ocp.args.PyTreeRestore(item, restore_args=only_this, partial_restore=True)
-        (array,) = jax.tree.leaves(_read(checkpoint, functools.partial(handler.restore, directory, args=arguments)))
+        (array,) = jax.tree.leaves(
+            _read(checkpoint, "params", functools.partial(handler.restore, directory, args=arguments))
+        )
         if stored.checksum is not None and numpy_checksum(array) != stored.checksum:
             raise DamagedCheckpoint(checkpoint, f"params/{name} does not match its checksum")
         if not np.isfinite(array).all():
