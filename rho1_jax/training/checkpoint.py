@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -70,6 +71,7 @@ class Checkpoints:
         for step in steps(self._workdir) if self._best else ():
             with contextlib.suppress(DamagedCheckpoint):
                 self._evaluated(step, read_description(at(self._workdir, step)).metrics)
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         return ocp.CheckpointManager(
             (self._workdir / CHECKPOINTS).absolute(),
             item_names=("params", "opt_state", "reference", "meta"),
@@ -187,6 +189,11 @@ class Checkpoints:
             ) from error
 
 
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs before it raises the same error."""
+    return "orbax" not in record.pathname
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a state that are saved: all except the step."""
     return {name: item for name, item in state._asdict().items() if name != "step" and item is not None}
@@ -292,8 +299,12 @@ def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    """The start of what an error of Orbax or TensorStore says."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    """The system's reason for an error of Orbax or TensorStore or, if there is none, the start of what it says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    text = f"{type(error).__name__}: {error}"
     text = re.sub(r'Error opening "\w+" driver: ', "", " ".join(text.split()))
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
