@@ -9,12 +9,7 @@ The description has the shape, dtype and checksum of every array, and a checksum
 
 import contextlib
 import functools
-import inspect
-import logging
-import os
 import pathlib
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -41,11 +36,11 @@ from rho1_jax.training.checksums import (
     shape_text,
 )
 from rho1_jax.training.description import DamagedCheckpoint, Description, Meta, StoredArray, read_description
+from rho1_jax.training.quiet_orbax import hide_complaints, one_line
 from rho1_jax.training.retention import KeepBest, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
-SHOWN = 160  # characters of an error of Orbax
 
 T = TypeVar("T")
 
@@ -71,7 +66,7 @@ class Checkpoints:
         for step in steps(self._workdir) if self._best else ():
             with contextlib.suppress(DamagedCheckpoint):
                 self._evaluated(step, read_description(at(self._workdir, step)).metrics)
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        hide_complaints()
         return ocp.CheckpointManager(
             (self._workdir / CHECKPOINTS).absolute(),
             item_names=("params", "opt_state", "reference", "meta"),
@@ -185,13 +180,8 @@ class Checkpoints:
             complete_steps = steps(self._workdir)
             last = f"the last complete one is step {complete_steps[-1]}" if complete_steps else "none is complete"
             raise UserError(
-                f"cannot write a checkpoint to {self._workdir / CHECKPOINTS}: {_one_line(error)}; {last}"
+                f"cannot write a checkpoint to {self._workdir / CHECKPOINTS}: {one_line(error)}; {last}"
             ) from error
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax logs before it raises the same error."""
-    return "orbax" not in record.pathname
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -283,50 +273,19 @@ def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
 
     Orbax and TensorStore raise all kinds of errors for damaged files. Running out of memory is not damage.
     """
+    hide_complaints()
     problem = ""
     try:
-        with _hiding_abandoned_reads():
-            result = read()
+        result = read()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        problem = f"cannot read {item}: {_one_line(error)}"
+        problem = f"cannot read {item}: {one_line(error)}"
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
         problem = problem or f"another process cannot read {item}"
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
     return result
-
-
-def _one_line(error: Exception) -> str:
-    """The system's reason for an error of Orbax or TensorStore or, if there is none, the start of what it says."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    text = f"{type(error).__name__}: {error}"
-    text = re.sub(r'Error opening "\w+" driver: ', "", " ".join(text.split()))
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-@contextlib.contextmanager
-def _hiding_abandoned_reads() -> Iterator[None]:
-    """Hides the tracebacks of reads that are still under way when another one fails.
-
-    Orbax abandons them and closes their event loop, and each complains when it ends. After an error they stay hidden.
-    """
-    report, logger = sys.unraisablehook, logging.getLogger("asyncio")
-    level = logger.level
-
-    def hook(ignored: Any) -> None:
-        if str(ignored.exc_value) != "Event loop is closed" and not inspect.iscoroutine(ignored.object):
-            report(ignored)
-
-    sys.unraisablehook = hook
-    logger.setLevel(logging.CRITICAL)
-    yield
-    sys.unraisablehook = report
-    logger.setLevel(level)
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:

@@ -15,6 +15,7 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import path_name
 
+SHOWN = 5  # names in an error
 CHUNK = 1 << 22  # elements that `numpy_checksum` mixes at a time
 
 
@@ -72,8 +73,8 @@ def check_finite(params: Params, path: object) -> None:
 
 def non_finite_message(path: object, names: Sequence[str]) -> str:
     """The error for arrays of a model that contain NaN or infinity."""
-    more = f" and {len(names) - 1} more arrays" if len(names) > 1 else ""
-    return f"{path}: {names[0]}{more} contains NaN or infinity; use weights that are finite"
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{path}: NaN or infinity in {', '.join(names[:SHOWN])}{more}; use a model with finite weights"
 
 
 def _fetch(function: Callable[[jax.Array], jax.Array], tree: Any) -> dict[str, int]:

@@ -95,8 +95,8 @@ def remove(content, rng):
 
 
 DAMAGES = (flip_a_bit, flip_a_bit, cut, half_written, zeros_inside, empty, remove)
-# Pattern of a file, of which the largest match is damaged, and whether every damage to it must be noticed. Some bytes of
-# the others are never read: data files also hold nodes that were replaced while the checkpoint was written.
+# Pattern of a file, of which the largest match is damaged, and whether every damage to it must be noticed. Some bytes
+# of the others are never read: data files also hold nodes that were replaced while the checkpoint was written.
 FILES = {
     "meta/metadata": True,
     "params/d/*": True,
