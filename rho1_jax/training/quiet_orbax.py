@@ -1,12 +1,13 @@
 """One line for each failure of Orbax, instead of the tracebacks that its threads print."""
 
+import dataclasses
 import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 SHOWN = 160  # characters of an error
 
@@ -34,7 +35,8 @@ def hide_complaints() -> None:
         sys.unraisablehook = _ExceptOrbax(sys.unraisablehook)
 
 
-class _ExceptOrbax(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _ExceptOrbax:
     """A hook for exceptions that cannot be raised, which leaves out those of abandoned reads and writes."""
 
     report: Callable[[Any], Any]
