@@ -172,10 +172,12 @@ class TraceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, and how many are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: PositiveInt = 100  # steps between two checkpoints; the last step always has one
     keep: NonNegativeInt = 2  # newest checkpoints to keep; 0: all
+    keep_every: NonNegativeInt = 0  # keeps the checkpoints of every K-th step as well; 0: none
+    best: str = ""  # keeps the best checkpoint as well, by eval/NAME/loss or /accuracy, if its step was evaluated
     grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
 
 

@@ -1,6 +1,9 @@
 """Turns a checkpoint into a Hugging Face folder, for other tools to serve and evaluate.
 
-rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16]
+rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--raw]
+
+With --raw, the folder has only the parameters, as safetensors with the names and shapes they have here. NumPy reads
+them without this package.
 """
 
 import json
@@ -32,9 +35,11 @@ SHARD_BYTES = 4 << 30
 
 
 def shards(
-    directory: pathlib.Path, family: Family, dtype: str | None, progress: Progress
+    directory: pathlib.Path, family: Family | None, dtype: str | None, progress: Progress
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
+
+    Without a family, they are the parameters under their own names.
 
     Raises:
       UserError: a finite value of the checkpoint is not finite in the dtype.
@@ -43,9 +48,9 @@ def shards(
     for path, array in checkpoint.iterate_params(directory):
         with np.errstate(over="ignore"):
             cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
-        if not np.isfinite(cast.astype(np.float32, copy=False)).all() and np.isfinite(array).all():
+        if not np.isfinite(cast.astype(np.float32, copy=False)).all():
             raise UserError(f"{path} has values too large for {dtype}; choose another --dtype")
-        shard |= named_tensors(family.tensors[path], cast)
+        shard |= named_tensors(family.tensors[path], cast) if family else {path: cast}
         progress.advance(array.size)
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             yield shard
@@ -67,7 +72,7 @@ def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_weights(
-    directory: pathlib.Path, partial: pathlib.Path, family: Family, dtype: str | None, progress: Progress
+    directory: pathlib.Path, partial: pathlib.Path, family: Family | None, dtype: str | None, progress: Progress
 ) -> str:
     """Writes a checkpoint's parameters as safetensors, with an index if there are several files.
 
@@ -127,15 +132,37 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
     return count
 
 
+def export_raw(path: str, output: pathlib.Path, dtype: str | None) -> int:
+    """Writes the parameters alone, as safetensors under their own names.
+
+    Args and Raises: as for `export_hf`.
+
+    Returns:
+      The number of parameters.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
+    trained, partial = TrainedRun.open(path, "--checkpoint"), output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    count = param_count(trained.model)
+    with Progress(f"writing {output.name}", count, unit="params") as progress:
+        write_weights(trained.directory, partial, None, dtype, progress)
+    partial.rename(output)
+    return count
+
+
 def main() -> None:
-    """The command: parses the flags and calls `export_hf`."""
+    """The command: parses the flags and calls `export_hf` or `export_raw`."""
     path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
     output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
     dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the tensors. Default: the checkpoint's.")
+    raw = flags.DEFINE_bool("raw", False, "Write only the parameters, with the names and shapes they have here.")
 
     def command() -> None:
         start = time.monotonic()
-        count = export_hf(path.value, local_path(output.value, "--output"), dtype.value)
+        export = export_raw if raw.value else export_hf
+        count = export(path.value, local_path(output.value, "--output"), dtype.value)
         print(f"{output.value}: {count:,} parameters, {usage(start)}")
 
     run(command)

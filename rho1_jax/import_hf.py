@@ -75,7 +75,7 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
         tokenizer=tokenizer.fingerprint,
         reference=None,
     )
-    checkpoints.save(TrainState(jnp.int32(0), params, None), meta)
+    checkpoints.save(TrainState(jnp.int32(0), params, None), meta, {})
     checkpoints.close()
     partial.rename(output)
     return sum(leaf.size for leaf in jax.tree.leaves(params))

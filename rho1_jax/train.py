@@ -62,7 +62,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
         # 2. The state: from the newest checkpoint, from another run, or new.
         if is_first():
             stack.enter_context(locked(workdir / LOCK_FILE, f"--workdir={workdir}"))
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
         state, meta = first_state(setup, checkpoints, describe_run(setup, data, reference), initial, reference)
         if is_first():
             write_config(config, workdir)

@@ -1,114 +1,191 @@
-"""Checkpoints through Orbax: written asynchronously and atomically; the newest ones are kept.
+"""Checkpoints through Orbax: written asynchronously and atomically, and verified when they are read.
 
 A checkpoint holds parameters, optimizer state, a moving reference and a JSON description, each readable on its own:
 
     WORKDIR/checkpoints/STEP/params  .../opt_state  [.../reference]  .../meta
+
+The description has the shape, dtype and checksum of every array, and a checksum of itself.
 """
 
-import hashlib
-import json
-import math
+import contextlib
+import functools
 import pathlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.decoder import Params, abstract_params
-from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
-from rho1_jax.runtime.sharding import param_shardings, path_name
-from rho1_jax.training.config import complete
+from rho1_jax.runtime.processes import is_first, say
+from rho1_jax.runtime.sharding import param_shardings
+from rho1_jax.training.checksums import (
+    check_finite,
+    checksums,
+    named_leaves,
+    non_finite_message,
+    numpy_checksum,
+    shape_text,
+)
+from rho1_jax.training.description import DamagedCheckpoint, Description, Meta, StoredArray, read_description
+from rho1_jax.training.quiet_orbax import hide_complaints, one_line
+from rho1_jax.training.retention import KeepBest, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 
-
-class Meta(NamedTuple):
-    """A checkpoint's description of its run.
-
-    Attributes:
-      step: updates done.
-      tokens_seen: target positions that went through the policy, padding included.
-      tokens_selected: target positions that were trained on.
-      config: the resolved config.
-      data: fingerprint and weight of each data set of the mixture.
-      tokenizer: fingerprint of the tokenizer.
-      reference: path and fingerprint of the reference model; None if the run has none.
-      format_version: of what is on disk, see `runtime.formats`.
-      permuted_rows: True if the rows of a step are permuted; older runs keep their order.
-      health: of the run so far, as `training.health.Health` counts it; None: no step was made.
-      pending: what is logged of the last step, if its evaluation is still to do.
-    """
-
-    step: int
-    tokens_seen: int
-    tokens_selected: int
-    config: dict[str, Any]
-    data: list[dict[str, Any]]
-    tokenizer: str
-    reference: dict[str, str] | None
-    format_version: int = formats.FORMAT_VERSION
-    permuted_rows: bool = False
-    health: dict[str, Any] | None = None
-    pending: dict[str, float] | None = None
-
-    @classmethod
-    def read(cls, stored: dict[str, Any], where: object) -> "Meta":
-        """The description as any version so far stored it.
-
-        Raises:
-          UserError: a newer version wrote it, or its config has a key that this version does not know.
-        """
-        formats.check_format(stored, where)
-        return cls(**stored | {"config": complete(stored["config"], str(where)), formats.KEY: formats.FORMAT_VERSION})
+T = TypeVar("T")
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
-        self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).absolute(),
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int = 0, best: str = ""):
+        """Nothing is written before the first `save`.
+
+        Args:
+          workdir: directory of the run.
+          keep: newest checkpoints to keep; 0: all.
+          keep_every: keep the checkpoints of every K-th step as well; 0: none.
+          best: keep the best checkpoint by this metric as well; "": none.
+        """
+        self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
+        self._best = KeepBest(best, {}) if best else None
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Created once no damaged checkpoint is left that it could count."""
+        for step in steps(self._workdir) if self._best else ():
+            with contextlib.suppress(DamagedCheckpoint):
+                self._evaluated(step, read_description(at(self._workdir, step)).metrics)
+        hide_complaints()
+        return ocp.CheckpointManager(
+            (self._workdir / CHECKPOINTS).absolute(),
             item_names=("params", "opt_state", "reference", "meta"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=retention_policy(self._keep, self._keep_every, self._best),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # reads no file of Orbax that may be damaged
+            ),
         )
 
-    def latest_meta(self) -> Meta | None:
-        """The description of the newest complete checkpoint; None if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return Meta.read(stored, self._manager.directory / str(step))
+    def _evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._best and self._best.metric in metrics:
+            self._best.values[step] = metrics[self._best.metric]
 
-    def save(self, state: TrainState, meta: Meta) -> None:
-        """Starts to save. The arrays may be donated once this returns. Skips what is None in the state."""
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        self._manager.save(meta.step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta._asdict())))
+    def latest_meta(self) -> Meta | None:
+        """The description of the newest checkpoint; None if there is none. Raises UserError if it is damaged."""
+        saved_steps = steps(self._workdir)
+        return load_meta(at(self._workdir, saved_steps[-1])) if saved_steps else None
+
+    def newest(self, abstract: TrainState, check: Callable[[Meta], None]) -> tuple[TrainState, Meta] | None:
+        """Restores the newest checkpoint that is whole; None if the run has no checkpoint.
+
+        Damaged ones are reported and renamed to STEP.damaged, but only if there is an older one to use instead.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          check: raises UserError if a checkpoint belongs to another run.
+
+        Raises:
+          UserError: every checkpoint is damaged, or `check` refuses the newest one that can be read.
+        """
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(steps(self._workdir)):
+            try:
+                meta = load_meta(at(self._workdir, step))
+                check(meta)
+                state = self.restore(step, abstract)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            for damaged_step, damage in damaged.items():
+                self._set_aside(damaged_step, damage)
+            return state, meta
+        if damaged:
+            newest = max(damaged)
+            raise UserError(
+                f"cannot resume: every checkpoint in {self._workdir / CHECKPOINTS} is damaged, the newest one "
+                f"({newest}) because {damaged[newest].problem}. Restore one from a copy, or use a new --workdir"
+            )
+        return None
+
+    def _set_aside(self, step: int, error: DamagedCheckpoint) -> None:
+        checkpoint = at(self._workdir, step)
+        name, number = f"{step}.damaged", 0
+        while (checkpoint.parent / name).exists():
+            number += 1
+            name = f"{step}.damaged.{number}"
+        multihost_utils.sync_global_devices(f"named {name}")
+        if is_first():
+            checkpoint.rename(checkpoint.parent / name)
+        multihost_utils.sync_global_devices(f"renamed {name}")
+        say(f"{checkpoint} is damaged: {error.problem}; renamed it to {name}")
+
+    def save(self, state: TrainState, meta: Meta, metrics: Mapping[str, float]) -> None:
+        """Starts to save. The arrays may be donated once this returns. Skips what is None in the state.
+
+        Args:
+          state: the state after `meta.step` updates.
+          meta: the description of the run.
+          metrics: the evaluations at this step; {} if there were none.
+
+        Raises:
+          UserError: this checkpoint, or the one before, cannot be written.
+        """
+        items = _items(state)
+        arrays = {}
+        for item, tree in items.items():
+            sums = checksums(tree)
+            for name, leaf in named_leaves(tree).items():
+                arrays[f"{item}/{name}"] = StoredArray(str(leaf.dtype), leaf.shape, sums[name])
+        described = Description(meta, arrays, metrics).as_json()
+        arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+        self._evaluated(meta.step, metrics)
+        with self._reporting_failure():
+            self._manager.save(meta.step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(described)))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Restores a step, in the shapes, dtypes and shardings of the abstract state."""
-        items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        count = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        return TrainState(count, **{name: restored[name] for name in items})
+        """Restores a step, in the shapes, dtypes and shardings of the abstract state.
+
+        Raises:
+          DamagedCheckpoint: an array cannot be read or does not match its checksum.
+          UserError: the arrays are not those of the abstract state.
+        """
+        checkpoint = at(self._workdir, step)
+        arrays = read_description(checkpoint).arrays
+        items = {item: _restore(checkpoint, arrays, item, tree) for item, tree in _items(abstract).items()}
+        return TrainState(jax.device_put(jnp.int32(step), abstract.step.sharding), **items)
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk. Raises UserError if a checkpoint cannot be written."""
+        with self._reporting_failure():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting_failure(self) -> Iterator[None]:
+        """Turns what Orbax raises if it cannot write into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            complete_steps = steps(self._workdir)
+            last = f"the last complete one is step {complete_steps[-1]}" if complete_steps else "none is complete"
+            raise UserError(
+                f"cannot write a checkpoint to {self._workdir / CHECKPOINTS}: {one_line(error)}; {last}"
+            ) from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that are saved: all but the step."""
+    """The parts of a state that are saved: all except the step."""
     return {name: item for name, item in state._asdict().items() if name != "step" and item is not None}
 
 
@@ -132,8 +209,8 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """The steps of a run's checkpoints, ascending."""
-    return sorted(int(child.name) for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit())
+    """The steps of a run's checkpoints, ascending. Those renamed to STEP.damaged are left out."""
+    return sorted(int(child.name) for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdecimal())
 
 
 def at(workdir: pathlib.Path, step: int) -> pathlib.Path:
@@ -142,23 +219,87 @@ def at(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def load_meta(checkpoint: pathlib.Path) -> Meta:
-    """The description of a checkpoint directory. Raises UserError if this version cannot read it."""
-    return Meta.read(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint.absolute() / "meta"), checkpoint)
+    """The description of a checkpoint's run. Raises UserError if it is damaged or this version cannot read it."""
+    return read_description(checkpoint).meta
+
+
+def _stored_arrays(
+    checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None, item: str
+) -> dict[str, StoredArray]:
+    """The arrays of an item, by path. Before format 3, as Orbax describes them."""
+    if arrays is not None:
+        return {name.removeprefix(f"{item}/"): array for name, array in arrays.items() if name.startswith(f"{item}/")}
+    tree = _read(checkpoint, item, lambda: ocp.StandardCheckpointHandler().metadata(checkpoint.absolute() / item).tree)
+    return {name: StoredArray(str(leaf.dtype), leaf.shape, None) for name, leaf in named_leaves(tree).items()}
+
+
+def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None, item: str, abstract: Any) -> Any:
+    """Restores an item as it was stored, verifies it, and casts it to the dtypes of the abstract tree.
+
+    Raises:
+      DamagedCheckpoint: it cannot be read, or an array does not match its checksum.
+      UserError: its arrays are not those of the abstract tree.
+    """
+    stored, wanted = _stored_arrays(checkpoint, arrays, item), named_leaves(abstract)
+    for name in sorted(stored.keys() | wanted.keys()):
+        there = shape_text("", stored[name].shape) if name in stored else "missing"
+        here = shape_text("", wanted[name].shape) if name in wanted else "missing"
+        if there != here:
+            raise UserError(f"{checkpoint}: does not fit the model: {item}/{name} is {there} there, but {here} here")
+    leaves, structure = jax.tree.flatten(abstract)
+    as_stored = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(stored[name].dtype), sharding=leaf.sharding)
+        for name, leaf in wanted.items()
+    ]
+    target = ocp.args.StandardRestore(jax.tree.unflatten(structure, as_stored))
+    directory = checkpoint.absolute() / item
+    restored = jax.tree.leaves(
+        _read(checkpoint, item, lambda: ocp.StandardCheckpointHandler().restore(directory, args=target))
+    )
+    if arrays is not None:
+        sums = checksums(dict(zip(wanted, restored)))
+        for name, array in stored.items():
+            if sums[name] != array.checksum:
+                raise DamagedCheckpoint(checkpoint, f"{item}/{name} does not match its checksum")
+    for number, leaf in enumerate(leaves):  # one by one, so that the memory of each is free before the next is cast
+        if restored[number].dtype != leaf.dtype:
+            on_device = jax.device_put(restored[number], jax.memory.Space.Device)
+            restored[number] = jax.device_put(on_device.astype(leaf.dtype), leaf.sharding)
+    return jax.tree.unflatten(structure, restored)
+
+
+def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
+    """Reads an item through Orbax. Raises DamagedCheckpoint in every process if it fails in one.
+
+    Orbax and TensorStore raise all kinds of errors for damaged files. Running out of memory is not damage.
+    """
+    hide_complaints()
+    problem = ""
+    try:
+        result = read()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        problem = f"cannot read {item}: {one_line(error)}"
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
+        problem = problem or f"another process cannot read {item}"
+    if problem:
+        raise DamagedCheckpoint(checkpoint, problem)
+    return result
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     """The parameters of a checkpoint directory in a dtype, on the mesh.
 
     Raises:
-      UserError: they are not those of a model of this config.
+      UserError: they are damaged, are not those of a model of this config, or contain NaN or infinity.
     """
     wanted = abstract_params(config)
     shardings = param_shardings(wanted, mesh)
     wanted = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=s), wanted, shardings)
-    try:
-        return ocp.StandardCheckpointer().restore(checkpoint.absolute() / "params", wanted)
-    except ValueError as error:
-        raise UserError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    params = _restore(checkpoint, read_description(checkpoint).arrays, "params", wanted)
+    check_finite(params, checkpoint)
+    return params
 
 
 def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
@@ -167,37 +308,23 @@ def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
 
 
 def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and array, as stored, of each parameter of a checkpoint directory; one in memory at a time."""
-    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    directory = checkpoint.absolute() / "params"
-    stored = handler.metadata(directory).item_metadata.tree
-    for path, _ in jax.tree_util.tree_flatten_with_path(stored)[0]:
+    """Path and array, as stored, of each parameter of a checkpoint directory; one in memory at a time.
+
+    Raises:
+      UserError: an array is damaged, or contains NaN or infinity.
+    """
+    handler, directory = ocp.PyTreeCheckpointHandler(), checkpoint.absolute() / "params"
+    for name, stored in _stored_arrays(checkpoint, read_description(checkpoint).arrays, "params").items():
         only_this: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(path):
-            only_this = {key.key: only_this}
+        for key in reversed(name.split("/")):
+            only_this = {key: only_this}
         item = jax.tree.map(lambda _: 0, only_this, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
         arguments = ocp.args.PyTreeRestore(item, restore_args=only_this, partial_restore=True)
-        restored = handler.restore(directory, arguments)
-        yield path_name(path), jax.tree.leaves(restored)[0]
-
-
-@jax.jit
-def _checksums(params: Params) -> Params:
-    def checksum(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-        index = jnp.arange(math.prod(leaf.shape), dtype=jnp.uint32).reshape(leaf.shape)
-        mixed = (bits ^ (index * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-        return (mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, params)
-
-
-def fingerprint(params: Params) -> str:
-    """A hash, in hex, of the names, shapes, dtypes and bits of parameters, the same on every mesh.
-
-    The sums are integers modulo 2**32, so their order does not matter.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(params)))[0]
-    shapes = jax.tree.leaves(jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params))
-    described = [(path_name(path), shape, int(checksum)) for (path, checksum), shape in zip(leaves, shapes)]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        (array,) = jax.tree.leaves(
+            _read(checkpoint, "params", functools.partial(handler.restore, directory, args=arguments))
+        )
+        if stored.checksum is not None and numpy_checksum(array) != stored.checksum:
+            raise DamagedCheckpoint(checkpoint, f"params/{name} does not match its checksum")
+        if not np.isfinite(array).all():
+            raise UserError(non_finite_message(checkpoint, [name]))
+        yield name, array

@@ -72,6 +72,8 @@ def complete(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _complete(saved: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{where}: {prefix} is {saved!r}, but it must be a section with keys")
     for key in saved:
         if key not in defaults:
             raise UserError(

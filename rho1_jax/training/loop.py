@@ -111,20 +111,23 @@ class Loop:
                 done, waiting = waiting, None
                 line = self.count(done)
                 stop = stop or self.is_failing
+                evaluations: dict[str, float] = {}
                 if not evaluate:
                     self.log(number, line, {})
                 else:
                     self.meta = self.meta._replace(pending=line)
                     if not stop:
-                        self.evaluate_pending(state, line)
+                        evaluations = self.evaluate_pending(state, line)
                 if stop or save:
-                    self.save(state)
+                    self.save(state, evaluations)
                 if stop:
                     self.stop(done)
         return state
 
-    def evaluate_pending(self, state: TrainState, line: dict[str, float]) -> None:
-        """Evaluates the last step, and logs it. If it is asked to stop, it saves the state; the resumed run evaluates.
+    def evaluate_pending(self, state: TrainState, line: dict[str, float]) -> dict[str, float]:
+        """Evaluates the last step, logs it, and returns the evaluations.
+
+        If it is asked to stop meanwhile, it saves the state, and the resumed run evaluates.
 
         Raises:
           Stopped: the run was asked to stop.
@@ -133,18 +136,19 @@ class Loop:
         try:
             evaluations = self.evaluator(state.params)
         except Stopped:
-            self.save(state)
+            self.save(state, {})
             raise self.stopped() from None
         self.clock += time.monotonic() - start  # the rate does not count evaluations
         self.meta = self.meta._replace(pending=None)
         self.log(self.meta.step, line, evaluations)
+        return evaluations
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, evaluations: dict[str, float]) -> None:
         """Starts to save a checkpoint. The rate does not count the time until training can continue."""
         if self.meta.step == self.saved_step:
             return
         start = time.monotonic()
-        self.checkpoints.save(state, self.meta)
+        self.checkpoints.save(state, self.meta, evaluations)
         self.saved_step = self.meta.step
         if self.writer:
             self.ledger.write(self.workdir, self.meta.tokens_seen, self.meta.tokens_selected)

@@ -17,6 +17,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
+from rho1_jax.training.checksums import check_finite
 from rho1_jax.training.config import changes, run_settings
 
 
@@ -82,7 +83,9 @@ class Pretrained:
     def load(self, mesh: Mesh, dtype: str) -> Params:
         """The parameters in a dtype, on the mesh. Raises UserError if they are not those of the model."""
         if self.folder is not None:
-            return self.folder.load(self.model, mesh, dtype)
+            params = self.folder.load(self.model, mesh, dtype)
+            check_finite(params, self.path)
+            return params
         return checkpoint.load_params(self.path, self.model, mesh, dtype)
 
 

@@ -15,7 +15,7 @@ from rho1_jax.data.stored_scores import KEY, ScoreStore, external_columns
 from rho1_jax.method.signals import COMPUTED_SIGNALS, REFERENCE_SIGNALS
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training import checkpoint
+from rho1_jax.training.checksums import fingerprint
 from rho1_jax.training.pretrained import Pretrained, open_pretrained, open_same_model
 
 CHECKPOINT = "config.reference.checkpoint"
@@ -100,7 +100,7 @@ def load_frozen(
         )
     pretrained = open_pretrained(config.reference.checkpoint, CHECKPOINT, config, store)
     params = pretrained.load(mesh, config.model.compute_dtype)
-    description = {"path": str(pretrained.path), "fingerprint": checkpoint.fingerprint(params)}
+    description = {"path": str(pretrained.path), "fingerprint": fingerprint(params)}
     return pretrained.model, params, description
 
 

@@ -29,6 +29,7 @@ from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, check_valu
 from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import Reference
+from rho1_jax.training.retention import check_retention
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import TrainStep, make_train_step, needed_signals
 
@@ -137,6 +138,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.trace.last={config.trace.last} must not be below config.trace.first={config.trace.first} or 0"
         )
+    check_retention(config)
 
 
 def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -192,10 +194,9 @@ def first_state(
       UserError: the work directory holds a different run.
     """
     abstract = abstract_state(setup, moving=reference.moving is not None)
-    saved = checkpoints.latest_meta()
-    if saved is not None:
-        check_resume(saved, meta)
-        state = checkpoints.restore(saved.step, abstract)
+    newest = checkpoints.newest(abstract, lambda saved: check_resume(saved, meta))
+    if newest is not None:
+        state, saved = newest
         say(f"resumed from step {saved.step}")
         progress = {name: getattr(saved, name) for name in PROGRESS}
         return state, meta._replace(**progress)

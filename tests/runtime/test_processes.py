@@ -79,6 +79,20 @@ def params_of(workdir):
     return jax.device_get(checkpoint.load_params(directory, config, sharding.make_mesh(8, 1, 1), "float32"))
 
 
+def check_damage_and_one_process(flags, workdir):
+    """Both processes leave a damaged checkpoint alone. One process resumes what two have saved."""
+    shutil.rmtree(workdir / "checkpoints" / "4" / "params")
+    shutil.copytree(workdir / "checkpoints" / "2" / "params", workdir / "checkpoints" / "4" / "params")
+    printed = two_processes(flags)
+    assert "4 is damaged: params/embedding does not match its checksum; renamed it to 4.damaged" in printed
+    assert "resumed from step 2" in printed
+    (chunk,) = sorted((workdir / "checkpoints" / "4" / "opt_state" / "ocdbt.process_1" / "d").iterdir())[-1:]
+    chunk.write_bytes(b"")
+    done = run_command(*flags)
+    assert done.returncode == 0 and "resumed from step" in done.stdout, done.stderr
+    assert checkpoint.steps(workdir) == [2, 4]
+
+
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_two_processes_train_like_one(data, reference, questions, mesh, tmp_path):
     done = run_command(*flags_of(data, reference, questions, tmp_path / "one", mesh))
@@ -87,6 +101,8 @@ def test_two_processes_train_like_one(data, reference, questions, mesh, tmp_path
     two_processes(two)
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
     assert "resumed from step 2" in two_processes(two)
+    if mesh == {"data": 8}:
+        check_damage_and_one_process(two, tmp_path / "two")
     lines = [read_metrics(tmp_path / name) for name in ("one", "two")]
     for single, joint in zip(*lines):
         assert single.keys() >= {"tokens_selected"}

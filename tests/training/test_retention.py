@@ -1,0 +1,127 @@
+"""Which checkpoints are kept."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import config_of
+
+from rho1_jax.configs import default
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.train import train_model
+from rho1_jax.training import checkpoint
+from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.config import as_saved
+from rho1_jax.training.retention import check_retention
+from rho1_jax.training.state import TrainState
+
+LOSS, ACCURACY = "eval/clean/loss", "eval/sums/accuracy"
+
+
+def save(workdir, steps, metrics=lambda step: {}, **retention):
+    checkpoints = Checkpoints(workdir, **retention)
+    for step in steps:
+        state = TrainState(jnp.int32(step), {"w": jnp.full(3, float(step))}, {"count": jnp.int32(step)})
+        meta = Meta(step, 0, 0, as_saved(default.get_config()), [], "t", None)
+        checkpoints.save(state, meta, metrics(step))
+    checkpoints.close()
+    return checkpoint.steps(workdir)
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    assert save(tmp_path / "two", range(1, 6), keep=2) == [4, 5]
+    assert save(tmp_path / "all", range(1, 6), keep=0) == [1, 2, 3, 4, 5]
+    assert save(tmp_path / "all", [6], keep=1) == [6]
+
+
+def test_every_kth_step_is_kept_as_well(tmp_path):
+    assert save(tmp_path, range(1, 8), keep=2, keep_every=3) == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("best", "values", "kept"),
+    [
+        (LOSS, [3.0, 1.0, 2.0, 4.0, 5.0], [2, 5]),
+        (ACCURACY, [0.1, 0.2, 0.5, 0.3, 0.5], [5]),  # of two equal ones, the newest
+        (ACCURACY, [0.9, 0.2, 0.5, 0.3, 0.5], [1, 5]),
+        (LOSS, [3.0, float("nan"), 2.0, float("inf"), 5.0], [3, 5]),
+        (LOSS, [3.0, None, None, None, None], [1, 5]),  # steps without an evaluation
+    ],
+)
+def test_the_best_one_is_kept_as_well(tmp_path, best, values, kept):
+    def metrics(step):
+        return {} if values[step - 1] is None else {best: values[step - 1]}
+
+    assert save(tmp_path, range(1, 6), metrics, keep=1, best=best) == kept
+
+
+def test_the_best_one_is_known_after_a_restart(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, 2.0, 4.0], start=1):
+        kept = save(tmp_path, [step], lambda _, loss=loss: {LOSS: loss}, keep=1, best=LOSS, keep_every=3)
+    assert kept == [2, 3, 4]
+    stored = json.loads((checkpoint.at(tmp_path, 2) / "meta" / "metadata").read_text())
+    assert stored["metrics"] == {LOSS: 1.0}
+
+
+def test_damaged_checkpoints_are_not_counted_and_never_deleted(tmp_path):
+    save(tmp_path, range(1, 4), lambda step: {LOSS: float(step == 3)}, keep=2, best=LOSS)
+    (checkpoint.at(tmp_path, 3) / "meta" / "metadata").write_text("{")
+    (tmp_path / "checkpoints" / "1.damaged").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=2, best=LOSS)
+    abstract = TrainState(jnp.int32(0), {"w": jnp.zeros(3)}, {"count": jnp.int32(0)})
+    state, meta = checkpoints.newest(abstract, lambda meta: None)
+    assert meta.step == 2 and np.array_equal(state.params["w"], np.full(3, 2.0))
+    for step in (4, 5):
+        checkpoints.save(state, meta._replace(step=step), {LOSS: 9.0})
+    checkpoints.close()
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"1.damaged", "2", "3.damaged", "4", "5"}  # 2 has the lowest loss
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("keep", -1, "config.checkpoint.keep=-1 must not be negative"),
+        ("keep_every", -2, "config.checkpoint.keep_every=-2 must not be negative"),
+        (
+            "best",
+            "loss",
+            "config.checkpoint.best='loss' is not one of the metrics .*: eval/held_out/loss, eval/gsm8k/acc",
+        ),
+        ("best", "eval/held_out/accuracy", "is not one of the metrics"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused(key, value, message):
+    config = config_of("clm", "data")
+    config.eval.tasks = "gsm8k"
+    config.checkpoint[key] = value
+    with pytest.raises(UserError, match=message):
+        check_retention(config)
+
+
+def test_metrics_of_the_config_can_be_best():
+    config = config_of("clm", "data")
+    config.eval.update(tasks="gsm8k", questions="sums=FILE")
+    for best in ("", "eval/held_out/loss", "eval/gsm8k/accuracy", "eval/sums/accuracy"):
+        config.checkpoint.best = best
+        check_retention(config)
+
+
+def test_a_run_keeps_its_best_checkpoint(data, tmp_path):
+    config = config_of("clm", data)
+    config.steps = 6
+    config.optimizer.learning_rate = 3.0  # the loss rises
+    config.eval.every = config.checkpoint.every = 2
+    config.checkpoint.update(keep=1, best="eval/held_out/loss")
+    train_model(config, tmp_path)
+    losses = {
+        line["step"]: line["eval/held_out/loss"]
+        for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if "eval/held_out/loss" in line
+    }
+    best = min(losses, key=losses.get)
+    assert losses.keys() == {2, 4, 6} and checkpoint.steps(tmp_path) == sorted({best, 6})
+    config.checkpoint.best = "eval/other/loss"
+    with pytest.raises(UserError, match=r"config\.checkpoint\.best='eval/other/loss' is not one of"):
+        train_model(config, tmp_path)
