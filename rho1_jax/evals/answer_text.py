@@ -8,7 +8,7 @@ _MATH_WORDS = frozenset(
     "over pi plus sec sin sinh sqrt tan tanh times to".split()
 )
 _SHORT_UNITS = frozenset(
-    "am cm dl dm ft gm hr in kg km lb mg mi ml mL mm nd oz pm rd sq st th yd bit day hrs lbs mph kph min sec yrs".split()
+    "am cm dl dm ft gm hr hrs in kg km kph lb lbs mg mi min ml mm mph nd oz pm rd sec sq st th yd yrs".split()
 )
 _LETTER_UNITS = frozenset("gmhsL")  # only after a space: "5 m" is a length, "5m" a product
 
@@ -17,7 +17,10 @@ _CHARACTERS = str.maketrans(
     | {"²": "^2", "³": "^3", "\N{NO-BREAK SPACE}": " "}
 )
 _EMPHASIS = re.compile(r"(?<![\w)}*])(\*{1,3}|__|`)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w({*])")
-_SENTENCE_BEHIND = re.compile(r"[.!?;]\s+(?!I hope)(?=[A-Za-z])")
+# Only behind a number or formula: "Mrs. Hilt" is a name. The form of a prompt ("... I hope it is correct") is not cut.
+_SENTENCE_BEHIND = re.compile(
+    r"^((?:[A-Za-z]\s*=\s*)?(?!\\(?:text|mbox))[-+$(.\d\\].*?)(?:(?<=\d)[.!?;]\s+(?=[A-Za-z])|[.!?;]\s+(?=[A-Z]))(?!I hope).*"
+)
 _ABOUT = re.compile(
     r"(?:approximately|approx\.?|about|around|roughly|nearly|almost|exactly|\\approx|~)(?![A-Za-z])\s*", re.IGNORECASE
 )
@@ -25,39 +28,42 @@ _HALF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _BASE = re.compile(r"(?<=\d)\s+(?:in\s+)?base\s+(\d+)$")
 _SPACES = re.compile(r"(?<!\\)\\[!,;: ]|~")
 _DEGREES = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°)(?:\s*(?:\\(?:text|mathrm)\{\s*[CF]\s*\}|[CF]\b))?")
-_CURRENCY = re.compile(r"\\?\$|(?<![A-Za-z])(?:US\s*)?[€£¥]|\\?%")
+_CURRENCY = re.compile(r"(?:(?<![A-Za-z])US\s*)?\\?[$€£¥]|\\?%")
 _WRAP = r"\\(?:text|mbox|mathrm|textbf|textit)\s*"
 _WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
 _POWER = r"(?:\s*\^\s*\{?\d\}?)?"
-_WORDS = r"[A-Za-z][A-Za-z\s./'-]*?"
+_WORDS = r"[A-Za-z](?:[A-Za-z\s/'-]|\.(?!\s+[A-Z]))*?"
 _TAIL = re.compile(
     rf"(?:(?<=[\d}})])|(?<=\\pi))(?P<space>[\s-]*)"
     rf"(?:{_WRAP}\{{(?P<wrapped>\s*{_WORDS}){_POWER}\s*\}}|\((?P<bracketed>{_WORDS})\)|(?P<plain>{_WORDS})){_POWER}\s*\.?\s*$"
 )
 _MIXED = re.compile(r"([-+]?)(\d+)(?:\s+(?:and\s+)?(\d+)\s*/\s*(\d+)|\s*\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?)")
+_SPACE = re.compile(r"(\\[A-Za-z]+\s(?=\s*[A-Za-z]))|\s+")  # \pi r needs its space
+_FRACTION = re.compile(r"\\frac(?:(\\[A-Za-z]+|\w)|\{([^{}]*)\})(?:(\\[A-Za-z]+|\w)|\{([^{}]*)\})")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def normalize(answer: str) -> str:
     r"""An answer in canonical form: no spaces, units, dollar, percent or degree signs, and no \left or \right."""
-    text = _EMPHASIS.sub(r"\2", answer.translate(_CHARACTERS)).strip()
+    text = _EMPHASIS.sub(r"\2", answer.translate(_CHARACTERS)).strip("*` \t")
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # ends a row in a matrix; elsewhere it is a backslash typed twice
-    text = _HALF_DAY.sub(r"\1m", text)
-    text = _SENTENCE_BEHIND.split(text, maxsplit=1)[0]
+    text = _HALF_DAY.sub(lambda half: half[1].lower() + "m", text)
     text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text.replace("\\approx", "=")
+    text = _SENTENCE_BEHIND.sub(r"\1", text)
     text = _SPACES.sub("", re.sub(r"\{([:,;])\}", r"\1", text))
     text = text.replace("\\left", "").replace("\\right", "").replace("tfrac", "frac").replace("dfrac", "frac")
     text = _CURRENCY.sub("", _DEGREES.sub("", text)).strip()
     text = _BASE.sub(r"_\1", text)
     text = _without_unit(_without_unit(text))  # "12 stones (approximately)" has two
-    text = _WRAPPED.sub(r"\1", text).strip().rstrip(".")
+    text = _without_unit(_WRAPPED.sub(r"\1", text)).strip().rstrip(".")
     text = _improper(text)
     if _GROUPED.fullmatch(text):
         text = text.replace(",", "")
-    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<=\{)\d{1,3}(?:,\d{3})+(?=\})", lambda grouped: grouped[0].replace(",", ""), text)
+    text = _SPACE.sub(lambda space: space[1] or "", text)
     text = re.sub(r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1", text)
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = _FRACTION.sub(r"\\frac{\1\2}{\3\4}", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
@@ -72,7 +78,7 @@ def half_day(answer: str) -> str:
 
 def is_percentage(answer: str) -> bool:
     """True if the answer has a percent sign or the word."""
-    return "%" in answer or re.search(r"\bper\s?cent", answer, re.IGNORECASE) is not None
+    return "%" in answer or re.search(r"\b(?:per\s?cent|pct)", answer, re.IGNORECASE) is not None
 
 
 def _without_unit(text: str) -> str:
@@ -92,7 +98,7 @@ def _is_unit(words: str, spaced: bool) -> bool:
         return word.lower() in _SHORT_UNITS and not words[len(word) :].strip()
     if len(word) == 1:
         return spaced and word in _LETTER_UNITS
-    return word in _SHORT_UNITS or len(word) >= (3 if spaced else 4)
+    return word.lower() in _SHORT_UNITS or len(word) >= (3 if spaced else 4)
 
 
 def _improper(text: str) -> str:

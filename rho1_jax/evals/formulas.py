@@ -107,7 +107,7 @@ def _same_elements(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 def _same_value(first: Expr, second: Expr) -> bool:
     if first == second:
-        return True
+        return not first.has(sympy.zoo, sympy.nan)
     if not first.free_symbols and not second.free_symbols:
         return _same_constant(first, second)
     exact_first, exact_second = (_without_decimals(formula) for formula in (first, second))

@@ -156,7 +156,7 @@ class Grader:
         if not answer or not right:
             return False
         names, values = zip(*(_named(text) for text in (answer, right)))
-        if values != (answer, right) and (names[0] == names[1] or "" in names):
+        if values != (answer, right) and (names[0] == names[1] or "" in names and not any("=" in x for x in values)):
             return self._equal(*values)
         numbers = number(answer), number(right)
         if numbers[0] is not None and numbers[1] is not None:
