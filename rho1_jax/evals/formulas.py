@@ -21,6 +21,7 @@ from sympy.core.relational import Relational
 TOLERANCE = 1e-4  # relative, for numbers of which one is a decimal
 DIGITS = 30  # precision of values
 EXACT = sympy.Float(10, DIGITS) ** (10 - DIGITS)  # relative difference that rounding explains
+NOTHING = sympy.Float(10, DIGITS) ** -20  # a value below it may be what rounding leaves of zero
 POINTS = 16  # at which formulas with variables are compared
 ENOUGH = 3  # points at which both must have a value
 
@@ -83,7 +84,7 @@ def _same_equation(first: Eq, second: Eq) -> bool:
         return _same(first.lhs, second.lhs) and _same(first.rhs, second.rhs)
     if not first.free_symbols and not second.free_symbols:
         return _same_value(first.rhs, second.rhs) and _same_value(first.lhs, second.lhs)
-    zeros = [side.lhs - side.rhs for side in (first, second)]
+    zeros = [(side.lhs - side.rhs).doit() for side in (first, second)]
     values = [(a, b) for a, b in _values(*zeros) if a is not None and b is not None]
     if len(values) >= ENOUGH and any(a != 0 for a, _ in values):
         a0, b0 = next((a, b) for a, b in values if a != 0)
@@ -106,6 +107,7 @@ def _same_elements(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def _same_value(first: Expr, second: Expr) -> bool:
+    first, second = first.doit(), second.doit()
     if first == second:
         return not first.has(sympy.zoo, sympy.nan)
     if not first.free_symbols and not second.free_symbols:
@@ -113,7 +115,7 @@ def _same_value(first: Expr, second: Expr) -> bool:
     exact_first, exact_second = (_without_decimals(formula) for formula in (first, second))
     agreed = 0
     for a, b in _values(exact_first, exact_second):
-        if a is None and b is None:
+        if a is None and b is None or all(value is not None and abs(value) < NOTHING for value in (a, b)):
             continue
         if a is None or b is None or not _close(a, b, EXACT):
             return False
@@ -123,7 +125,6 @@ def _same_value(first: Expr, second: Expr) -> bool:
 
 def _same_constant(first: Expr, second: Expr) -> bool:
     tolerance = TOLERANCE if first.has(sympy.Float) or second.has(sympy.Float) else EXACT
-    first, second = first.doit(), second.doit()
     if first.is_Rational and second.is_Rational:
         return first == second
     if first.is_zero or second.is_zero:

@@ -24,7 +24,7 @@ FORMULA = st.recursive(
     ATOM,
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from("+-"), inner).map(lambda parts: "({}{}{})".format(*parts)),
-        st.tuples(inner, inner).map(lambda parts: r"\frac{{{}}}{{{}}}".format(*parts)),
+        st.tuples(inner, ATOM).map(lambda parts: r"\frac{{{}}}{{{}}}".format(*parts)),  # x/(x-x) equals nothing
         inner.map(lambda formula: rf"\sqrt{{{formula}}}"),
         inner.map(lambda formula: f"{formula}^{{2}}"),
     ),
