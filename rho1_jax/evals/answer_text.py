@@ -19,7 +19,8 @@ _CHARACTERS = str.maketrans(
 _EMPHASIS = re.compile(r"(?<![\w)}*])(\*{1,3}|__|`)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w({*])")
 # Only behind a number or formula: "Mrs. Hilt" is a name. The form of a prompt ("... I hope it is correct") is not cut.
 _SENTENCE_BEHIND = re.compile(
-    r"^((?:[A-Za-z]\s*=\s*)?(?!\\(?:text|mbox))[-+$(.\d\\].*?)(?:(?<=\d)[.!?;]\s+(?=[A-Za-z])|[.!?;]\s+(?=[A-Z]))(?!I hope).*"
+    r"^((?:[A-Za-z]\s*=\s*)?(?!\\(?:text|mbox))[-+$(.\d\\].*?)"
+    r"(?:(?<=\d)[.!?;]\s+(?=[A-Za-z])|[.!?;]\s+(?=[A-Z]))(?!I hope).*"
 )
 _ABOUT = re.compile(
     r"(?:approximately|approx\.?|about|around|roughly|nearly|almost|exactly|\\approx|~)(?![A-Za-z])\s*", re.IGNORECASE
@@ -27,7 +28,9 @@ _ABOUT = re.compile(
 _HALF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _BASE = re.compile(r"(?<=\d)\s+(?:in\s+)?base\s+(\d+)$")
 _SPACES = re.compile(r"(?<!\\)\\[!,;: ]|~")
-_DEGREES = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°)(?:\s*(?:\\(?:text|mathrm)\{\s*[CF]\s*\}|[CF]\b))?")
+_DEGREES = re.compile(
+    r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°)(?:\s*(?:\\(?:text|mathrm)\{\s*[CF]\s*\}|[CF]\b))?"
+)
 _CURRENCY = re.compile(r"(?:(?<![A-Za-z])US\s*)?\\?[$€£¥]|\\?%")
 _WRAP = r"\\(?:text|mbox|mathrm|textbf|textit)\s*"
 _WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
@@ -92,7 +95,7 @@ def _without_unit(text: str) -> str:
 
 
 def _is_unit(words: str, spaced: bool) -> bool:
-    """True if words behind a number are a unit. Without a space, short ones are variables unless they are well known."""
+    """True if words behind a number are a unit. Without a space, short ones are variables, except for known units."""
     word = re.split(r"[^A-Za-z]", words)[0]
     if word.lower() in _MATH_WORDS:
         return word.lower() in _SHORT_UNITS and not words[len(word) :].strip()

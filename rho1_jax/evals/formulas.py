@@ -7,16 +7,15 @@ sets and inequalities, by math-verify. The order of the two formulas makes no di
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from latex2sympy2_extended.logic import And
 from math_verify import verify
-from sympy import Basic, Eq, Expr, MatrixBase
+from sympy import Eq, Expr, MatrixBase
 from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
 
 TOLERANCE = 1e-4  # relative, for numbers of which one is a decimal
 DIGITS = 30  # precision of values
@@ -115,7 +114,7 @@ def _same_value(first: Expr, second: Expr) -> bool:
     exact_first, exact_second = (_without_decimals(formula) for formula in (first, second))
     agreed = 0
     for a, b in _values(exact_first, exact_second):
-        if a is None and b is None or all(value is not None and abs(value) < NOTHING for value in (a, b)):
+        if (a is None and b is None) or all(value is not None and abs(value) < NOTHING for value in (a, b)):
             continue
         if a is None or b is None or not _close(a, b, EXACT):
             return False
@@ -142,13 +141,14 @@ def _values(first: Expr, second: Expr) -> Iterator[tuple[Any, Any]]:
     """The values of two formulas at points, None where one has none. Reals only, unless i occurs in a formula."""
     symbols = sorted(first.free_symbols | second.free_symbols, key=lambda symbol: symbol.name)
     draws, is_complex = random.Random(0), first.has(sympy.I) or second.has(sympy.I)
-    fraction: Callable[[int], Any] = lambda limit: sympy.Rational(draws.randrange(1, 1000 * limit), 1009)
     for n in range(POINTS):
-        kind = n % 4
         point = {}
         for symbol in symbols:
-            value = draws.randrange(2, 12) if kind == 3 else fraction(1 if kind == 0 else 5)
-            point[symbol] = sympy.sympify(value * (draws.choice((-1, 1)) if kind == 2 else 1))
+            if n % 4 == 3:  # for factorials
+                point[symbol] = sympy.Integer(draws.randrange(2, 12))
+                continue
+            limit, sign = (1 if n % 4 == 0 else 5), (draws.choice((-1, 1)) if n % 4 == 2 else 1)
+            point[symbol] = sympy.Rational(sign * draws.randrange(1, 1000 * limit), 1009)
         a, b = (_finite(formula.evalf(DIGITS, subs=point)) for formula in (first, second))
         yield tuple(value if value is None or is_complex or value.is_real else None for value in (a, b))  # type: ignore
 

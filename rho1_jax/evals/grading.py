@@ -5,6 +5,7 @@ generation is evaluated as code.
 """
 
 import decimal
+import importlib
 import math
 import multiprocessing
 import re
@@ -155,9 +156,10 @@ class Grader:
             return True
         if not answer or not right:
             return False
-        names, values = zip(*(_named(text) for text in (answer, right)))
-        if values != (answer, right) and (names[0] == names[1] or "" in names and not any("=" in x for x in values)):
-            return self._equal(*values)
+        (name, value), (right_name, right_value) = _named(answer), _named(right)
+        one_is_named = "" in (name, right_name) and "=" not in value + right_value
+        if (value, right_value) != (answer, right) and (name == right_name or one_is_named):
+            return self._equal(value, right_value)
         numbers = number(answer), number(right)
         if numbers[0] is not None and numbers[1] is not None:
             return _numbers_equal(*numbers)  # type: ignore[arg-type]
@@ -237,7 +239,7 @@ def _compare_forever(connection: Any, seconds: float) -> None:
 
     A limit on processor time ends it if a comparison takes too long and the parent is no longer there to kill it.
     """
-    from rho1_jax.evals.formulas import formulas_equal  # imports sympy, which only this process needs
+    formulas = importlib.import_module("rho1_jax.evals.formulas")  # imports sympy, which only this process needs
 
     memory = _capped(resource.RLIMIT_AS, MEMORY)
     hard_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -251,6 +253,6 @@ def _compare_forever(connection: Any, seconds: float) -> None:
         cpu_seconds = _capped(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, hard_seconds))
         try:
-            connection.send(formulas_equal(*pair))
+            connection.send(formulas.formulas_equal(*pair))
         except Exception:  # sympy raises many kinds of errors on text that is not a formula
             connection.send(False)

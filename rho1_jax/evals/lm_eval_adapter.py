@@ -159,8 +159,8 @@ class LanguageModel(TemplateLM):
 
 def _nothing_to_score(context: str, continuation: str) -> UserError:
     return UserError(
-        f"cannot score {continuation!r} after {context[-80:]!r}: it has no token of its own, since it is empty or merges "
-        "with the end of the context; change the lm-eval task so that the context ends where a token ends"
+        f"cannot score {continuation!r} after {context[-80:]!r}: it has no token of its own, since it is empty or "
+        "merges with the end of the context; change the lm-eval task so that the context ends where a token ends"
     )
 
 

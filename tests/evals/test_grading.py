@@ -11,13 +11,16 @@ import time
 import pytest
 from helpers import environment, root, run_command
 
-from rho1_jax.evals.extraction import extract, last_boxed, last_number
 from rho1_jax.evals.answer_text import normalize
+from rho1_jax.evals.extraction import extract, last_boxed, last_number
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import TASKS
+from rho1_jax.grade import grade
 from rho1_jax.runtime.errors import UserError
 
-CASES = [json.loads(line) for line in (pathlib.Path(__file__).parent / "cases" / "grading.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line) for line in (pathlib.Path(__file__).parent / "cases" / "grading.jsonl").read_text().splitlines()
+]
 PUBLISHED = root().parent / "shared" / "data" / "published"
 
 
@@ -102,8 +105,8 @@ DIFFERENT = [
     ("\\frac{1}{0}", "0"),
     ("72. I hope it is correct", "72"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
-    ("25", "0.25"), ("1e400", "5"), ("2x+1=y", "y=2x-1"), ("i", "1"), ("\\pi", "3"), ("((((", "4"), ("12345678", "12345"),
-    ("__import__('os').system('true')", "0"), ("a" * 5000, "1"),
+    ("25", "0.25"), ("1e400", "5"), ("2x+1=y", "y=2x-1"), ("i", "1"), ("\\pi", "3"), ("((((", "4"),
+    ("12345678", "12345"), ("__import__('os').system('true')", "0"), ("a" * 5000, "1"),
 ]  # fmt: skip
 
 
@@ -262,6 +265,37 @@ def test_grade_a_file_of_your_own(tmp_path):
         assert bad.returncode == 2 and f"{path}{message}" in bad.stderr
     missing = run_command("tools.grade", f"--input={pathlib.Path('nowhere.jsonl')}", "--task=svamp")
     assert missing.returncode == 2 and "nowhere.jsonl: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("5", ":2: input should be an object, not 5"),
+        ("[]", ":2: input should be an object, not []"),
+        ("{", ":2: not JSON"),
+        ('{"generation": "2"}', ":2: none of the keys gt, answer"),
+        ('{"generation": 2, "answer": "2"}', ":2: generation: input should be a valid string, not 2"),
+        ('{"generation": "2", "answer": {}}', ":2: answer"),
+        ('{"generation": "2", "answer": NaN}', ":2: answer"),
+        ('{"generation": "2", "answer": "2", "correct": 5}', ":2: correct: input should be a valid boolean, not 5"),
+        ('{"generation": "2", "answer": "2", "score": "yes"}', ":2: score"),
+        ('{"code": [], "answer": "2"}', ":2: none of the keys generation, code"),
+        ('{"code": [3], "answer": "2"}', ":2: code"),
+        ('{"generation": "2", "answer": "2", "index": 0}', ":2: index 0 is already on line 1"),
+    ],
+)
+def test_bad_record_is_named_in_one_line(text, message, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"generation": "3", "answer": 3, "index": 0, "score": [true], "other": {}}\n' + text + "\n")
+    with pytest.raises(UserError) as error:
+        grade(path, "gsm8k")
+    assert str(error.value).startswith(f"{path}{message}") and "\n" not in str(error.value)
+
+
+def test_verdicts_of_an_evaluation_are_compared(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text('{"generation": "The answer is 3.", "answer": 3, "index": 0, "correct": false}\n')
+    assert [(item["correct"], item["published"]) for item in grade(path, "gsm8k")] == [(True, False)]
 
 
 @pytest.mark.parametrize(
