@@ -147,7 +147,7 @@ def _values(first: Expr, second: Expr) -> Iterator[tuple[Any, Any]]:
             if n % 4 == 3:  # for factorials
                 point[symbol] = sympy.Integer(draws.randrange(2, 12))
                 continue
-            limit, sign = (1 if n % 4 == 0 else 5), (draws.choice((-1, 1)) if n % 4 == 2 else 1)
+            limit, sign = (1 if n % 4 == 0 else 5), {2: -1, 6: draws.choice((-1, 1))}.get(n % 8, 1)
             point[symbol] = sympy.Rational(sign * draws.randrange(1, 1000 * limit), 1009)
         a, b = (_finite(formula.evalf(DIGITS, subs=point)) for formula in (first, second))
         yield tuple(value if value is None or is_complex or value.is_real else None for value in (a, b))  # type: ignore

@@ -12,8 +12,8 @@ from rho1_jax.evals.grading import Grader
 
 PIECES = (
     r"\frac \sqrt \text{ \boxed{ \pi \infty \le \cup \pm \begin{pmatrix} \end{pmatrix} \\ \left( \right) ^ _ { } ( ) "
-    r"[ ] , . : ; = < > + - * / % \% $ \$ ! | & 0 1 2 10 1/2 0.5 1,000 1e999 x y k i e cm m apples percent a.m. p.m. ** "
-    r"answer is the answer : I hope and base approximately (A) b"
+    r"[ ] , . : ; = < > + - * / % \% $ \$ ! | & 0 1 2 10 1/2 0.5 1,000 1e999 x y k i e cm m "
+    r"apples percent a.m. p.m. ** answer is the answer : I hope and base approximately (A) b"
 ).split(" ")
 LATEX = st.lists(st.sampled_from([*PIECES, " ", "\n"]), max_size=12).map("".join)
 SPACED = st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join)
