@@ -1,9 +1,9 @@
 """Turns a checkpoint into a Hugging Face folder, for other tools to serve and evaluate.
 
-rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--raw]
+rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--verify | --raw]
 
-With --raw, the folder has only the parameters, as safetensors with the names and shapes they have here. NumPy reads
-them without this package.
+--verify compares token ids with those of Transformers, and needs it installed. With --raw, the folder has only the
+parameters, as safetensors with the names and shapes they have here. NumPy reads them without this package.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import sentencepiece
 from absl import flags
 from safetensors.numpy import save_file
 
@@ -23,15 +24,20 @@ from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
 from rho1_jax.models.families import Family, family_of
 from rho1_jax.models.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE, named_tensors
+from rho1_jax.models.verify_hf import verify_tokens
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, write_text
 from rho1_jax.runtime.processes import usage
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.training import checkpoint
 from rho1_jax.training.pretrained import TrainedRun
 
 SHARD_BYTES = 4 << 30
+# Transformers 5 reads these model types with a byte-level tokenizer of its own, whatever the folder's files say.
+BYTE_LEVEL_TYPES = ("qwen2",)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def shards(
@@ -61,14 +67,46 @@ def shards(
 
 def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer_config.json that makes Transformers return the same ids as a bare SentencePiece model."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    ids["pad_token"] = model.pad_id()
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "TokenizersBackend",  # LlamaTokenizer gives other ids for several spaces in a row
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
-        "eos_token": tokenizer.pieces([tokenizer.eos_id])[0],
-        "legacy": False,
+        **{name: model.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0},
+        "legacy": True,  # a space before a text that starts with one, as SentencePiece has it
         "add_prefix_space": tokenizer.pieces(tokenizer.encode("a"))[0].startswith(" "),
     }
+
+
+def check_tokenizer(tokenizer: Tokenizer, family: Family) -> None:
+    """Raises UserError if Transformers would tokenize differently, whatever the folder's files say."""
+    byte_level = tokenizer.path.name != SENTENCEPIECE_FILE and b'"ByteLevel"' in tokenizer.path.read_bytes()
+    if family.model_type in BYTE_LEVEL_TYPES and not byte_level:
+        raise UserError(
+            f"cannot export {tokenizer.path.name} with a {family.model_type} model: Transformers reads each "
+            f"{family.model_type} folder with a byte-level tokenizer, and would give other token ids. Train with a "
+            "byte-level tokenizer.json, or with another config.model.family"
+        )
+
+
+def special_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids of BOS, EOS and padding for config.json.
+
+    Args:
+      folder: the tokenizer's files. A config.json from an imported folder decides; it may name several EOS tokens.
+      tokenizer: the tokenizer, for ids that no config.json gives.
+    """
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if tokenizer.path.name == SENTENCEPIECE_FILE:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+        named = {"bos_token_id": model.bos_id(), "pad_token_id": model.pad_id()}
+        ids |= {name: token_id for name, token_id in named.items() if token_id >= 0}
+    source = folder / "config.json"
+    imported = read_json(source, dict[str, Any]) if source.exists() else {}
+    kept = {name: imported[name] for name in SPECIAL_IDS if name in imported}
+    return ids | kept | ({"eos_token_id": tokenizer.eos_id} if kept.get("eos_token_id") is None else {})
 
 
 def write_weights(
@@ -98,25 +136,28 @@ def write_weights(
     return written_dtype
 
 
-def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
+def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool = False) -> int:
     """Writes config.json, safetensors and the tokenizer's files.
 
     Args:
       path: a run directory or one of its checkpoints.
       output: the folder to write, which must not exist.
       dtype: dtype of the tensors; None keeps that of the checkpoint.
+      verify: compare token ids with those of Transformers before the folder gets its name.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: there is no checkpoint, `output` exists, or none of Hugging Face's families can express the model.
+      UserError: there is no checkpoint, `output` exists, none of Hugging Face's families can express the model, or
+        Transformers would tokenize differently.
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     trained = TrainedRun.open(path, "--checkpoint")
     directory, model, tokenizer = trained.directory, trained.model, trained.tokenizer()
     hf_config.to_hf(model, "float32", None, 0)  # raises before anything is written
+    check_tokenizer(tokenizer, family_of(model))
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
@@ -126,8 +167,10 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None) -> int:
     count = param_count(model)
     with Progress(f"writing {output.name}", count, unit="params") as progress:
         written = write_weights(directory, partial, family_of(model), dtype, progress)
-    config = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id)
+    config = hf_config.to_hf(model, written, tokenizer.bos_id, tokenizer.eos_id) | special_ids(partial, tokenizer)
     write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    if verify:
+        verify_tokens(partial)
     partial.rename(output)
     return count
 
@@ -158,11 +201,16 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
     dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the tensors. Default: the checkpoint's.")
     raw = flags.DEFINE_bool("raw", False, "Write only the parameters, with the names and shapes they have here.")
+    verify = flags.DEFINE_bool("verify", False, "Compare token ids with those of Transformers, on several texts.")
 
     def command() -> None:
-        start = time.monotonic()
-        export = export_raw if raw.value else export_hf
-        count = export(path.value, local_path(output.value, "--output"), dtype.value)
+        start, folder = time.monotonic(), local_path(output.value, "--output")
+        if raw.value and verify.value:
+            raise UserError("--raw writes no tokenizer that --verify could compare; give one of them")
+        if raw.value:
+            count = export_raw(path.value, folder, dtype.value)
+        else:
+            count = export_hf(path.value, folder, dtype.value, verify.value)
         print(f"{output.value}: {count:,} parameters, {usage(start)}")
 
     run(command)

@@ -3,7 +3,8 @@
 rho1 grade --input=FILE.jsonl --task=gsm8k [--json] [--output=FILE.jsonl]
 
 A record holds the generation under "generation" (or under "code" as a list of one, as Rho-1 published them) and the
-right answer under "gt" or "answer". If records also hold a "score", the verdicts that differ from it are listed.
+right answer under "gt" or "answer". If records also hold a verdict ("score" or "correct"), the verdicts that differ
+are listed.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic
 from absl import flags
 
 from rho1_jax.data import records
@@ -22,35 +24,51 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, local_path, write_text
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.schema import parse_json
+
+Answer = str | int | pydantic.FiniteFloat | None
 
 
-def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+class Record(pydantic.BaseModel):
+    """A line of the input. Other keys are ignored."""
+
+    generation: str | None = None
+    code: str | list[str] | None = None
+    gt: Answer | list[Answer] = None
+    answer: Answer | list[Answer] = None
+    score: bool | list[bool] | None = None
+    correct: bool | None = None
+    index: int | str | None = None
+    idx: int | str | None = None
+
+
+def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, Record, str]]:
     """Yields line number, record and generation of each record of a JSON lines file. `title` names the progress bar.
 
     Raises:
-      UserError: the file is missing, or a record is bad (with file and line).
+      UserError: the file is missing, or a record is bad or has the index of another (with file and line).
     """
     if not path.is_file():
         raise UserError(f"--input={path}: no such file")
+    lines: dict[int | str, int] = {}
     with Progress(title, path.stat().st_size, unit="B") as progress:
         for line, raw, position in records.read(path):
-            try:
-                record = records.parse(path, raw)
-            except records.BadRecord as error:
-                raise UserError(f"{path}:{line}: {error}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{line}: not a JSON object")
-            yield line, record, field(record, ("generation", "code"), f"{path}:{line}")
+            where = f"{path}:{line}"
+            record = parse_json(json.dumps(raw) if isinstance(raw, dict) else raw, Record, where)
+            index = record.idx if record.index is None else record.index
+            if index is not None and lines.setdefault(index, line) != line:
+                raise UserError(f"{where}: index {index!r} is already on line {lines[index]}")
+            yield line, record, field(record, ("generation", "code"), where)
             progress.advance_to(position)
 
 
-def field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
-    """The value of the first of `names` that is a key of the record; of a list, its first element.
+def field(record: Record, names: tuple[str, ...], where: str) -> str:
+    """The value of the first of `names` that the record has; of a list, its first element.
 
     Raises:
-      UserError: the record has none of the keys.
+      UserError: the record has none of them.
     """
-    value = next((record[name] for name in names if name in record), None)
+    value = next((getattr(record, name) for name in names if name in record.model_fields_set), None)
     if isinstance(value, list):
         value = value[0] if value else None
     if value is None:
@@ -62,20 +80,22 @@ def grade(path: pathlib.Path, task: str) -> list[dict[str, Any]]:
     """Grades each record: its extracted answer, the right answer, whether they are equal, and the published verdict.
 
     Raises:
-      UserError: a record is bad (with file and line), or there is none.
+      UserError: a record is bad (with file and line), or the file has none.
     """
     kind, graded = TASKS[task].kind, []
     with Grader() as grader:
         for line, record, text in generations("grade", path):
             right = field(record, ("gt", "answer"), f"{path}:{line}")
-            answer, verdict = extract(text, kind), record.get("score")
+            answer, verdict = extract(text, kind), record.correct if record.score is None else record.score
+            if isinstance(verdict, list):
+                verdict = verdict[0] if verdict else None
             graded.append(
                 {
                     "line": line,
                     "extracted": answer,
                     "answer": right,
                     "correct": grader.equal(answer, right, kind),
-                    "published": verdict[0] if isinstance(verdict, list) else verdict,
+                    "published": verdict,
                 }
             )
     if not graded:

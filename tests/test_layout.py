@@ -13,6 +13,7 @@ LINE_LIMIT = 400
 # These need an extra, so they are imported only when a flag asks for them.
 OPTIONAL_IMPORTS = {
     ("rho1_jax.evaluate", "rho1_jax.evals.lm_eval_adapter"),
+    ("rho1_jax.evals.grading", "rho1_jax.evals.formulas"),
     ("tools.benchmark", "tools.benchmark_peers"),
 }
 

@@ -7,10 +7,13 @@ published evaluation does the same; a lenient parser would add more than a point
 import re
 
 _NUMBER = r"-?\d*\.?\d+"
-# The end of an answer in Minerva's prompt (Lewkowycz et al. 2022, appendix D).
-_FINAL = re.compile(r"final answer is \$(.*?)\$\. I hope", re.DOTALL)
+# The two ends of an answer in Minerva's prompt (Lewkowycz et al. 2022, appendix D).
+_FINAL, _FINAL_END = "final answer is $", "$. I hope"
 _PHRASE = "answer is"
-_LETTER = re.compile(r"\(?\b([A-E])\b\)?")
+_CHOICE_PHRASE = re.compile(r"\bans(?:wer)?\b[\s*]*(?:is\b|:)", re.IGNORECASE)  # MathQA's solutions end in "answer : a"
+# A letter that stands alone, so that the article in "a man" is not one.
+_ALONE = re.compile(r"[\s:*(]*(?:(?:option|choice)[\s(]+)?([A-E])(?:[)*.,;\"'\n]|\s*$)", re.IGNORECASE)
+_LETTER = re.compile(r"\b([A-E])\b|\(([a-e])\)")
 
 
 def extract(text: str, kind: str) -> str | None:
@@ -22,9 +25,11 @@ def extract(text: str, kind: str) -> str | None:
     """
     if kind == "choice":
         return _choice(text)
-    final = _FINAL.search(text)
-    if final:
-        return None if "\n" in final[1] else final[1].strip()  # a line break: the match spans two answers
+    start = text.find(_FINAL)
+    end = text.find(_FINAL_END, start + len(_FINAL)) if start >= 0 else -1
+    if end >= 0:
+        final = text[start + len(_FINAL) : end]
+        return None if "\n" in final else final.strip()  # a line break: the match spans two answers
     boxed = last_boxed(text)
     if boxed is not None:
         return _plain(boxed)
@@ -64,10 +69,11 @@ def _plain(text: str) -> str:
 
 
 def _choice(text: str) -> str | None:
-    """The first letter after the last "answer is", or else the last letter in the text."""
-    parts = text.rsplit(_PHRASE, 1)
-    for part in reversed(parts):
-        letters = _LETTER.findall(part.upper() if len(part) < 8 else part)
-        if letters:
-            return letters[0] if part is parts[-1] and len(parts) > 1 else letters[-1]
-    return None
+    """The first letter after the last "answer is" or "answer:", or else the last letter before it."""
+    phrases = list(_CHOICE_PHRASE.finditer(text))
+    before, after = (text[: phrases[-1].start()], text[phrases[-1].end() :]) if phrases else (text, "")
+    alone = _ALONE.match(after if phrases else text)
+    letters = _LETTER.findall(after)[:1] or _LETTER.findall(before)[-1:]
+    if alone:
+        return alone[1].upper()
+    return "".join(letters[0]).upper() if letters else None

@@ -4,90 +4,106 @@ math-verify and sympy compare formulas in a separate process, which is killed af
 generation is evaluated as code.
 """
 
+import decimal
+import importlib
 import math
 import multiprocessing
 import re
 import resource
 import time
-from typing import Any
+from decimal import Decimal
+from typing import Any, NamedTuple
 
+from rho1_jax.evals.answer_text import half_day, is_percentage, normalize
 from rho1_jax.runtime.errors import UserError
 
-SECONDS = 5.0  # time limit for one pair of formulas
+SECONDS = 5.0  # time limit for one comparison
 MEMORY = 4 << 30  # address space of the process, in bytes
-TOLERANCE = 1e-4  # relative, for numbers
+TOLERANCE = Decimal("1e-4")  # relative, for numbers that are not both whole
+MAX_LENGTH = 1000  # characters; longer answers are only compared as text
 
-_UNITS = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm|textbf)\{[^{}]*\})(?:\^\{?\d\}?)?\s*$")
-_WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
-_GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|~")
-_MATRIX = re.compile(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}", re.DOTALL)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_FRACTION = re.compile(rf"([-+]?)(?:\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|\(?({_NUMBER})\)?/\(?({_NUMBER})\)?)")
+_BRACKETED = re.compile(r"([-+]?)\(([^()]+)\)")
+_ASSIGNMENT = re.compile(r"((?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\))?)?)=([^=]+)")
+_IN_BASE = re.compile(r"(-?)0*([0-9][0-9A-Za-z.]*)_\{?(\d+)\}?")
+_COLONS = re.compile(r"[\d.]+(?::[\d.]+)+")  # a ratio or a time
+_MATRIX = re.compile(r"\\begin\{([pbvB]?)matrix\}(.*)\\end\{[pbvB]?matrix\}", re.DOTALL)
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_SENTENCE = re.compile(r"[A-Za-z]{5,}")
-_PRODUCT = re.compile(r"(?<=[\d)])\(")  # 10(26) is a product, not a function call
-_NUMBER_AND_WORDS = re.compile(r"(-?[\d.,/]*\d)\s*[A-Za-z][A-Za-z\s]*")
+_SENTENCE = re.compile(r"[A-Za-z]{5,}|^[A-Za-z]{3,}$")
+_ARITHMETIC = decimal.Context(prec=MAX_LENGTH, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
 
 
-def normalize(answer: str) -> str:
-    """An answer in canonical form: no spaces, units, dollar, percent or degree signs, and no \\left or \\right."""
-    text = answer.strip().replace("\n", "")
-    if "\\begin" not in text:
-        text = text.replace("\\\\", "\\")  # ends a row in a matrix; elsewhere it is a backslash typed twice
-    text = _SPACES.sub("", text)
-    text = text.replace("\\left", "").replace("\\right", "").replace("tfrac", "frac").replace("dfrac", "frac")
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
-    text = text.replace("\\$", "").replace("$", "").replace("\\%", "").replace("%", "")
-    text = _UNITS.sub("", text)
-    text = _WRAPPED.sub(r"\1", text).strip().rstrip(".")
-    words = _NUMBER_AND_WORDS.fullmatch(text)
-    if words:
-        text = words[1]
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    sides = text.split("=")
-    if len(sides) == 2 and len(sides[0].strip()) <= 2:
-        text = sides[1]
-    text = re.sub(r"\s+", "", text)
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
-    return re.sub(r"(\d)\.0+(?!\d)", r"\1", text)
+class Parts(NamedTuple):
+    """The elements of a tuple, interval, list or matrix.
+
+    Attributes:
+      form: the brackets, or the lengths of a matrix's rows; "" for a list without brackets, which has no order.
+      elements: the elements.
+    """
+
+    form: str
+    elements: list[str]
 
 
-def number(text: str) -> float | None:
+def number(text: str) -> Decimal | None:
     """The value of a normalized number, or of a fraction of numbers (a/b or LaTeX); None for anything else."""
-    fraction = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", text) or re.fullmatch(
-        r"(-?)(-?[\d.]+)/(-?[\d.]+)", text
-    )
+    bracketed = _BRACKETED.fullmatch(text)
+    outer_sign, body = bracketed.groups() if bracketed else ("", text)
+    fraction = _FRACTION.fullmatch(body)
+    sign, *numbers = fraction.groups() if fraction else ("", body if re.fullmatch(_NUMBER, body) else None)
+    values = [value for value in numbers if value is not None]
+    if not values:
+        return None
     try:
+        value = _ARITHMETIC.create_decimal(values[0])
         if fraction:
-            return float(fraction[1] + "1") * float(fraction[2]) / float(fraction[3])
-        return float(text) if re.fullmatch(r"-?[\d.]+(?:[eE][-+]?\d+)?", text) else None
-    except (ValueError, ZeroDivisionError):
+            value = _ARITHMETIC.divide(value, _ARITHMETIC.create_decimal(values[1]))
+        return value.copy_negate() if (sign == "-") != (outer_sign == "-") else value
+    except ArithmeticError:  # a division by zero, or an exponent out of range
         return None
 
 
-def _numbers_equal(answer: float, right: float) -> bool:
-    """True if equal within TOLERANCE, or if one is the other in percent."""
-    return any(math.isclose(answer, value, rel_tol=TOLERANCE) for value in (right, right / 100, right * 100))
+def _numbers_equal(first: Decimal, second: Decimal) -> bool:
+    """True if equal within TOLERANCE; whole numbers must be the same."""
+    if all(value == value.to_integral_value(context=_ARITHMETIC) for value in (first, second)):
+        return first == second
+    difference = abs(_ARITHMETIC.subtract(first, second))
+    return difference <= _ARITHMETIC.multiply(TOLERANCE, max(abs(first), abs(second)))
 
 
-def _parts(text: str) -> list[str] | None:
+def _parts(text: str) -> Parts | None:
     """The elements of a tuple, interval, list or matrix; None for anything else. Nested brackets are not split."""
     matrix = _MATRIX.fullmatch(text)
     if matrix:
-        return re.split(r"&|\\\\", matrix[1])
-    inner = text[1:-1] if text[:1] in "([" and text[-1:] in ")]" else text
-    parts, depth = [""], 0
-    for letter in inner:
+        rows = [row.split("&") for row in matrix[2].removesuffix("\\\\").split("\\\\")]
+        kind = "determinant" if matrix[1] == "v" else "matrix"
+        return Parts(f"{kind} {[len(row) for row in rows]}", [element for row in rows for element in row])
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        elements = _split(text[1:-1])
+        if elements:
+            return Parts(text[0] + text[-1], elements)
+    elements = _split(text)
+    return Parts("", elements) if elements else None
+
+
+def _split(text: str) -> list[str] | None:
+    """The text at its commas outside of brackets; None if there are none, or if a bracket is not opened."""
+    depth, commas = 0, [-1]
+    for at, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if depth < 0:
             return None
         if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts if len(parts) > 1 else None
+            commas.append(at)
+    ends = [*commas[1:], len(text)]
+    return [text[start + 1 : end] for start, end in zip(commas, ends)] if len(ends) > 1 else None
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name and the value in "y = 2x"; no name and the text itself if it gives none a value."""
+    assignment = _ASSIGNMENT.fullmatch(text)
+    return (assignment[1].lower(), assignment[2]) if assignment else ("", text)
 
 
 class Grader:
@@ -97,6 +113,7 @@ class Grader:
         self._seconds = seconds
         self._process: Any = None
         self._connection: Any = None
+        self._deadline = math.inf
 
     def __enter__(self) -> "Grader":
         return self
@@ -119,31 +136,70 @@ class Grader:
             return False
         if kind == "choice":
             return answer.strip().upper() == right.strip().upper()
-        return self._equal(normalize(answer), normalize(right))
+        if max(len(answer), len(right)) > MAX_LENGTH:
+            return answer.strip() == right.strip()
+        self._deadline = time.monotonic() + self._seconds
+        text, right_text = normalize(answer), normalize(right)
+        if {half_day(answer), half_day(right)} == {"a", "p"}:
+            return False
+        if self._equal(text, right_text):
+            return True
+        if is_percentage(answer) == is_percentage(right):
+            return False
+        percentage, share = (text, right_text) if is_percentage(answer) else (right_text, text)
+        percent, value = number(percentage), number(share)
+        return percent is not None and value is not None and _numbers_equal(percent.scaleb(-2, _ARITHMETIC), value)
 
     def _equal(self, answer: str, right: str) -> bool:
+        """True if two normalized answers are equal. Their order makes no difference."""
         if answer.lower() == right.lower():
             return True
         if not answer or not right:
             return False
-        value, right_value = number(answer), number(right)
-        if value is not None and right_value is not None:
-            return _numbers_equal(value, right_value)
-        answers, rights = _parts(answer), _parts(right)
-        if answers and rights:
-            brackets = answer[:1] in "([" and right[:1] in "(["
-            same_kind = not brackets or (answer[0], answer[-1]) == (right[0], right[-1])
-            return same_kind and len(answers) == len(rights) and all(map(self._equal, answers, rights))
+        (name, value), (right_name, right_value) = _named(answer), _named(right)
+        one_is_named = "" in (name, right_name) and "=" not in value + right_value
+        if (value, right_value) != (answer, right) and (name == right_name or one_is_named):
+            return self._equal(value, right_value)
+        numbers = number(answer), number(right)
+        if numbers[0] is not None and numbers[1] is not None:
+            return _numbers_equal(*numbers)  # type: ignore[arg-type]
+        in_base = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(right)
+        if any(in_base):  # a number in base 7 equals no other, not even its own value
+            return all(in_base) and in_base[0].groups() == in_base[1].groups()  # type: ignore[union-attr]
+        if _COLONS.fullmatch(answer) or _COLONS.fullmatch(right):
+            return self._all_equal(answer.split(":"), right.split(":"))
+        parts, right_parts = _parts(answer), _parts(right)
+        if parts and right_parts:
+            return self._parts_equal(parts, right_parts)
         if any(_SENTENCE.search(_COMMAND.sub("", text)) for text in (answer, right)):
             return False
         return self._formulas_equal(answer, right)
 
+    def _all_equal(self, answers: list[str], rights: list[str]) -> bool:
+        return len(answers) == len(rights) and all(map(self._equal, answers, rights))
+
+    def _parts_equal(self, parts: Parts, right: Parts) -> bool:
+        if parts.form and right.form and parts.form != right.form:
+            return False
+        if parts.form or right.form:
+            return self._all_equal(parts.elements, right.elements)
+        left = list(right.elements)
+        for element in parts.elements:
+            match = next((n for n, other in enumerate(left) if self._equal(element, other)), None)
+            if match is None:
+                return False
+            del left[match]
+        return not left
+
     def _formulas_equal(self, answer: str, right: str) -> bool:
         if self._process is None:
             self._start()
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            return False
         self._connection.send((answer, right))
         try:
-            if self._connection.poll(self._seconds):
+            if self._connection.poll(seconds):
                 return self._connection.recv()
         except EOFError:  # the process died, for example out of memory
             pass
@@ -151,6 +207,7 @@ class Grader:
         return False
 
     def _start(self) -> None:
+        start = time.monotonic()
         context = multiprocessing.get_context("spawn")
         self._connection, child_connection = context.Pipe()
         self._process = context.Process(target=_compare_forever, args=(child_connection, self._seconds), daemon=True)
@@ -161,6 +218,7 @@ class Grader:
         except EOFError:
             self._stop()
             raise UserError("cannot import math-verify, which compares formulas: install the extra `eval`") from None
+        self._deadline += time.monotonic() - start
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -181,12 +239,11 @@ def _compare_forever(connection: Any, seconds: float) -> None:
 
     A limit on processor time ends it if a comparison takes too long and the parent is no longer there to kill it.
     """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    formulas = importlib.import_module("rho1_jax.evals.formulas")  # imports sympy, which only this process needs
 
     memory = _capped(resource.RLIMIT_AS, MEMORY)
     hard_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    kinds = (LatexExtractionConfig(), ExprExtractionConfig())
     connection.send(True)
     while True:
         try:
@@ -196,9 +253,6 @@ def _compare_forever(connection: Any, seconds: float) -> None:
         cpu_seconds = _capped(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, hard_seconds))
         try:
-            # math-verify's own time limits use signals. They are off: the parent kills this process instead.
-            products = (_PRODUCT.sub(r" \\cdot (", text) for text in pair)
-            answer, right = (parse(f"${text}$", kinds, parsing_timeout=None) for text in products)
-            connection.send(bool(verify(right, answer, timeout_seconds=None)))
+            connection.send(formulas.formulas_equal(*pair))
         except Exception:  # sympy raises many kinds of errors on text that is not a formula
             connection.send(False)

@@ -3,6 +3,7 @@
 Shapes: B requests, L tokens, M = L + 1, n chunks, c positions in a chunk, D model width, V vocabulary.
 """
 
+import sys
 from collections import defaultdict, deque
 from typing import Any
 
@@ -54,11 +55,35 @@ class LanguageModel(TemplateLM):
             return self._tokenizer.encode(string)
         return self._tokenizer.encode_prompt(string)
 
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, in nats, and whether greedy decoding would produce it.
+
+        Raises:
+          UserError: a continuation has no token of its own, or more than the model's context_length.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score(context, continuation)  # before lm-eval looks at its first token
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, in nats, and whether greedy decoding would produce it."""
-        rows = [(context + continuation)[-self._max_length - 1 :] for _, context, continuation in requests]
+        rows = []
+        for texts, context, continuation in requests:
+            if not continuation:
+                raise _nothing_to_score(*texts)
+            if len(continuation) > self._max_length:
+                raise UserError(
+                    f"an lm-eval task asks for the score of {len(continuation)} tokens; the model's context_length is "
+                    f"{self._max_length}: leave out the task, or use a model with a longer context"
+                )
+            rows.append([*(context or [self.prefix_token_id]), *continuation])  # a context of spaces has no token
+        cut = sum(len(row) > self._max_length + 1 for row in rows)
+        if cut:
+            limit = f"the model's context_length {self._max_length}"
+            print(f"{cut} of {len(rows)} requests exceed {limit}; their contexts lose their start", file=sys.stderr)
+        rows = [row[-self._max_length - 1 :] for row in rows]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         with Progress("loglikelihood", len(rows), unit="requests", leave=False) as progress:
@@ -68,7 +93,7 @@ class LanguageModel(TemplateLM):
                 for row, index in enumerate(indices):
                     # A row of n tokens has n - 1 scores. Those of the continuation come last.
                     end = len(rows[index]) - 1
-                    part = slice(max(0, end - len(requests[index][2])), end)
+                    part = slice(end - len(requests[index][2]), end)
                     results[index] = (float(scores[row, part].sum()), bool(greedy[row, part].all()))
                 progress.advance(len(indices))
         return results
@@ -130,6 +155,13 @@ class LanguageModel(TemplateLM):
                     texts[number] = text
                     progress.advance(1)
         return texts
+
+
+def _nothing_to_score(context: str, continuation: str) -> UserError:
+    return UserError(
+        f"cannot score {continuation!r} after {context[-80:]!r}: it has no token of its own, since it is empty or "
+        "merges with the end of the context; change the lm-eval task so that the context ends where a token ends"
+    )
 
 
 def _make_score(graphdef: nnx.GraphDef):

@@ -103,7 +103,7 @@ def _svamp(record: Record) -> Item:
 
 
 def _asdiv(record: Record) -> Item:
-    return Item(f"{record['body']} {record['question']}", re.sub(r"\s*\(.*?\)", "", record["answer"]))
+    return Item(f"{record['body']} {record['question']}", re.sub(r"\s+\(.*?\)", "", record["answer"]))
 
 
 def _with_target(record: Record) -> Item:

@@ -1,8 +1,9 @@
 """Compares our decoder with Transformers on the same folder and text."""
 
+import importlib
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,19 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 
 MAX_TOKENS = 2048
+TEXTS = (  # that tokenizers read differently
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1234567890",
+    "  two spaces,\ttab\n\n\nand three line ends ",
+    "def f(x):\n    return x  # a comment\n",
+    "na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u0416 e\u0301",
+    "\\begin{equation} \\sum_{i=1}^n x_i^2 \\end{equation}",
+    "",
+    " a  b   c",
+)
 
 
 class Difference(NamedTuple):
-    """The largest difference between two arrays, its index, and the two values there."""
+    """The largest difference between two arrays: its size, its index, and the two values there."""
 
     size: float
     where: tuple[int, ...]
@@ -57,6 +67,30 @@ def token_losses(logits_LV: np.ndarray, ids: list[int]) -> np.ndarray:
     """Losses [L - 1] of each next token, in nats."""
     loss_L = -jax.nn.log_softmax(logits_LV[:-1].astype(np.float64), axis=-1)
     return np.asarray(loss_L)[np.arange(len(ids) - 1), ids[1:]]
+
+
+def verify_tokens(folder: pathlib.Path) -> None:
+    """Compares token ids with those of Transformers on TEXTS.
+
+    Raises:
+      UserError: ids differ (the message names the text), or transformers is not installed.
+    """
+    transformers = _transformers()
+    tokenizer, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in TEXTS:
+        ids, their_ids = tokenizer.encode_prompt(text), theirs(text)["input_ids"]
+        if ids != their_ids:
+            raise UserError(
+                f"--verify: {folder}: {len(ids)} tokens here, {len(their_ids)} in Transformers "
+                f"({type(theirs).__name__}) for {text!r}"
+            )
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UserError(f"--verify needs transformers ({error}): install the extra `peers`") from None
 
 
 def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Path) -> Iterator[str]:

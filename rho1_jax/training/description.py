@@ -51,7 +51,7 @@ class Meta(NamedTuple):
     reference: dict[str, str] | None
     format_version: int = formats.FORMAT_VERSION
     permuted_rows: bool = False
-    health: dict[str, float] | None = None
+    health: dict[str, Any] | None = None
     pending: dict[str, float] | None = None
 
 

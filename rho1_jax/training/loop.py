@@ -61,7 +61,7 @@ class Loop:
     ):
         self.config, self.schedule, self.meta = setup.config, setup.schedule, meta
         self.workdir, self.evaluator, self.checkpoints, self.ledger = workdir, evaluator, checkpoints, ledger
-        self.health = Health(**meta.health or {})
+        self.health = Health(**meta.health) if meta.health else Health()
         self.is_failing = False  # too many steps in a row were skipped
         self.tokens_per_step = self.config.batch_size * seq_len
         self.writer = MetricsWriter(workdir, meta.step - bool(meta.pending)) if is_first() else None

@@ -78,6 +78,28 @@ def test_loglikelihood_is_the_sum_of_token_losses(language_model, weights, token
         assert score == pytest.approx(expected, rel=1e-4)
 
 
+def test_continuations_without_a_token_of_their_own_are_refused(language_model, tokenizer):
+    assert tokenizer.bos_id is None
+    # "ocument" is one token, so "Document" has no more tokens than "Doc".
+    context, continuation = "Doc", "ument"
+    assert len(tokenizer.encode(context + continuation)) <= len(tokenizer.encode(context))
+    for pair in ((context, continuation), ("Document", ""), ("", "")):
+        with pytest.raises(UserError, match="has no token of its own"):
+            language_model.loglikelihood([request("1", "2"), request(*pair)], disable_tqdm=True)
+
+
+def test_context_of_spaces_counts_as_empty(language_model):
+    spaces, empty = language_model.loglikelihood([request("  ", "Document"), request("", "  Document")])
+    assert spaces == empty and spaces[0] < 0
+
+
+def test_too_long_requests_are_named(language_model, capsys):
+    language_model.loglikelihood([request(*pair) for pair in PAIRS], disable_tqdm=True)
+    assert "1 of 5 requests exceed the model's context_length 48" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"the score of \d+ tokens; the model's context_length is 48"):
+        language_model.loglikelihood([request("x", " 1" * 60)], disable_tqdm=True)
+
+
 def test_greedy_flag_marks_only_the_likeliest_tokens(language_model, weights, tokenizer):
     context = tokenizer.encode_prompt("Document 7: 1+2=")
     rows = np.array([[*context, token] for token in range(CONFIG.vocab_size)], np.int32)

@@ -19,6 +19,7 @@ import gemma2  # noqa: F401 (registers the family)
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from flax import nnx
@@ -196,6 +197,24 @@ def make_tokenizer(directory: pathlib.Path) -> Tokenizer:
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     train_tokenizer([text], directory / "tokenizer.model", VOCAB, ["{text}"], max_sentences=1000)
     return Tokenizer(directory / "tokenizer.model")
+
+
+def make_byte_level_tokenizer(directory: pathlib.Path) -> Tokenizer:
+    """Trains a tokenizer.json of the kind that Transformers expects beside a Qwen model, without BOS."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    lines = [f"Document {n}: {n}+{n % 7}={n + n % 7}. and so on, and so forth {n * n}" for n in range(300)]
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    return Tokenizer(directory)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from rho1_jax.evals.lm_eval_adapter import LanguageModel
 from rho1_jax.runtime import sharding
+from rho1_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.peers
 
@@ -39,7 +40,7 @@ def both(tmp_path_factory):
 
 
 def requests(*arguments):
-    return [types.SimpleNamespace(args=one) for one in arguments]
+    return [types.SimpleNamespace(args=argument) for argument in arguments]
 
 
 def test_loglikelihoods(both):
@@ -47,6 +48,17 @@ def test_loglikelihoods(both):
     ours, theirs = (model.loglikelihood(requests(*pairs), disable_tqdm=True) for model in both)
     np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], rtol=1e-4, atol=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_pairs_that_lm_eval_cannot_score_are_refused(both):
+    tokenizer = both[0]._tokenizer
+    context, continuation = "Doc", "ument"
+    assert tokenizer.bos_id is None and len(tokenizer.encode(context + continuation)) <= len(tokenizer.encode(context))
+    for pair in ((context, continuation), ("x", ""), ("x", " = 12" * MAX_LENGTH)):
+        with pytest.raises(UserError, match="has no token of its own|the model's context_length is"):
+            both[0].loglikelihood(requests(pair), disable_tqdm=True)
+        with pytest.raises(AssertionError):
+            both[1].loglikelihood(requests(pair), disable_tqdm=True)
 
 
 def test_rolling_loglikelihoods(both):

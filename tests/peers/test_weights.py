@@ -29,6 +29,7 @@ from rho1_jax.import_hf import config_of as config_of_folder
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
+from rho1_jax.runtime.errors import UserError
 from rho1_jax.train import train_model
 from rho1_jax.training.config import model_config
 from rho1_jax.training.state import TrainState
@@ -42,6 +43,11 @@ LARGEST = 1e-4
 @pytest.fixture(scope="module")
 def small_tokenizer(tmp_path_factory):
     return families.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def byte_level_tokenizer(tmp_path_factory):
+    return families.make_byte_level_tokenizer(tmp_path_factory.mktemp("byte_level"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -68,9 +74,11 @@ def stored(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, tmp_path):
+def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_tokenizer, tmp_path):
     peer = build(case).to(getattr(torch, dtype))
-    save(peer, small_tokenizer, tmp_path / "hf", max_shard_size="40KB")
+    # Transformers reads each Qwen2 folder with a byte-level tokenizer.
+    tokenizer = byte_level_tokenizer if case.config is transformers.Qwen2Config else small_tokenizer
+    save(peer, tokenizer, tmp_path / "hf", max_shard_size="40KB")
     import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
     export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None)
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
@@ -85,6 +93,55 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, tmp_path):
     ids = torch.from_numpy(families.random_ids()).long()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, first(ids).logits, rtol=0, atol=0)
+
+
+NAMES = ["Llama 2 (TinyLlama), K < H", "Mistral 0.1, sliding window", "Qwen2.5, biases", "Qwen3, tied"]
+NAMES.append("Gemma 2, a family outside the package")
+
+
+@pytest.mark.parametrize("kind", ["small", "published", "byte level"])
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_tokenizes_an_exported_folder_as_we_do(
+    name, kind, small_tokenizer, byte_level_tokenizer, tmp_path
+):
+    published = pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    tokenizer = {"small": small_tokenizer, "byte level": byte_level_tokenizer}.get(kind) or Tokenizer(published)
+    case = dataclasses.replace(CASES[name], changes=CASES[name].changes | {"vocab_size": tokenizer.vocab_size})
+    save(build(case), tokenizer, tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
+    if case.config is transformers.Qwen2Config and kind != "byte level":
+        with pytest.raises(UserError, match="cannot export tokenizer.model with a qwen2 model"):
+            export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
+        assert not (tmp_path / "exported").exists() and not (tmp_path / "exported.partial").exists()
+        return
+    export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    for text in [*texts(), "x = 1\n    y = 2  # 1234567890", "  ", "</s"]:
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+
+
+def test_verified_export_refuses_a_folder_that_transformers_reads_differently(small_tokenizer, tmp_path):
+    save(build(CASES["Qwen3, tied"]), small_tokenizer, tmp_path / "hf")
+    settings = sentencepiece_settings(small_tokenizer) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
+    with pytest.raises(UserError, match=r"--verify: .*: \d+ tokens here, \d+ in Transformers"):
+        export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_export_keeps_the_special_tokens(small_tokenizer, tmp_path):
+    peer = build(CASES["Qwen3, tied"])
+    peer.config.pad_token_id, peer.config.eos_token_id = 3, [2, 5]
+    peer.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=[2, 5], pad_token_id=3)
+    save(peer, small_tokenizer, tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
+    export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None)
+    for kind in (transformers.AutoConfig, transformers.GenerationConfig):
+        again = kind.from_pretrained(tmp_path / "exported")
+        assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, [2, 5], 3)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token) == ("<s>", "</s>", "<unk>")
 
 
 def test_an_exported_model_after_twenty_steps_of_slm_equals_the_trained_one(corpus, small_tokenizer, tmp_path):
