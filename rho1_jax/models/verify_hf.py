@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from rho1_jax.configs.default import ModelConfig
+from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models import decoder
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.structure import soft_cap
