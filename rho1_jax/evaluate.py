@@ -9,6 +9,7 @@ All other settings come from the run that wrote the checkpoint, unless a flag ov
 interruption, run the same command again with the same --output.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -31,6 +32,7 @@ from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, write_text
+from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, check_values, complete
@@ -89,10 +91,13 @@ def evaluate_model(
     lm_eval_settings = lm_eval._asdict() if lm_eval else None
     settings = Settings(path, config.eval.to_dict(), temperature, seed, lm_eval_settings)
     tokenizer, mesh, graphdef = trained.tokenizer(), sharding.mesh_of_run(**config.mesh), decoder.build(trained.model)
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         evaluator = Evaluator(config, graphdef, tokenizer, mesh)
         params = trained.load(mesh, "float32")
         if output is not None:
+            if is_first():
+                stack.enter_context(locked(output / LOCK_FILE, f"--output={output}"))
             check_settings(output, settings)
         stopping.save_on_stop()
         metrics = evaluator(params, temperature, seed, output)

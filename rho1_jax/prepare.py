@@ -13,6 +13,7 @@ from rho1_jax.data import records
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, parse_role_templates
+from rho1_jax.runtime import stopping
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path
 
@@ -43,6 +44,7 @@ def main() -> None:
     workers = flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Tokenizing processes.", lower_bound=1)
 
     def command() -> None:
+        stopping.listen()
         files = records.expand(inputs.value)
         tokenizer_path, directory = local_path(tokenizer.value, "--tokenizer"), local_path(output.value, "--output")
         options = Options(

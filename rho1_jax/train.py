@@ -21,7 +21,7 @@ from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding, stopping
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.files import local_path
-from rho1_jax.runtime.lock import locked
+from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.training.accounting import ForwardFlops, Ledger
 from rho1_jax.training.agreement import check_same_everywhere
@@ -31,8 +31,6 @@ from rho1_jax.training.loop import Loop
 from rho1_jax.training.pretrained import open_same_model
 from rho1_jax.training.reference import open_reference
 from rho1_jax.training.setup import describe_run, first_state, jitted_step, open_run
-
-LOCK_FILE = "lock"
 
 
 def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Params:

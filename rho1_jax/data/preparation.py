@@ -26,11 +26,13 @@ from rho1_jax.data.manifest import MANIFEST
 from rho1_jax.data.packing import Batch, Documents, pack, pack_whole
 from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
-from rho1_jax.runtime import formats
+from rho1_jax.runtime import formats, stopping
 from rho1_jax.runtime.children import end_with_parent
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing, sha256, write_text
+from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.stopping import Stopped
 
 CHUNK_BYTES = 4 << 20
 BAD_RECORDS_SHOWN = 20
@@ -185,35 +187,41 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
     return {"fingerprint": digest, **description}
 
 
-def prepare(files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Path, options: Options, workers: int):
+def prepare(
+    files: list[pathlib.Path], tokenizer: Tokenizer, output: pathlib.Path, options: Options, workers: int
+) -> dict[str, Any]:
     """Makes the data set `output`, or resumes an interrupted run. An existing data set is left as it is.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: an option or input is invalid, too many records are bad, or `output` exists and holds something else.
+      UserError: an option or input is invalid, too many records are bad, `output` exists and holds something else, or
+        another process makes it.
+      Stopped: the process was asked to stop.
     """
     _check(options)
     description = describe(files, tokenizer, options)
     if output.exists():
         return _existing(output, description)
     partial = output.with_name(output.name + ".partial")
-    _start_or_resume(partial, description)
-    try:
-        chunks = _tokenize_all(files, tokenizer, partial, options, workers)
-        counts = _write(chunks, tokenizer, partial, options)
-    except UserError:
-        shutil.rmtree(partial)
-        raise
-    tokenizer.save(partial / TOKENIZER_DIR)
-    paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
-    sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
-    store.Store(partial).verify()
-    for chunk in chunks:
-        chunk.unlink()
-    (partial / "description.json").unlink()
-    partial.rename(output)
+    with locked(partial.with_name(partial.name + ".lock"), f"--output={output}"):
+        stopping.save_on_stop()
+        _start_or_resume(partial, description)
+        try:
+            chunks = _tokenize_all(files, tokenizer, partial, options, workers)
+            counts = _write(chunks, tokenizer, partial, options)
+        except UserError:
+            shutil.rmtree(partial)
+            raise
+        tokenizer.save(partial / TOKENIZER_DIR)
+        paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
+        sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
+        store.Store(partial).verify()
+        for chunk in chunks:
+            chunk.unlink()
+        (partial / "description.json").unlink()
+        partial.rename(output)
     return sealed
 
 
@@ -274,6 +282,7 @@ def _tokenize_all(
     with progress, pool:
         try:
             for number, (raw, position) in enumerate(raw_chunks(files)):
+                _check_stop(partial)
                 path = partial / f"chunk-{number:06d}.npz"
                 chunk_paths.append(path)
                 done = functools.partial(Chunk.load, path) if path.exists() else pool.submit(_work, raw, path).result
@@ -289,6 +298,11 @@ def _tokenize_all(
     if not document_count:
         raise UserError(f"{', '.join(map(str, files))}: no documents")
     return chunk_paths
+
+
+def _check_stop(partial: pathlib.Path) -> None:
+    if stopping.requested():
+        raise Stopped(f"stopped; {partial} keeps the chunks that are finished, and the same command resumes")
 
 
 def _check_bad(bad: int, documents: int, options: Options) -> None:
@@ -322,6 +336,7 @@ def _write(chunks: list[pathlib.Path], tokenizer: Tokenizer, partial: pathlib.Pa
             pack_whole(documents, options.seq_len) if whole else pack(documents, options.seq_len, tokenizer.eos_id)
         )
         for batch in packing:
+            _check_stop(partial)
             yield batch
             splits[name]["rows"] += len(batch.tokens)
             # In rows cut from a stream, the first token repeats the last one of the previous row.

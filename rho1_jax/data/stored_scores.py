@@ -170,6 +170,11 @@ class ScoreWriter:
         self._partial.rename(self._final)
 
     @property
+    def lock_path(self) -> pathlib.Path:
+        """The file to lock while NAME.partial is written."""
+        return self._partial.with_name(self._partial.name + ".lock")
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes stored for each target."""
         return np.dtype(self._dtype).itemsize * len(self.names)

@@ -19,6 +19,7 @@ import pydantic
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.schema import parse_json
 
+LOCK_FILE = "lock"  # in a directory of its own
 TOUCH_SECONDS = 10.0
 SETTLE_SECONDS = 0.5  # longer than between looking at a stale lock and replacing it
 STALE_SECONDS = 45.0  # untouched for so long, a lock of another machine is stale

@@ -1,5 +1,6 @@
 """Scoring the rows of a data set with a reference, shard by shard."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import SPLIT, ScoreWriter
 from rho1_jax.runtime import sharding, stopping
+from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.processes import is_first, say
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.stopping import Stopped
@@ -35,10 +37,29 @@ def score_rows(
       batch_size: rows of a batch, over all devices.
       mesh: the devices.
       flops_per_token: cost of a token's forward pass, for the manifest.
+
+    Raises:
+      UserError: another process scores the same rows under the same name.
+      Stopped: a process was asked to stop.
     """
-    if is_first():
-        writer.start()
-    stopping.save_on_stop()
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            stack.enter_context(locked(writer.lock_path, str(store.path)))
+            writer.start()
+        stopping.save_on_stop()
+        _score_rows(store, writer, signals, batch_size, mesh)
+        if is_first():
+            writer.finish({"flops": flops_per_token * store.seq_len * len(store.rows(SPLIT))})
+
+
+def _score_rows(
+    store: Store,
+    writer: ScoreWriter,
+    signals: Callable[[Batch], tuple[jax.Array, jax.Array | None]],
+    batch_size: int,
+    mesh: Mesh,
+) -> None:
+    """Scores and writes the shards that are not on disk yet."""
     shards = writer.shards()
     # All processes must score the same shards, and only the first one's disk counts.
     done = multihost_utils.broadcast_one_to_all(np.array([writer.has(number) for number in range(len(shards))]))
@@ -63,6 +84,4 @@ def score_rows(
                 arrays = {name: np.concatenate(part)[: len(rows)] for name, part in zip(writer.names, zip(*parts))}
                 writer.write(number, arrays)
     rate = tokens / (time.monotonic() - start_time)
-    if is_first():
-        writer.finish({"flops": flops_per_token * store.seq_len * len(all_rows)})
     say(f"{store.path}: {tokens:,} tokens scored, {rate:,.0f} per second, {writer.bytes_per_token} bytes per token")
