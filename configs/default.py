@@ -30,7 +30,7 @@ STAGES = {
 }
 
 
-# What a key's value may be. `rho1_jax.training.config.check_values` refuses anything else.
+# Ranges of the keys' values. `rho1_jax.training.config.check_values` refuses anything else.
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # JAX counts in int32
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -94,7 +94,7 @@ class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
     learning_rate: NonNegativeFloat = 1e-3  # peak learning rate
-    schedule_steps: NonNegativeInt = 0  # steps that the learning rate schedule spans; 0: those of the run
+    schedule_steps: NonNegativeInt = 0  # steps that the learning rate schedule spans; 0: all steps of the run
     warmup_fraction: FractionBelowOne = 0.1  # share of the schedule that warms up, linearly from zero
     decay: str = "cosine"  # shape of the decay after the warm-up: "cosine" or "linear"
     final_learning_rate_fraction: Fraction = 0.1  # learning rate at the end of the schedule, relative to the peak
@@ -176,8 +176,8 @@ class CheckpointConfig:
 
     every: PositiveInt = 100  # steps between two checkpoints; the last step always has one
     keep: NonNegativeInt = 2  # newest checkpoints to keep; 0: all
-    keep_every: NonNegativeInt = 0  # keeps the checkpoints of every K-th step as well; 0: none
-    best: str = ""  # keeps the best checkpoint as well, by eval/NAME/loss or /accuracy, if its step was evaluated
+    keep_every: NonNegativeInt = 0  # also keeps the checkpoint of every K-th step; 0: none
+    best: str = ""  # also keeps the checkpoint with the best eval/NAME/loss or eval/NAME/accuracy; "": none
     grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
 
 
@@ -191,7 +191,7 @@ class RunConfig:
     batch_size: PositiveInt = 32  # rows per step, over all devices and microbatches
     microbatches: PositiveInt = 1  # parts that a step is computed in, to save memory; the update stays the same
     log_every: PositiveInt = 10  # steps between two lines of metrics.jsonl
-    max_skipped_steps: PositiveInt = 10  # in a row; a step is skipped if its loss or gradient is not finite
+    max_skipped_steps: PositiveInt = 10  # stops after this many steps in a row whose loss or gradient is not finite
     objective: str = "cross_entropy"  # what is minimized: a name in rho1_jax/method/objectives.py
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()

@@ -41,8 +41,8 @@ from rho1_jax.training.pretrained import TrainedRun
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
 MORE_HELP = {
-    "stops": r" A string that ends a generation for --questions; '\n' is a line break. Repeatable; --stops= alone: "
-    "none. Tasks have their own."
+    "stops": r" A string that ends a generation for --questions; '\n' is a line break. Repeat the flag for "
+    "more; --stops= alone removes all. Tasks have their own stops."
 }
 FIELD_TYPES = get_type_hints(EvalConfig)  # without their ranges
 
@@ -86,7 +86,7 @@ def evaluate_model(
     if not (config.eval.data or config.eval.questions or config.eval.tasks or lm_eval):
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     if overrides.get("stops") is not None and not config.eval.questions:
-        raise UserError("--stops ends generations for --questions only; tasks have their own stops: remove it")
+        raise UserError("--stops applies only to --questions, since tasks have their own stops; remove --stops")
     path = str(trained.directory)
     lm_eval_settings = lm_eval._asdict() if lm_eval else None
     settings = Settings(path, config.eval.to_dict(), temperature, seed, lm_eval_settings)
@@ -140,7 +140,7 @@ def run_lm_eval(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an evaluation depends on, as settings.json in its output folder stores it.
+    """What an evaluation depends on, stored as settings.json in its output folder.
 
     Attributes:
       checkpoint: the evaluated checkpoint.
@@ -161,7 +161,7 @@ def check_settings(output: pathlib.Path, settings: Settings) -> None:
     """Stores the settings of an evaluation beside its results.
 
     Raises:
-      UserError: `output` holds another evaluation, or a bad settings.json.
+      UserError: `output` holds an evaluation with other settings, or its settings.json is bad.
     """
     path, text = output / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     if path.exists():

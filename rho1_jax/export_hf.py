@@ -2,8 +2,8 @@
 
 rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--verify | --raw]
 
---verify compares token ids with those of Transformers, and needs it installed. With --raw, the folder has only the
-parameters, as safetensors with the names and shapes they have here. NumPy reads them without this package.
+--verify compares token ids with those of Transformers, which must be installed. --raw writes only the parameters, as
+safetensors, with this package's names and shapes. `safetensors.numpy` reads them without this package.
 """
 
 import json
@@ -35,7 +35,7 @@ from rho1_jax.training import checkpoint
 from rho1_jax.training.pretrained import TrainedRun
 
 SHARD_BYTES = 4 << 30
-# Transformers 5 reads these model types with a byte-level tokenizer of its own, whatever the folder's files say.
+# For these model types, Transformers 5 uses its own byte-level tokenizer, regardless of the folder's files.
 BYTE_LEVEL_TYPES = ("qwen2",)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -45,7 +45,7 @@ def shards(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
 
-    Without a family, they are the parameters under their own names.
+    Without a family, tensors are the parameters under their own names.
 
     Raises:
       UserError: a finite value of the checkpoint is not finite in the dtype.
@@ -75,17 +75,17 @@ def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         **{name: model.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0},
-        "legacy": True,  # a space before a text that starts with one, as SentencePiece has it
+        "legacy": True,  # adds a space even before a text that starts with one, as SentencePiece does
         "add_prefix_space": tokenizer.pieces(tokenizer.encode("a"))[0].startswith(" "),
     }
 
 
 def check_tokenizer(tokenizer: Tokenizer, family: Family) -> None:
-    """Raises UserError if Transformers would tokenize differently, whatever the folder's files say."""
+    """Raises UserError if Transformers would tokenize differently, regardless of the folder's files."""
     byte_level = tokenizer.path.name != SENTENCEPIECE_FILE and b'"ByteLevel"' in tokenizer.path.read_bytes()
     if family.model_type in BYTE_LEVEL_TYPES and not byte_level:
         raise UserError(
-            f"cannot export {tokenizer.path.name} with a {family.model_type} model: Transformers reads each "
+            f"cannot export {tokenizer.path.name} with a {family.model_type} model: Transformers reads every "
             f"{family.model_type} folder with a byte-level tokenizer, and would give other token ids. Train with a "
             "byte-level tokenizer.json, or with another config.model.family"
         )
@@ -95,8 +95,8 @@ def special_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids of BOS, EOS and padding for config.json.
 
     Args:
-      folder: the tokenizer's files. A config.json from an imported folder decides; it may name several EOS tokens.
-      tokenizer: the tokenizer, for ids that no config.json gives.
+      folder: the tokenizer's files. The config.json of an imported folder comes first; it may name several EOS tokens.
+      tokenizer: source of the ids that no config.json gives.
     """
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.path.name == SENTENCEPIECE_FILE:
@@ -143,7 +143,7 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool =
       path: a run directory or one of its checkpoints.
       output: the folder to write, which must not exist.
       dtype: dtype of the tensors; None keeps that of the checkpoint.
-      verify: compare token ids with those of Transformers before the folder gets its name.
+      verify: compare token ids with those of Transformers before the folder is renamed to `output`.
 
     Returns:
       The number of parameters.
@@ -178,7 +178,7 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool =
 def export_raw(path: str, output: pathlib.Path, dtype: str | None) -> int:
     """Writes the parameters alone, as safetensors under their own names.
 
-    Args and Raises: as for `export_hf`.
+    Arguments and errors are those of `export_hf`.
 
     Returns:
       The number of parameters.
@@ -200,13 +200,13 @@ def main() -> None:
     path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
     output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
     dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the tensors. Default: the checkpoint's.")
-    raw = flags.DEFINE_bool("raw", False, "Write only the parameters, with the names and shapes they have here.")
-    verify = flags.DEFINE_bool("verify", False, "Compare token ids with those of Transformers, on several texts.")
+    raw = flags.DEFINE_bool("raw", False, "Write only the parameters, with this package's names and shapes.")
+    verify = flags.DEFINE_bool("verify", False, "Compare token ids with those of Transformers on several texts.")
 
     def command() -> None:
         start, folder = time.monotonic(), local_path(output.value, "--output")
         if raw.value and verify.value:
-            raise UserError("--raw writes no tokenizer that --verify could compare; give one of them")
+            raise UserError("--raw writes no tokenizer for --verify to compare; use one of the two")
         if raw.value:
             count = export_raw(path.value, folder, dtype.value)
         else:

@@ -46,7 +46,7 @@ def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, Record, s
     """Yields line number, record and generation of each record of a JSON lines file. `title` names the progress bar.
 
     Raises:
-      UserError: the file is missing, or a record is bad or has the index of another (with file and line).
+      UserError: the file is missing, or a record is bad or repeats an index (the message names file and line).
     """
     if not path.is_file():
         raise UserError(f"--input={path}: no such file")
@@ -57,13 +57,13 @@ def generations(title: str, path: pathlib.Path) -> Iterator[tuple[int, Record, s
             record = parse_json(json.dumps(raw) if isinstance(raw, dict) else raw, Record, where)
             index = record.idx if record.index is None else record.index
             if index is not None and lines.setdefault(index, line) != line:
-                raise UserError(f"{where}: index {index!r} is already on line {lines[index]}")
+                raise UserError(f"{where}: index {index!r} is already on line {lines[index]}; remove one of the two")
             yield line, record, field(record, ("generation", "code"), where)
             progress.advance_to(position)
 
 
 def field(record: Record, names: tuple[str, ...], where: str) -> str:
-    """The value of the first of `names` that the record has; of a list, its first element.
+    """The value of the first of `names` in the record. From a list, it takes the first element.
 
     Raises:
       UserError: the record has none of them.

@@ -35,9 +35,9 @@ def sentences(files: Sequence[pathlib.Path], templates: Sequence[str]) -> Iterat
 
 
 def sample(lines: Iterable[str], limit: int) -> list[str]:
-    """Takes `limit` lines at random, each with the same probability, and the same ones on every machine.
+    """Samples `limit` lines uniformly, the same ones on every machine.
 
-    SentencePiece can sample lines itself, but its generator has another seed in every process.
+    SentencePiece can sample lines itself, but seeds its generator differently in every process.
     """
     generator, kept = random.Random(0), []
     for number, line in enumerate(lines):
@@ -60,7 +60,7 @@ def train_tokenizer(
       output: the model file.
       vocab_size: pieces, including 256 bytes.
       templates: format strings over a record's keys, see `records.document`.
-      max_sentences: lines to learn from, at most. They are kept in memory. If the text has more, they are sampled.
+      max_sentences: maximum number of lines to learn from, kept in memory. A longer text is sampled.
 
     Raises:
       UserError: a record is bad, or the text is too short for the vocabulary.
@@ -95,7 +95,7 @@ def main() -> None:
     inputs, text_key, text_templates = records.define_document_flags()
     output = flags.DEFINE_string("output", None, "Model file to write.", required=True)
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Pieces, including 256 bytes.")
-    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from all.", 1)
+    max_sentences = flags.DEFINE_integer("max_sentences", 1_000_000, "Lines to learn from, sampled from more.", 1)
 
     def command() -> None:
         files, path = records.expand(inputs.value), local_path(output.value, "--output")

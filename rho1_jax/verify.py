@@ -41,20 +41,20 @@ def _verify_data(folder: pathlib.Path) -> str:
     files = store.manifest.get("files")
     if files is None:
         return (
-            f"{folder}: opens, but an older version wrote it without checksums, so a change of its rows cannot be "
-            "noticed; prepare it again to have them"
+            f"{folder}: opens, but an older version wrote it without checksums, so changes to its rows cannot be "
+            "detected; prepare it again to add checksums"
         )
-    return f"{folder}: {len(files)} files are as they were written"
+    return f"{folder}: {len(files)} files match their checksums"
 
 
 def _verify_scores(folder: pathlib.Path) -> str:
     files = stored_scores.verify(folder)["files"]
-    return f"{folder}: {len(files)} files are as they were written"
+    return f"{folder}: {len(files)} files match their checksums"
 
 
 def main() -> None:
     """The command: verifies the folder it is given."""
-    path = flags.DEFINE_string("path", None, "The folder; `rho1 verify DIR` is short for it.")
+    path = flags.DEFINE_string("path", None, "The folder to verify. `rho1 verify DIR` sets it too.")
 
     def command() -> None:
         if path.value is None:

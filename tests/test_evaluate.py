@@ -167,7 +167,7 @@ def test_an_interrupted_evaluation_resumes(reference, data_dir, tmp_path, monkey
         ({"tasks": "gsm8k"}, "gsm8k/test.jsonl: no such file"),
         ({"exemplars": "svamp=nowhere"}, "--exemplars=svamp=nowhere"),
         ({"exemplars": "svmap=nowhere"}, "config.eval.exemplars: 'svmap' is not a task; use gsm8k"),
-        ({"tasks": "svamp,svamp"}, "config.eval.tasks: there are two sets of questions with the name 'svamp'"),
+        ({"tasks": "svamp,svamp"}, "config.eval.tasks: two sets of questions are named 'svamp'"),
     ],
 )
 def test_a_bad_task_is_refused(reference, data_dir, tmp_path, changes, message):
@@ -215,7 +215,7 @@ def test_any_settings_are_read_or_refused_in_one_line(text):
 def test_an_empty_stop_string_is_refused_and_stops_need_questions(reference, questions, data_dir):
     with pytest.raises(UserError, match="config.eval.stops: an empty string would end every generation at once"):
         evaluate_model(str(reference), {"questions": f"sums={questions}", "stops": ["x", ""]})
-    with pytest.raises(UserError, match="--stops ends generations for --questions only"):
+    with pytest.raises(UserError, match="--stops applies only to --questions"):
         evaluate_model(str(reference), TASKS | {"data_dir": str(data_dir), "stops": ["x"]})
 
 

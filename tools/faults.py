@@ -2,8 +2,8 @@
 
 python -m tools.faults [--output=runs/faults] [--seed=0] [--kills=20] [--stops=5] [--scenario=train ...]
 
-In each round, a command is struck with SIGKILL, SIGTERM or SIGINT up to three times, and then ends undisturbed. What is
-on disk must be equal to the bit: parameters, optimizer state, metrics, scores, rows, items. After SIGTERM and SIGINT,
+In each round, a command gets SIGKILL, SIGTERM or SIGINT up to three times, and then runs to its end undisturbed. What
+is on disk must be bit-identical: parameters, optimizer state, metrics, scores, rows, items. After SIGTERM and SIGINT,
 no step may be repeated. Prints a table of where each signal struck. The exit status is 1 if anything differed.
 """
 
@@ -118,7 +118,7 @@ def training_flags(inputs: pathlib.Path, stage: str, data: pathlib.Path, **chang
 
 
 def scenarios(inputs: pathlib.Path) -> dict[str, Scenario]:
-    """Everything that is struck. `train` saves and evaluates every few steps, so that those are struck as well."""
+    """All scenarios. `train` saves and evaluates every few steps, so that signals strike those as well."""
 
     def train(folder: pathlib.Path) -> list[str]:
         return [*training_flags(inputs, "slm", inputs / "data"), f"--workdir={folder}/run"]
@@ -234,7 +234,7 @@ def strike(scenario: Scenario, folder: pathlib.Path, number: signal.Signals, aft
 
 
 def describe(folder: pathlib.Path) -> str:
-    """What a command that is running has on disk."""
+    """Describes what a running command has on disk."""
     parts = []
     if (folder / "run/metrics.jsonl").exists():
         lines = read_metrics(folder / "run")
@@ -255,10 +255,10 @@ def repeated_steps(log: str) -> list[str]:
 def main() -> None:
     """The command."""
     output = flags.DEFINE_string("output", "runs/faults", "Directory for the runs; it is removed first.")
-    seed = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
+    seed = flags.DEFINE_integer("seed", 0, "Seed for the moments of the signals.")
     kills = flags.DEFINE_integer("kills", 20, "Number of SIGKILLs.")
     stops = flags.DEFINE_integer("stops", 5, "Number of SIGTERMs and SIGINTs.")
-    wanted = flags.DEFINE_multi_string("scenario", [], "Strike only these; default: all.")
+    wanted = flags.DEFINE_multi_string("scenario", [], "Scenarios to run. Default: all.")
 
     def command() -> None:
         folder = local_path(output.value, "--output").absolute()
@@ -331,7 +331,7 @@ class Rounds:
 
 
 def new_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Creates a folder, in place of one that exists."""
+    """Creates an empty folder, and removes one that exists."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -1,4 +1,4 @@
-"""Trains for many tiny steps, with evaluations and checkpoints, and watches memory and descriptors of the process.
+"""Trains for many tiny steps, with evaluations and checkpoints, and watches memory and open files of the process.
 
 python -m tools.soak [--output=runs/soak] [--steps=20000]
 
@@ -20,12 +20,12 @@ from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.metrics import read_metrics
 from tools.faults import make_inputs, new_folder, start, training_flags
 
-SECONDS = 2.0  # between two looks
+SECONDS = 2.0  # between two samples
 GROWTH = 0.02
 
 
 class Sample(NamedTuple):
-    """A look at the process."""
+    """Memory and open files of the process at a step."""
 
     step: float
     megabytes: float
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 
 def sample(process: int, workdir: pathlib.Path) -> Sample | None:
-    """Looks at a process. None if it has not logged a step or has ended."""
+    """Samples a process. None if it has not logged a step or has ended."""
     proc = pathlib.Path(f"/proc/{process}")
     try:
         pages = int((proc / "statm").read_text().split()[1])
@@ -48,7 +48,7 @@ def growth(samples: list[Sample], steps: int) -> tuple[float, int]:
     early = [s for s in samples if steps / 5 <= s.step < 2 * steps / 5]
     late = [s for s in samples if s.step >= 4 * steps / 5]
     if not early or not late:
-        raise UserError("the run was too short to look at it; raise --steps")
+        raise UserError("the run was too short to measure its growth; raise --steps")
     memory = statistics.median(s.megabytes for s in late) / statistics.median(s.megabytes for s in early) - 1
     return memory, max(s.descriptors for s in late) - max(s.descriptors for s in early)
 
@@ -68,12 +68,10 @@ def main() -> None:
         samples: list[Sample] = []
         while process.poll() is None:
             time.sleep(SECONDS)
-            found = sample(process.pid, folder / "run")
-            if found and (not samples or found.step >= samples[-1].step + steps.value / 40):
-                samples.append(found)
-                print(
-                    f"step {found.step:6.0f}  {found.megabytes:7.1f} MiB  {found.descriptors} descriptors", flush=True
-                )
+            now = sample(process.pid, folder / "run")
+            if now and (not samples or now.step >= samples[-1].step + steps.value / 40):
+                samples.append(now)
+                print(f"step {now.step:6.0f}  {now.megabytes:7.1f} MiB  {now.descriptors} descriptors", flush=True)
         if process.returncode:
             raise UserError(f"{folder}/log.txt: {(folder / 'log.txt').read_text()[-500:]}")
         memory, descriptors = growth(samples, steps.value)

@@ -102,8 +102,8 @@ def batches(
       rows: [R] the rows to load of each global batch, from 0 to B - 1 (see `sharding.local_rows`).
       prefetch: batches to read ahead.
       permute: shuffle the rows within each batch. Otherwise the data sets of a mixture follow each other in a fixed
-        pattern, which can put all rows of one of them into the same microbatch. Runs that older versions began are not
-        permuted.
+        pattern, which can put all rows of one of them into the same microbatch. Runs that an older version
+        began are not permuted.
       columns: for each data set, the signals that `Batch.columns` gets: row number -> float32 [seq_len].
 
     Yields:
@@ -136,7 +136,7 @@ class _Table:
 
 
 class _LocalRows:
-    """The same rows of every batch, where a sequence of rows is cut into batches of `batch_size`.
+    """The same rows of each batch, for a sequence of rows that is cut into batches of `batch_size`.
 
     With a seed, the rows of each batch are permuted first.
     """

@@ -73,7 +73,7 @@ def read(folder: pathlib.Path, kind: type[T], remedy: str) -> T:
       remedy: what to do about a damaged folder, for the error.
 
     Raises:
-      UserError: the manifest is missing, damaged, was edited, or is of a newer version.
+      UserError: the manifest is missing, damaged or edited, or a newer version wrote it.
     """
     path = folder / MANIFEST
     try:
@@ -82,7 +82,7 @@ def read(folder: pathlib.Path, kind: type[T], remedy: str) -> T:
         if stored.get("format_version", 1) >= FIRST_FORMAT or CHECKSUM in stored:
             recorded = stored.get(CHECKSUM)
             if recorded != _checksum(stored):
-                problem = "has no checksum" if recorded is None else "was edited: its checksum does not fit"
+                problem = "has no checksum" if recorded is None else "was edited: its checksum does not match"
                 raise UserError(f"{path} {problem}")
         return read_json(path, kind)
     except UserError as error:
@@ -113,7 +113,7 @@ def check(folder: pathlib.Path, files: Files, folders: Iterable[str], remedy: st
     for subfolder in folders:
         for path in sorted((folder / subfolder).rglob("[!.]*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in files:
-                raise UserError(f"{path} is not a file of {folder}: its manifest does not list it; move it elsewhere")
+                raise UserError(f"{path} is not listed in the manifest of {folder}; move it elsewhere")
 
 
 def verify(folder: pathlib.Path, checksums: Mapping[str, str], remedy: str) -> None:

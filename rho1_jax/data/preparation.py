@@ -197,7 +197,7 @@ def prepare(
 
     Raises:
       UserError: an option or input is invalid, too many records are bad, `output` exists and holds something else, or
-        another process makes it.
+        another process is making it.
       Stopped: the process was asked to stop.
     """
     _check(options)
@@ -248,7 +248,7 @@ def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, An
 def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:
     """Keeps the chunks of an interrupted run if its inputs and options were the same; deletes them otherwise."""
     marker = partial / "description.json"
-    # Another version may read records or cut chunks in another way.
+    # Another version may read records or cut chunks differently.
     text = json.dumps({formats.KEY: formats.FORMAT_VERSION} | description)
     if not (marker.is_file() and marker.read_bytes() == text.encode()):
         shutil.rmtree(partial, ignore_errors=True)
@@ -302,7 +302,7 @@ def _tokenize_all(
 
 def _check_stop(partial: pathlib.Path) -> None:
     if stopping.requested():
-        raise Stopped(f"stopped; {partial} keeps the chunks that are finished, and the same command resumes")
+        raise Stopped(f"stopped; {partial} keeps the finished chunks, and the same command resumes")
 
 
 def _check_bad(bad: int, documents: int, options: Options) -> None:

@@ -18,7 +18,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, split_list
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# The longest record. JSON takes up to 25 times its size in memory once it is parsed.
+# Longest record of each format. Parsed JSON takes up to 25 times its size in memory.
 MAX_BYTES = {"json": 16 << 20, "text": 64 << 20, "parquet": 64 << 20}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".tex": "text"}
 
@@ -28,7 +28,7 @@ class BadRecord(ValueError):
 
 
 def expand(patterns: Sequence[str]) -> list[pathlib.Path]:
-    """The files that match paths and glob patterns, sorted within each pattern. An existing file is no pattern.
+    """The files that match paths and glob patterns, sorted within each pattern. A path that exists is not a pattern.
 
     Raises:
       UserError: a pattern matches no file, or a file has an unknown type.
@@ -56,7 +56,7 @@ def file_format(path: pathlib.Path) -> str:
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
-    """Reads the raw records of a file. The memory is bounded by MAX_BYTES, also in compressed files.
+    """Reads the raw records of a file. MAX_BYTES bounds the memory, also for compressed files.
 
     Yields:
       (number, record, position). `number` counts lines or rows from 1. `record` is for `parse`: a JSON line or a whole
@@ -90,7 +90,7 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | BadRecord]:
-    """The lines of a stream. One that is too long is skipped piece by piece, and a BadRecord stands for it."""
+    """The lines of a stream. A line that is too long is skipped piece by piece and becomes a BadRecord."""
     limit = MAX_BYTES["json"]
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
@@ -104,7 +104,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | BadRecord]:
 def _parquet_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | BadRecord]:
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # one of them has no value in Python, such as text that is not UTF-8
+    except (ValueError, OverflowError):  # a row has no value in Python, such as text that is not UTF-8
         rows = [_parquet_row(batch.slice(row, 1)) for row in range(len(batch))]
     for row in rows:
         yield row if size(row) <= MAX_BYTES["parquet"] else _too_long("parquet")
@@ -236,7 +236,7 @@ def template_keys(template: str) -> list[str]:
         if not keys or not all(key.isidentifier() for key in keys):
             raise ValueError("put plain keys in braces, like '{question}\\n{answer}'")
         if any(spec or conversion for _, _, spec, conversion in fields):
-            raise ValueError("a key takes no format after ':' or '!'")
+            raise ValueError("a key takes no ':' or '!' format")
     except ValueError as error:
         raise UserError(f"text template {template!r}: {error}") from None
     return keys

@@ -114,7 +114,7 @@ class Store:
         """Opens the data set, and checks its manifest and the sizes and ends of its files.
 
         Raises:
-          UserError: `path` does not hold a data set, or one that is damaged.
+          UserError: `path` holds no data set, or a damaged one.
         """
         self.path = local_path(path, "data set")
         if self.path.is_file():
@@ -165,7 +165,7 @@ class Store:
         UserError if it is damaged.
 
         Raises:
-          UserError: the data set has no such split, or a file of it does not hold as many rows as it should.
+          UserError: the data set has no such split, or one of its files has the wrong number of rows.
         """
         if split not in self.manifest["splits"]:
             option = "--eval_fraction above 0" if split == "eval" else "--eval_fraction below 1"
@@ -192,7 +192,7 @@ class Store:
 
 
 class _Rows(Sequence[dict[str, np.ndarray]]):
-    """The rows of a split. An error while reading one names it."""
+    """The rows of a split. Errors name the row."""
 
     def __init__(self, source: Sequence[Mapping[str, np.ndarray]], before: str, after: str, remedy: str):
         self._source, self._before, self._after, self._remedy = source, before, after, remedy

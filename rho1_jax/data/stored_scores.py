@@ -48,7 +48,7 @@ def _has_fingerprint(reference: dict[str, str]) -> dict[str, str]:
 
 
 class ScoreManifest(TypedDict):
-    """What scores were made from, their shape and their files. Formats before 3 store only SHA-256 of each file."""
+    """What scores were made from, their shape and their files. Formats before 3 store only the SHA-256 of each file."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
     format_version: NotRequired[int]
@@ -145,7 +145,7 @@ class ScoreWriter:
         """Writes a shard. `arrays` maps each of `names` to an array [rows in the shard, seq_len], in nats.
 
         Raises:
-          UserError: a number is not finite in the dtype that is stored.
+          UserError: a number is not finite in the stored dtype.
         """
         for name in self.names:
             with np.errstate(over="ignore"):  # reported below
@@ -189,7 +189,7 @@ def _remedy(path: pathlib.Path) -> str:
 
 
 def _open_shards(path: pathlib.Path, stored: ScoreManifest, name: str) -> list[np.ndarray]:
-    """The shards of a signal, mapped from disk. Raises UserError if one is not what the manifest says."""
+    """The shards of a signal, mapped from disk. Raises UserError if one does not match the manifest."""
     shards = []
     for shard in range(math.ceil(stored["rows"] / stored["rows_per_shard"])):
         file = path / _file(name, shard)

@@ -81,7 +81,7 @@ class Tokenizer:
         if expected is not None and expected != self.fingerprint:
             raise UserError(
                 f"{self.path} is not the tokenizer recorded here: its fingerprint is {self.fingerprint[:12]}, not "
-                f"{expected[:12]}. The file was replaced, or BOS or EOS in the JSON files beside it; restore them"
+                f"{expected[:12]}. The file was replaced, or a JSON file beside it changed BOS or EOS; restore them"
             )
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +101,7 @@ class Tokenizer:
         start = 0
         while start < len(text):
             end = _part_end(text, start)
-            # With one character more at each end, a part is tokenized as in the middle of the text.
+            # One more character at each end makes a part tokenize as it does within the text.
             first = start - int(start > 0 and text[start - 1] == "\n")
             last = end + int(end < len(text) and text[end - 1] == "\n")
             ids, spans = self.encode_spans(text[first:last])
@@ -143,14 +143,14 @@ class Tokenizer:
 
 
 def _part_end(text: str, start: int) -> int:
-    """Where the part of a text that begins at `start` ends: after the last line break that more text follows."""
+    """The end of the part of a text that begins at `start`: after its last line break that is followed by more text."""
     end = start + PART_CHARACTERS
     if end >= len(text):
         return len(text)
-    found = end
-    while (found := text.rfind("\n", start, found)) >= 0:
-        if not text[found + 1].isspace():
-            return found + 1
+    line_break = end
+    while (line_break := text.rfind("\n", start, line_break)) >= 0:
+        if not text[line_break + 1].isspace():
+            return line_break + 1
     space = text.rfind(" ", start + 1, end)
     return space if space > 0 else end
 

@@ -1,4 +1,4 @@
-r"""Bring an answer into a canonical form: without units, markup, approximation words or a sentence behind it."""
+r"""Bring an answer into a canonical form: without units, markup, words like "about", or a sentence after it."""
 
 import re
 
@@ -17,7 +17,7 @@ _CHARACTERS = str.maketrans(
     | {"²": "^2", "³": "^3", "\N{NO-BREAK SPACE}": " "}
 )
 _EMPHASIS = re.compile(r"(?<![\w)}*])(\*{1,3}|__|`)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w({*])")
-# Only behind a number or formula: "Mrs. Hilt" is a name. The form of a prompt ("... I hope it is correct") is not cut.
+# Only after a number or formula: "Mrs. Hilt" is a name. The form of a prompt ("... I hope it is correct") is not cut.
 _SENTENCE_BEHIND = re.compile(
     r"^((?:[A-Za-z]\s*=\s*)?(?!\\(?:text|mbox))[-+$(.\d\\].*?)"
     r"(?:(?<=\d)[.!?;]\s+(?=[A-Za-z])|[.!?;]\s+(?=[A-Z]))(?!I hope).*"
@@ -85,7 +85,7 @@ def is_percentage(answer: str) -> bool:
 
 
 def _without_unit(text: str) -> str:
-    """The text without the unit behind its last number: words, or words in brackets."""
+    """The text without the unit after its last number: words, or words in brackets."""
     tail = _TAIL.search(text)
     if tail is None:
         return text
@@ -95,7 +95,7 @@ def _without_unit(text: str) -> str:
 
 
 def _is_unit(words: str, spaced: bool) -> bool:
-    """True if words behind a number are a unit. Without a space, short ones are variables, except for known units."""
+    """True if words after a number are a unit. Without a space, short words are variables, except for known units."""
     word = re.split(r"[^A-Za-z]", words)[0]
     if word.lower() in _MATH_WORDS:
         return word.lower() in _SHORT_UNITS and not words[len(word) :].strip()

@@ -52,10 +52,10 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class GradedItem:
-    """An answer as the file NAME.jsonl of an evaluation stores it.
+    """A graded answer: one line of an evaluation's NAME.jsonl.
 
     Attributes:
-      index: the question's, from 0.
+      index: index of the question, from 0.
       prompt: the question's prompt.
       generation: what the model wrote after it.
       extracted: the answer in the generation; None if it has none.

@@ -75,7 +75,7 @@ class Evaluator:
             raise UserError(f"config.eval.exemplars: {min(unknown)!r} is not a task; use {', '.join(TASKS)}")
         for name in self.tasks:
             if name in self.questions:
-                raise UserError(f"config.eval.tasks: there are two sets of questions with the name {name!r}; drop one")
+                raise UserError(f"config.eval.tasks: two sets of questions are named {name!r}; rename or remove one")
             self.questions[name] = task_questions(
                 name,
                 settings.data_dir,

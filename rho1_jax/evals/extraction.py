@@ -11,7 +11,7 @@ _NUMBER = r"-?\d*\.?\d+"
 _FINAL, _FINAL_END = "final answer is $", "$. I hope"
 _PHRASE = "answer is"
 _CHOICE_PHRASE = re.compile(r"\bans(?:wer)?\b[\s*]*(?:is\b|:)", re.IGNORECASE)  # MathQA's solutions end in "answer : a"
-# A letter that stands alone, so that the article in "a man" is not one.
+# A letter that stands alone, unlike the article in "a man".
 _ALONE = re.compile(r"[\s:*(]*(?:(?:option|choice)[\s(]+)?([A-E])(?:[)*.,;\"'\n]|\s*$)", re.IGNORECASE)
 _LETTER = re.compile(r"\b([A-E])\b|\(([a-e])\)")
 

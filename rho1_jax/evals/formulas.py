@@ -1,4 +1,4 @@
-r"""Compare formulas. `Grader` runs this module in a process of its own, since sympy may take for ever.
+r"""Compare formulas. `Grader` runs this module in a process of its own, since sympy may never return.
 
 latex2sympy2_extended (the parser of math-verify) reads the formulas. Values are compared at points; the rest, such as
 sets and inequalities, by math-verify. The order of the two formulas makes no difference.
@@ -20,7 +20,7 @@ from sympy.core.function import AppliedUndef
 TOLERANCE = 1e-4  # relative, for numbers of which one is a decimal
 DIGITS = 30  # precision of values
 EXACT = sympy.Float(10, DIGITS) ** (10 - DIGITS)  # relative difference that rounding explains
-NOTHING = sympy.Float(10, DIGITS) ** -20  # a value below it may be what rounding leaves of zero
+NOTHING = sympy.Float(10, DIGITS) ** -20  # a smaller value may be a rounded zero
 POINTS = 16  # at which formulas with variables are compared
 ENOUGH = 3  # points at which both must have a value
 
@@ -154,7 +154,7 @@ def _values(first: Expr, second: Expr) -> Iterator[tuple[Any, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """The value, or None if it is no finite number."""
+    """The value, or None if it is not a finite number."""
     return value if value.is_number and value.is_finite else None
 
 

@@ -88,7 +88,7 @@ def _parts(text: str) -> Parts | None:
 
 
 def _split(text: str) -> list[str] | None:
-    """The text at its commas outside of brackets; None if there are none, or if a bracket is not opened."""
+    """Splits a text at the commas outside of brackets. None if there are none, or if a bracket closes unopened."""
     depth, commas = 0, [-1]
     for at, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -101,7 +101,7 @@ def _split(text: str) -> list[str] | None:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """The name and the value in "y = 2x"; no name and the text itself if it gives none a value."""
+    """The name and the value in "y = 2x"; "" and the text itself if it has no such form."""
     assignment = _ASSIGNMENT.fullmatch(text)
     return (assignment[1].lower(), assignment[2]) if assignment else ("", text)
 

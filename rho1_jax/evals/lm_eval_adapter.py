@@ -82,7 +82,7 @@ class LanguageModel(TemplateLM):
         cut = sum(len(row) > self._max_length + 1 for row in rows)
         if cut:
             limit = f"the model's context_length {self._max_length}"
-            print(f"{cut} of {len(rows)} requests exceed {limit}; their contexts lose their start", file=sys.stderr)
+            print(f"{cut} of {len(rows)} requests exceed {limit}; their contexts are cut at the start", file=sys.stderr)
         rows = [row[-self._max_length - 1 :] for row in rows]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))

@@ -23,7 +23,7 @@ SECONDS = 10.0  # wall-clock limit for one program
 MEMORY = 2 << 30  # address space, in bytes
 FILE_SIZE = 1 << 20  # largest file in the scratch folder, in bytes
 FILES = 64  # files in the scratch folder, and open files; a program that creates more is killed
-LOOK_SECONDS = 0.05  # between two looks at the scratch folder
+LOOK_SECONDS = 0.05  # between two checks of the scratch folder
 CPU_SECONDS = 600  # processor time for all programs of one sandbox
 MAX_OUTPUT = 100_000  # characters of output that are kept
 MAX_ANSWER = 13 * MAX_OUTPUT  # bytes of an answer; JSON needs up to 12 for a character
@@ -135,7 +135,7 @@ class Sandbox:
     def _ask(self, message: Any, seconds: float) -> _Answer:
         """Sends a message and waits for the answer. Each is one line of JSON. The answer may be forged.
 
-        The process is halted until the next message, so that a program that forges its answer cannot run on unwatched.
+        The process is halted until the next message, so that one that forges its answer cannot keep running unwatched.
 
         Raises:
           TimeoutError: no answer came in time.

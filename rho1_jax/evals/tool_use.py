@@ -12,7 +12,7 @@ from rho1_jax.evals.sandbox import Sandbox, shown
 from rho1_jax.models.generation import Generator, Request
 
 ROUNDS = 4  # maximum number of programs that are run for one answer
-DESCRIPTORS = 8  # open files that the limit must allow for each sandbox, which itself needs two
+DESCRIPTORS = 8  # open files to allow for each sandbox, which itself needs two
 OUTPUT = "```output"
 _PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -43,7 +43,7 @@ def run_with_tools(
 
     A program runs in the background while the generator works on other prompts. The programs of one transcript share
     their variables in a sandbox, which ends with the transcript. A transcript that has a sandbox is continued before
-    new prompts. A program that needs a new sandbox waits if there are already `sandboxes`.
+    new prompts. A program that needs a new sandbox waits while `sandboxes` are in use.
 
     Args:
       generator: continues prompts; a stop string is not part of the continuation.
@@ -61,7 +61,7 @@ def run_with_tools(
     """
     transcripts = {number: _Transcript(prompt) for number, prompt in requests}
     waiting: deque[Request] = deque(requests)
-    programs: deque[tuple[int, str]] = deque()  # that wait for a sandbox
+    programs: deque[tuple[int, str]] = deque()  # programs that wait for a sandbox
     owners: set[int] = set()  # transcripts that have a sandbox
     running: dict[Future, int] = {}
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

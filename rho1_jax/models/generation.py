@@ -261,7 +261,7 @@ class Generator:
           temperature: sampling temperature; 0 takes the likeliest token.
           seed: seed for sampling. A continuation does not depend on the rest of the batch.
           max_prompt_tokens: a longer prompt keeps only this many tokens at its end.
-          on_tokens: called with the number of tokens that were decoded, after each stretch.
+          on_tokens: called after each stretch with the number of tokens decoded.
 
         Yields:
           The continuations, in the order in which they end.

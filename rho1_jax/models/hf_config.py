@@ -98,7 +98,7 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
     families = {family.architecture: family for family in FAMILIES.values()}
     if architecture not in families:
         raise UserError(
-            f"{path}: unknown architecture {reprlib.repr(architecture)[1:-1]}; known are {', '.join(families)}"
+            f"{path}: unknown architecture {reprlib.repr(architecture)[1:-1]}; use one of {', '.join(families)}"
         )
     family = families[architecture]
     for key, value in {**CONSTANTS, **family.constants}.items():

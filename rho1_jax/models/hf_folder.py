@@ -31,7 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def _file_name(text: str) -> str:
-    """A name without folders: a folder's files stay inside it. Links are followed, as Hugging Face's cache needs."""
+    """Refuses a name with folders, which could leave the model's. Links are fine: Hugging Face's cache has them."""
     if {"/", "\\", "\0"} & set(text) or not text.endswith(".safetensors"):
         raise PydanticCustomError("file_name", "input should be the name of a .safetensors file in the same folder")
     return text
@@ -257,7 +257,7 @@ def _expected(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ..
 
 
 def _shown(text: str) -> str:
-    """Text from a file, made fit for a one-line error."""
+    """Text from a file, escaped and shortened for an error of one line."""
     return ascii(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")[1:-1]
 
 

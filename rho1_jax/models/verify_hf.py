@@ -20,7 +20,7 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 
 MAX_TOKENS = 2048
-TEXTS = (  # that tokenizers read differently
+TEXTS = (  # texts that tokenizers often split differently
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1234567890",
     "  two spaces,\ttab\n\n\nand three line ends ",
     "def f(x):\n    return x  # a comment\n",
@@ -77,13 +77,14 @@ def verify_tokens(folder: pathlib.Path) -> None:
       UserError: ids differ (the message names the text), or transformers is not installed.
     """
     transformers = _transformers()
-    tokenizer, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = Tokenizer(folder)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in TEXTS:
-        ids, their_ids = tokenizer.encode_prompt(text), theirs(text)["input_ids"]
-        if ids != their_ids:
+        ids, hf_ids = tokenizer.encode_prompt(text), hf_tokenizer(text)["input_ids"]
+        if ids != hf_ids:
             raise UserError(
-                f"--verify: {folder}: {len(ids)} tokens here, {len(their_ids)} in Transformers "
-                f"({type(theirs).__name__}) for {text!r}"
+                f"--verify: {folder}: {len(ids)} tokens here, {len(hf_ids)} in Transformers "
+                f"({type(hf_tokenizer).__name__}) for {text!r}"
             )
 
 

@@ -13,10 +13,10 @@ def open_tokenizer(path: pathlib.Path, model: ModelConfig, fingerprint: str | No
     Args:
       path: its file or folder.
       model: the model.
-      fingerprint: what was recorded of the tokenizer; None: nothing.
+      fingerprint: the fingerprint recorded for the tokenizer; None: any.
 
     Raises:
-      UserError: there is none, it was replaced, or it has token ids beyond the model's vocabulary.
+      UserError: there is no tokenizer, it was replaced, or it has token ids beyond the model's vocabulary.
     """
     tokenizer = Tokenizer(path, fingerprint)
     if model.vocab_size < tokenizer.vocab_size:

@@ -7,9 +7,9 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Makes a process of `multiprocessing` end when its parent does, even if the parent is killed.
+    """Makes a `multiprocessing` worker end when its parent does, even if the parent is killed.
 
-    Call it first in the process. Ctrl-C, which a terminal sends to both, is left to the parent.
+    Call it first in the worker. The worker ignores Ctrl-C, which a terminal sends to both; the parent handles it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

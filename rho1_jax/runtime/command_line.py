@@ -25,14 +25,14 @@ from rho1_jax.runtime.stopping import Stopped
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 HELP = {"--help", "-help", "--helpshort", "--helpfull", "--helpxml", "-h", "-?"}
-BAD_USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # exit statuses; the last two are those of a shell
-# Errors of a path that a user gave, and of the machine, as opposed to mistakes of ours.
+BAD_USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # exit statuses; the last two follow the shell
+# Errors caused by a path that the user gave, or by the machine. All others are bugs.
 PATH_ERRORS = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY),
 }
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
-# What a TPU's driver creates. Without one, libtpu prints five lines of alarm, except with these two variables.
+# Device files of a TPU's driver. Without a TPU, libtpu prints five lines of warnings unless these variables are set.
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
@@ -51,7 +51,7 @@ def define_config_flag() -> Any:
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):
-    """Loads a config by name or by path, and checks the keys that the command line changes."""
+    """Loads a config by name or by path, and checks the keys that the command line overrides."""
 
     def parse(self, argument: str) -> Any:
         file = _config_file(argument)
@@ -141,12 +141,12 @@ def run(main: Callable[[], None], argument: Any = None) -> None:
     """Parses the flags and runs a command.
 
 
-    A `UserError`, or an error of a file system, ends it with one line on standard error and status 2. Ctrl-C ends it
+    A `UserError`, or a file system error, ends it with one line on standard error and status 2. Ctrl-C ends it
     with status 130, and a closed pipe (`rho1 ... | head`) with 141.
 
     Args:
       main: the command.
-      argument: holder of the flag that an argument without a name sets; None: the command takes no such argument.
+      argument: the flag that a positional argument sets; None: the command takes no positional argument.
     """
     plugins = flags.DEFINE_multi_string(
         "plugin",
@@ -188,7 +188,7 @@ def _parse(argv: Sequence[str], main: Callable[[], None], argument: Any) -> list
 
 
 def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function. Errors that are not mistakes of ours end the program with one line, or with none."""
+    """Calls a function. Errors that are not bugs end the program with one line or none."""
     try:
         result = function(*arguments)
         sys.stdout.flush()  # here a closed pipe can still be caught
@@ -197,7 +197,7 @@ def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         _exit(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        # Threads that write a checkpoint still finish. What Python would do after that can crash in a library.
+        # Threads that write a checkpoint still finish. Python's teardown after that can crash in a library, so skip it.
         atexit.register(os._exit, INTERRUPTED)
         sys.exit(INTERRUPTED)
     except OSError as error:
@@ -213,7 +213,7 @@ def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _stdout_is_closed() -> bool:
-    """True if nobody reads standard output any more. What is still to be printed is then dropped."""
+    """True if nobody reads standard output any more. Buffered output is then dropped."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     closed = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
@@ -235,10 +235,10 @@ def _help(main: Callable[[], None]) -> str:
 
 
 def _exit(error: Exception | str) -> NoReturn:
-    """Prints an error as one line and ends the program. Of several processes with the same error, one prints it."""
+    """Prints an error as one line and ends the program. Of several processes with one error, one prints it."""
     line = " ".join(filter(None, (part.strip() for part in str(error).splitlines())))
     if is_first_with(line):
-        # A path may hold anything, such as a terminal's control characters.
+        # A path may contain anything, such as control characters of a terminal.
         print("error:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr, flush=True)
     peers.leave(BAD_USAGE)
 

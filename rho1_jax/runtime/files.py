@@ -29,7 +29,7 @@ def local_path(text: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:
-    """The parts of a list the user gave.
+    """Splits a list that the user gave.
 
     A path that exists is a single part, even if the separator is in its name. Otherwise, a backslash before a separator
     makes it part of a name.

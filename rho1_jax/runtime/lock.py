@@ -1,7 +1,7 @@
 """A lock on a directory, so that two runs do not write to it at the same time. It works on shared file systems.
 
-The lock is a file that names its owner and that the owner touches regularly. It is stale if its process has ended, or,
-where that cannot be seen from this machine, if it is no longer touched.
+The lock is a file that names its owner. The owner touches it regularly. It is stale if its owner has ended or, if this
+machine cannot tell, once it is no longer touched.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import pydantic
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.schema import parse_json
 
-LOCK_FILE = "lock"  # in a directory of its own
+LOCK_FILE = "lock"  # its name in a directory that a command has to itself
 TOUCH_SECONDS = 10.0
-SETTLE_SECONDS = 0.5  # longer than between looking at a stale lock and replacing it
-STALE_SECONDS = 45.0  # untouched for so long, a lock of another machine is stale
+SETTLE_SECONDS = 0.5  # longer than it takes to read a stale lock and replace it
+STALE_SECONDS = 45.0  # a lock of another machine is stale if untouched for this long
 
 
 class Owner(pydantic.BaseModel):
@@ -30,10 +30,11 @@ class Owner(pydantic.BaseModel):
 
     Attributes:
       host: name of its machine.
-      machine: boot and process namespace, within which a process is known by its id and start; empty: unknown.
+      machine: ids of the boot and the process namespace, within which id and start time identify a process; empty:
+        unknown.
       process: its id.
       process_start: clock ticks from boot to its start.
-      since: when it took the lock, for people.
+      since: when it took the lock, to show to users.
       token: makes each owner unique.
     """
 
@@ -46,7 +47,7 @@ class Owner(pydantic.BaseModel):
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """The owner that this process is."""
+        """This process as an owner."""
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         return cls(
             host=socket.gethostname(),
@@ -68,7 +69,7 @@ def _machine() -> str:
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ""
 
 
@@ -134,7 +135,7 @@ def _check_stale(path: pathlib.Path, text: str, what: str) -> None:
         ended, name = None, "an unknown process"
     if ended is None:
         touched = _touched(path)
-        print(f"{what} is locked by {name}; waiting to see whether it still runs", file=sys.stderr, flush=True)
+        print(f"{what} is locked by {name}; waiting to see whether it is still running", file=sys.stderr, flush=True)
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline and _touched(path) == touched:
             time.sleep(1)
@@ -144,7 +145,7 @@ def _check_stale(path: pathlib.Path, text: str, what: str) -> None:
 
 
 def _take_over(path: pathlib.Path, stale: str, mine: str) -> bool:
-    """Replaces a stale lock. False if another process did so first, or at the same time and later."""
+    """Replaces a stale lock. False if another process replaced it first, or overwrote this lock."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     beside.write_text(mine)
     if _read(path) != stale:
@@ -170,11 +171,12 @@ def _touched(path: pathlib.Path) -> float | None:
 
 
 def _keep(path: pathlib.Path, mine: str, what: str, ended: threading.Event) -> None:
-    """Touches the lock until `ended`. If another process took it over, this one must not write any more, and ends."""
+    """Touches the lock until `ended` is set. If another process took it over, this one must not write, so it ends."""
     while not ended.wait(TOUCH_SECONDS):
         text = _read(path)
         if text is not None and text != mine:
-            print(f"error: another process took over {what}, as this one did not answer", file=sys.stderr, flush=True)
+            error = f"error: another process took over {what}, since this one stopped responding"
+            print(error, file=sys.stderr, flush=True)
             os._exit(1)
         with contextlib.suppress(OSError):
             os.utime(path)

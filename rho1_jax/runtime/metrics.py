@@ -31,7 +31,7 @@ def _number(value: object) -> object:
 
 
 class Line(TypedDict, extra_items=Annotated[Any, pydantic.AfterValidator(_number)]):  # type: ignore[call-arg]
-    """A line of metrics.jsonl: the step, and a number for each metric. NaN is one of them."""
+    """A line of metrics.jsonl: the step, and a number for each metric. NaN counts as a number."""
 
     step: int
 
@@ -39,7 +39,7 @@ class Line(TypedDict, extra_items=Annotated[Any, pydantic.AfterValidator(_number
 class MetricsWriter:
     """Appends metrics to metrics.jsonl, one JSON object per line, and to a TensorBoard event file.
 
-    While the files cannot be written, metrics are lost, with one warning, and the run continues.
+    If the files cannot be written, it warns once, drops the metrics, and the run continues.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
@@ -56,12 +56,12 @@ class MetricsWriter:
         with replacing(self._path) as temporary:
             temporary.write_bytes(b"".join(kept))
         self._events = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        # TensorBoard hides what earlier files hold of the steps from here on.
+        # Makes TensorBoard hide the steps from here on in earlier files.
         restart = Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._header = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + _record(restart)
         folder.mkdir(exist_ok=True)
         _append(self._events, self._header)
-        self._lost = 0  # steps whose metrics could not be written, since they last could
+        self._lost = 0  # steps whose metrics were lost since the last one that was written
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write one step's metrics to disk."""
@@ -79,11 +79,11 @@ class MetricsWriter:
             self._lost += 1
         else:
             if self._lost:
-                _warn(f"step {step}: {self._path} is written again; the metrics of {self._lost} steps are lost")
+                _warn(f"step {step}: can write {self._path} again; the metrics of {self._lost} steps are lost")
             self._lost = 0
 
     def close(self) -> None:
-        """Report steps whose metrics were lost up to the end."""
+        """Report metrics that were lost up to the end of the run."""
         if self._lost:
             _warn(f"{self._path}: the metrics of the last {self._lost} logged steps are lost")
 
@@ -93,7 +93,7 @@ def _warn(text: str) -> None:
 
 
 def _append(path: pathlib.Path, data: bytes, header: bytes = b"") -> None:
-    """Appends to a file, opened anew since it may have been removed: everything or, if the disk is full, nothing."""
+    """Appends all of the data or, if the disk is full, none. Opens the file again, since it may have been removed."""
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         data = data if end else header + data
@@ -103,7 +103,7 @@ def _append(path: pathlib.Path, data: bytes, header: bytes = b"") -> None:
 
 
 def _record(event: Event) -> bytes:
-    """An event as it stands in an event file: its length and its content, each with a checksum."""
+    """An event in the format of event files: its length and its content, each followed by a checksum."""
     content = event.SerializeToString()
     length = struct.pack("<Q", len(content))
     checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))

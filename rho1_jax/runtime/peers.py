@@ -1,7 +1,7 @@
 """Notice within seconds that another process of the run has died, and end with one line that names it.
 
-Every process keeps a connection to process 0. A connection that closes before its process said that it was done, or
-that is silent for too long, means that the process is gone.
+Every process keeps a connection to process 0. A process is gone if its connection closes before the process reports
+that it is done, or stays silent for too long.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ def watch(host: str) -> None:
     """Starts to watch the other processes. All of them must call it.
 
     Args:
-      host: where the others reach process 0, used in process 0 only.
+      host: the address at which the others reach process 0; used only in process 0.
     """
     global _watch
     _watch = _Watch(host)
 
 
 def done() -> None:
-    """Call it when the command has ended as it should. Process 0 returns when all have done so."""
+    """Reports that the command ended normally. In process 0, it waits until all others have reported it."""
     if _watch:
         _watch.done()
 
 
 def leave(status: int) -> NoReturn:
-    """Exits with a status. In a run of several processes, it exits at once, as no other would answer at a barrier."""
+    """Exits with a status. In a run of several processes, it skips the teardown, whose barrier nobody would reach."""
     if _watch:
         sys.stdout.flush()
         os._exit(status)
@@ -52,7 +52,7 @@ def leave(status: int) -> NoReturn:
 
 
 def wait_for_verdict() -> None:
-    """Call it on an error that another process may have caused: if one is gone, this process ends with that line."""
+    """Waits after an error that another process may have caused. If one is gone, this process ends with that line."""
     if _watch:
         time.sleep(PING_SECONDS)
 
@@ -83,7 +83,7 @@ class _Watch:
         threading.Thread(target=self._ping, daemon=True).start()
 
     def done(self) -> None:
-        if jax.process_index() == 0:  # the service that the others say goodbye to
+        if jax.process_index() == 0:  # it runs the service that the others sign off from
             for reader in self._readers:
                 reader.join()
             self._send(DONE, 0)
@@ -120,7 +120,7 @@ class _Watch:
 
 
 def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
-    """Connections from `count` processes that know the token, by their number."""
+    """Connections from `count` processes that know the token, by process number."""
     peers: dict[int, socket.socket] = {}
     while len(peers) < count:
         connection, _ = listener.accept()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax._src import distributed  # jax.distributed does not publish the store that all processes share
+from jax._src import distributed  # jax.distributed does not expose the store that all processes share
 from jax.experimental import multihost_utils
 
 from rho1_jax.runtime import peers, stopping
@@ -45,7 +45,7 @@ def start(value: str) -> None:
         except ValueError:
             raise UserError(f"--distributed={value} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX") from None
     try:
-        # Without this, processes end with stack dumps as soon as process 0 is gone. `peers` says which one has died.
+        # Without this, processes end with stack dumps as soon as process 0 is gone. `peers` reports which one died.
         jax.config.update("jax_enable_recoverability", True)
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
@@ -55,7 +55,7 @@ def start(value: str) -> None:
 
 
 def _own_address() -> str:
-    """The address under which this machine reaches others. No packet is sent."""
+    """The address from which this machine reaches others. Sends no packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         return probe.getsockname()[0]
@@ -67,7 +67,7 @@ def is_first() -> bool:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """What each process passes, by its number. All must call it. `value` is anything that JSON can hold."""
+    """Gathers a JSON value from each process, ordered by process number. All of them must call it."""
     text = json.dumps(value).encode()
     longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
     texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
@@ -75,7 +75,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def is_first_with(text: str) -> bool:
-    """True on the process that calls this first with a text, and False on those that follow it with the same text."""
+    """True in the process that is the first to pass a text, False in those that pass the same text later."""
     client = distributed.global_state.client
     try:
         if client is not None:

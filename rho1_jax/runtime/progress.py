@@ -55,7 +55,7 @@ class Progress:
             self._print_line()
 
     def _count_from(self, done: int) -> None:
-        """Start to measure the rate."""
+        """Start measuring the rate here."""
         self._counted_from, self._counted_since = done, time.monotonic()
         if self._terminal:
             self._bar.initial = self._bar.n = self._bar.last_print_n = done

@@ -20,11 +20,11 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter:
 def parse_json(text: str | bytes, kind: type[T], where: object) -> T:
     """JSON text as an instance of a type: a dataclass, a pydantic model, dict[str, int] and so on.
 
-    Types are strict: "3" is no integer. Use pydantic.FiniteFloat for numbers, since JSON here may contain NaN.
+    Types are strict: "3" is not an integer. Use pydantic.FiniteFloat for numbers, since JSON here may contain NaN.
 
     Args:
       text: the JSON.
-      kind: what it must hold.
+      kind: the type.
       where: its file, or file and line, for errors.
 
     Raises:

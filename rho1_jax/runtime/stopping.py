@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 def listen() -> None:
-    """Handles SIGTERM and SIGINT from now on. For commands that save; call it in the main thread, once."""
+    """Handles SIGTERM and SIGINT from now on. Commands that save call it once, in the main thread."""
     global _listening
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -49,10 +49,10 @@ def handle_signals() -> None:
 
 
 def save_on_stop(grace_seconds: float = GRACE_SECONDS) -> None:
-    """Lets the command save its work when it is asked to stop. Before this call, it just ends.
+    """Lets the command save its work when it is asked to stop. Before this call, a signal just ends it.
 
     Args:
-      grace_seconds: after so many seconds, the process ends even if it has not saved.
+      grace_seconds: seconds after which the process ends even if it has not saved.
     """
     global _grace_seconds
     _grace_seconds = grace_seconds
@@ -64,10 +64,10 @@ def requested() -> bool:
 
 
 def vote() -> Callable[[], bool]:
-    """Starts to ask whether any process was asked to stop; the result, called, gives an answer that all share.
+    """Starts a vote on whether any process was asked to stop. Call the result for the answer that all processes share.
 
     Call it at the same place in every process, under `jax.set_mesh` if there are several. It costs one small
-    all-reduce, dispatched behind what is running.
+    all-reduce, queued after the running step.
     """
     if jax.process_count() == 1:
         return requested
@@ -90,7 +90,7 @@ def check(message: str) -> None:
 
 
 def _watch(pipe: int) -> None:
-    """Reacts to each signal. Runs in a thread of its own."""
+    """Reacts to each signal. Runs in its own thread."""
     first_time: float | None = None
     while True:
         number = os.read(pipe, 1)[0]
@@ -102,7 +102,7 @@ def _watch(pipe: int) -> None:
         elif first_time is None:
             first_time = time.monotonic()
             _requested.set()
-            _print(f"{name}: saving and stopping, within {grace:.0f} seconds; signal again to stop at once")
+            _print(f"{name}: saving and stopping within {grace:.0f} seconds; send a second signal to stop at once")
             timeout = threading.Timer(grace, _end, (f"not saved within {grace:.0f} seconds", 1))
             timeout.daemon = True
             timeout.start()

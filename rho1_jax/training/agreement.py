@@ -1,4 +1,4 @@
-"""Before the first step, all processes of a run compare what they were started with."""
+"""Compares what the processes of a run were started with, before the first step."""
 
 import hashlib
 import pathlib
@@ -56,7 +56,7 @@ def _sources() -> dict[str, pathlib.Path]:
 
 
 def _content(path: str, key: str) -> dict[str, str]:
-    """Size and samples of each file of a model, so that two models of one shape differ."""
+    """A digest of each file of a model, so that two models of the same shape differ."""
     folder = pathlib.Path(path)
     if not (folder / "config.json").is_file() or checkpoint.steps(folder):
         folder = checkpoint.find(path, key)

@@ -62,7 +62,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Created once no damaged checkpoint is left that it could count."""
+        """Created on first use, when damaged checkpoints have been renamed, since it would count them."""
         for step in steps(self._workdir) if self._best else ():
             with contextlib.suppress(DamagedCheckpoint):
                 self._evaluated(step, read_description(at(self._workdir, step)).metrics)
@@ -73,7 +73,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=retention_policy(self._keep, self._keep_every, self._best),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # reads no file of Orbax that may be damaged
+                lightweight_initialize=True,  # skips files of Orbax that may be damaged
             ),
         )
 
@@ -87,7 +87,7 @@ class Checkpoints:
         return load_meta(at(self._workdir, saved_steps[-1])) if saved_steps else None
 
     def newest(self, abstract: TrainState, check: Callable[[Meta], None]) -> tuple[TrainState, Meta] | None:
-        """Restores the newest checkpoint that is whole; None if the run has no checkpoint.
+        """Restores the newest intact checkpoint; None if the run has no checkpoint.
 
         Damaged ones are reported and renamed to STEP.damaged, but only if there is an older one to use instead.
 
@@ -131,7 +131,7 @@ class Checkpoints:
         say(f"{checkpoint} is damaged: {error.problem}; renamed it to {name}")
 
     def save(self, state: TrainState, meta: Meta, metrics: Mapping[str, float]) -> None:
-        """Starts to save. The arrays may be donated once this returns. Skips what is None in the state.
+        """Starts to save. The arrays may be donated once this returns. Skips items of the state that are None.
 
         Args:
           state: the state after `meta.step` updates.
@@ -173,7 +173,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Turns what Orbax raises if it cannot write into a UserError."""
+        """Turns any error that Orbax raises while it writes into a UserError."""
         try:
             yield
         except Exception as error:
@@ -245,7 +245,8 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
         there = shape_text("", stored[name].shape) if name in stored else "missing"
         here = shape_text("", wanted[name].shape) if name in wanted else "missing"
         if there != here:
-            raise UserError(f"{checkpoint}: does not fit the model: {item}/{name} is {there} there, but {here} here")
+            sizes = f"{item}/{name} is {there} in the file, but {here} in the model"
+            raise UserError(f"{checkpoint} does not fit the model: {sizes}")
     leaves, structure = jax.tree.flatten(abstract)
     as_stored = [
         jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(stored[name].dtype), sharding=leaf.sharding)
@@ -261,7 +262,7 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
         for name, array in stored.items():
             if sums[name] != array.checksum:
                 raise DamagedCheckpoint(checkpoint, f"{item}/{name} does not match its checksum")
-    for number, leaf in enumerate(leaves):  # one by one, so that the memory of each is free before the next is cast
+    for number, leaf in enumerate(leaves):  # one by one, so that each is freed before the next is cast
         if restored[number].dtype != leaf.dtype:
             on_device = jax.device_put(restored[number], jax.memory.Space.Device)
             restored[number] = jax.device_put(on_device.astype(leaf.dtype), leaf.sharding)
@@ -308,7 +309,7 @@ def tokenizer_path(checkpoint: pathlib.Path) -> pathlib.Path:
 
 
 def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and array, as stored, of each parameter of a checkpoint directory; one in memory at a time.
+    """Yields the path and array of each parameter in a checkpoint, as stored, with one in memory at a time.
 
     Raises:
       UserError: an array is damaged, or contains NaN or infinity.

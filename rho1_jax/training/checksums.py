@@ -1,4 +1,4 @@
-"""Checksums of arrays: of every bit and its place, the same on every mesh and in NumPy."""
+"""Checksums of arrays. They cover every bit and its position, and are the same on every mesh and in NumPy."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ def checksums(tree: Any) -> dict[str, int]:
     """The checksum of each array in a tree, by path.
 
     A checksum is a sum modulo 2**32, with one term per element. The term is a bijective mix of the element's bits and
-    its index, so a change of one element always changes the sum. Other changes go unnoticed once in 2**32 times.
+    its index, so a change of one element always changes the sum. Other changes go unnoticed with probability 2**-32.
     Each device adds up its own part of an array; nothing is gathered.
     """
     return _fetch(functools.partial(_sum_of_terms, mix=_murmur), tree)
@@ -53,7 +53,7 @@ def numpy_checksum(array: np.ndarray) -> int:
 def fingerprint(params: Params) -> str:
     """A hash, in hex, of the names, shapes, dtypes and bits of parameters, the same on every mesh.
 
-    Older runs recorded it, so it keeps a mix of its own, in which some swaps of two elements cancel out.
+    Older runs recorded it, so it keeps its weaker mix, which misses some swaps of two elements.
     """
     leaves = named_leaves(params)
     sums = _fetch(functools.partial(_sum_of_terms, mix=_short_mix), params)

@@ -114,7 +114,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     """Checks each value against the type that configs/default.py gives its key.
 
     Raises:
-      UserError: a value is out of range, not finite, or not one of those allowed. It names the key.
+      UserError: a value is out of range, not finite, or not one of those allowed. The message names the key.
     """
     try:
         pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(config.to_dict()), strict=True)

@@ -38,8 +38,8 @@ class Meta(NamedTuple):
       reference: path and fingerprint of the reference model; None if the run has none.
       format_version: version of the format on disk, see `runtime.formats`.
       permuted_rows: True if the rows of a step are permuted; older runs keep their order.
-      health: of the run so far, as `training.health.Health` counts it; None: no step was made.
-      pending: what is logged of the last step, if its evaluation is still to do.
+      health: the fields of `training.health.Health` after this step; None before the first step.
+      pending: the metrics of the last step if its evaluation is still to be done; otherwise None.
     """
 
     step: int
@@ -64,7 +64,7 @@ class StoredArray(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a checkpoint's JSON says.
+    """The content of a checkpoint's JSON.
 
     Attributes:
       meta: the run.
@@ -77,7 +77,7 @@ class Description(NamedTuple):
     metrics: Mapping[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of `meta` beside those of this tuple, and a checksum of them all."""
+        """The fields of `meta`, the arrays and the metrics, with a checksum of them all."""
         stored = self.meta._asdict() | {"arrays": self.arrays, "metrics": dict(self.metrics)}
         return stored | {SHA256: _digest(stored)}
 
@@ -86,7 +86,7 @@ def read_description(checkpoint: pathlib.Path) -> Description:
     """Reads and verifies a checkpoint's JSON.
 
     Raises:
-      DamagedCheckpoint: it is missing, is not JSON, does not match its checksum, or is that of another step.
+      DamagedCheckpoint: it is missing, is not JSON, does not match its checksum, or belongs to another step.
       UserError: a newer version wrote it, or its config has a key that this version does not know.
     """
     path = checkpoint.absolute() / META_FILE
@@ -104,7 +104,7 @@ def read_description(checkpoint: pathlib.Path) -> Description:
         if arrays is not None:
             arrays = parse_json(json.dumps(arrays), dict[str, StoredArray], META_FILE)
     if checkpoint.name.isdecimal() and int(checkpoint.name) != meta.step:
-        raise DamagedCheckpoint(checkpoint, f"{META_FILE} is that of step {meta.step}")
+        raise DamagedCheckpoint(checkpoint, f"{META_FILE} belongs to step {meta.step}")
     config = complete(meta.config, str(checkpoint))
     return Description(meta._replace(config=config, format_version=formats.FORMAT_VERSION), arrays, metrics)
 

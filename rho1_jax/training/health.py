@@ -9,15 +9,15 @@ SPIKE_DEVIATIONS = 6.0
 
 
 class Health(NamedTuple):
-    """What a run remembers of its steps. A checkpoint holds it, so that a resumed run counts on.
+    """Counts and averages over the steps of a run. Checkpoints store them, so a resumed run continues them.
 
     Attributes:
       skipped_steps: steps without an update, because their loss, gradient or a signal was not finite.
-      skipped_in_a_row: those since the last step with an update.
+      skipped_in_a_row: skipped steps since the last update.
       loss_spikes: steps whose loss was SPIKE_DEVIATIONS standard deviations above the running mean.
       loss_mean: running mean of the loss, in nats.
       loss_variance: running variance of the loss.
-      steps: steps in the two.
+      steps: number of steps in the mean and the variance.
     """
 
     skipped_steps: int = 0
@@ -49,13 +49,13 @@ class Health(NamedTuple):
 
 
 def advice(metrics: Mapping[str, float], health: Health) -> str:
-    """What to try after a skipped step, by its metrics."""
+    """Suggests what to try after a skipped step with these metrics."""
     if not math.isfinite(metrics.get("reference_loss", 0.0)):
-        return "the reference's losses are not finite on these rows: look at the rows and at the reference"
+        return "the reference's losses are not finite on these rows: check the rows and the reference"
     if health.steps == 0:
-        return "no step of this run had a finite loss: look at the starting weights, config.model and the data"
+        return "no step of this run had a finite loss: check the starting weights, config.model and the data"
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
-        return "a signal that selection reads is not finite on these rows: look at config.data.external"
+        return "a signal that selection reads is not finite on these rows: check config.data.external"
     return (
         "try a lower config.optimizer.learning_rate from an earlier checkpoint, or config.model.compute_dtype=float32"
     )

@@ -38,7 +38,7 @@ class Step(Protocol):
 
 
 class _Dispatched(NamedTuple):
-    """A step that was given to the devices: its number, its rows, and what will come of it."""
+    """A step that the devices are running: its number, its rows, and its results."""
 
     number: int
     batch: Batch
@@ -73,8 +73,8 @@ class Loop:
         """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs.
 
         Raises:
-          Stopped: the run was asked to stop. It is saved.
-          UserError: too many steps in a row were skipped. The run is saved, and the rows of the last one.
+          Stopped: the run was asked to stop, and is saved.
+          UserError: too many steps in a row were skipped. The run and the rows of the last one are saved.
         """
         try:
             with self.progress:
@@ -86,7 +86,7 @@ class Loop:
         return state.params
 
     def steps(self, state: TrainState, step: Step, batches: Iterator[Batch]) -> TrainState:
-        """The steps themselves. Returns the last state."""
+        """Runs the steps. Returns the last state."""
         config, waiting = self.config, None
         if self.meta.pending:
             self.evaluate_pending(state, self.meta.pending)
@@ -127,7 +127,7 @@ class Loop:
     def evaluate_pending(self, state: TrainState, line: dict[str, float]) -> dict[str, float]:
         """Evaluates the last step, logs it, and returns the evaluations.
 
-        If it is asked to stop meanwhile, it saves the state, and the resumed run evaluates.
+        If the run is asked to stop meanwhile, it saves the state, and the resumed run does the evaluation.
 
         Raises:
           Stopped: the run was asked to stop.
@@ -155,7 +155,7 @@ class Loop:
         self.clock += time.monotonic() - start
 
     def count(self, done: _Dispatched) -> dict[str, float]:
-        """Counts a step, and returns what is logged of it, except for evaluations."""
+        """Counts a step, and returns its metrics for the log, without evaluations."""
         metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
         selected = 0 if metrics["skipped"] else int(metrics["selected_count"])
         learning_rate = float(self.schedule(done.number - 1 - self.health.skipped_steps))
@@ -179,7 +179,7 @@ class Loop:
         }
 
     def log(self, number: int, line: dict[str, float], evaluations: dict[str, float]) -> None:
-        """Shows a step, and writes its metrics if it is one of those that are logged."""
+        """Shows a step, and writes its metrics if this step is logged."""
         note = " ".join([f"loss {line['loss']:.3f}" if "loss" in line else "skipped", *_notes(evaluations)])
         self.progress.advance_to(number, note)
         if self.writer and (evaluations or number % self.config.log_every == 0 or number == self.config.steps):
@@ -196,12 +196,12 @@ class Loop:
         return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
 
     def stopped(self) -> Stopped:
-        """What to raise once the run is saved."""
+        """Waits until the run is saved. Returns the exception to raise."""
         self.checkpoints.close()
         return Stopped(f"stopped after step {self.meta.step} of {self.config.steps}; the same command resumes there")
 
     def stop(self, done: _Dispatched) -> None:
-        """Ends a run that is saved: as asked, or because it fails, with the rows of its last step beside it."""
+        """Ends a run that is saved, on request or because it fails. Then it also writes the rows of the last step."""
         if not self.is_failing:
             raise self.stopped()
         path = self.workdir / SKIPPED_DIR / f"step_{done.number}_process_{jax.process_index()}.npz"
@@ -213,7 +213,7 @@ class Loop:
         metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
         raise UserError(
             f"the last {self.health.skipped_in_a_row} steps were skipped, up to step {done.number}: {_shown(metrics)}. "
-            f"The rows of the last one are in {path}, the state is the checkpoint of that step; "
+            f"The rows of the last one are in {path}, and the state is in the checkpoint of that step; "
             f"{health.advice(metrics, self.health)}"
         )
 

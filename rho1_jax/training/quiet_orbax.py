@@ -13,7 +13,7 @@ SHOWN = 160  # characters of an error
 
 
 def one_line(error: Exception) -> str:
-    """The system's reason for an error of Orbax or TensorStore or, if there is none, the start of what it says."""
+    """The system's reason for an error of Orbax or TensorStore or, if it gives none, the start of the message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -24,7 +24,7 @@ def one_line(error: Exception) -> str:
 
 
 def hide_complaints() -> None:
-    """Hides what Orbax prints beside the error that it raises.
+    """Hides what Orbax prints in addition to the error that it raises.
 
     When one read or write fails, Orbax logs the error in each of its threads. It also abandons the other reads and
     writes and closes their event loop, so each of them complains when it ends.
@@ -37,7 +37,7 @@ def hide_complaints() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _ExceptOrbax:
-    """A hook for exceptions that cannot be raised, which leaves out those of abandoned reads and writes."""
+    """A `sys.unraisablehook` that skips exceptions of abandoned reads and writes."""
 
     report: Callable[[Any], Any]
 

@@ -32,14 +32,14 @@ def check_retention(config: ml_collections.ConfigDict) -> None:
 
 
 class _Scored(NamedTuple):
-    """What `BestN` reads of a checkpoint."""
+    """A checkpoint as `BestN` expects it."""
 
     metrics: float | None
 
 
 @dataclasses.dataclass
 class KeepBest(policies.PreservationPolicy):
-    """Keeps the checkpoint with the best value of a metric; of equal ones, the newest.
+    """Keeps the checkpoint with the best value of a metric, and the newest of equal ones.
 
     Attributes:
       metric: its name, which ends in a key of LOWER_IS_BETTER.
@@ -52,7 +52,7 @@ class KeepBest(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        """True for the best checkpoint, as Orbax asks for it."""
+        """True for the best checkpoint. Orbax calls it."""
         values = [self.values.get(info.step, math.nan) for info in checkpoints]
         scored = [_Scored(value if math.isfinite(value) else None) for value in values]
         best = policies.BestN(
@@ -65,7 +65,7 @@ class KeepBest(policies.PreservationPolicy):
 
 
 def retention_policy(keep: int, keep_every: int, best: KeepBest | None) -> policies.PreservationPolicy:
-    """Keeps what any of the three keys of config.checkpoint asks for."""
+    """Keeps every checkpoint that any of the three keys of config.checkpoint asks for."""
     chosen: list[policies.PreservationPolicy] = [policies.LatestN(keep or None)]
     if keep_every:
         chosen.append(policies.EveryNSteps(keep_every))

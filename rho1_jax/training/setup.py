@@ -48,7 +48,7 @@ FIXED_ON_RESUME = (
 # Except these, which may change with the machine.
 FREE_ON_RESUME = tuple(f"config.model.{name}" for name in RUN_SETTINGS)
 
-# What the description of a run remembers of its progress.
+# Fields of `Meta` that a resumed run takes from its checkpoint.
 PROGRESS = ("step", "tokens_seen", "tokens_selected", "permuted_rows", "health", "pending")
 
 
@@ -258,7 +258,7 @@ def check_resume(saved: Meta, meta: Meta) -> None:
 
 
 def _changed_schedules(saved: Meta, config: dict[str, Any]) -> str:
-    """What another number of steps does to the schedules of a run."""
+    """Describes how a changed number of steps changes the schedules of a run."""
     before, after = (
         float(learning_rate_schedule(OptimizerConfig(**c["optimizer"]), c["steps"])(saved.step))
         for c in (saved.config, config)
@@ -266,8 +266,8 @@ def _changed_schedules(saved: Meta, config: dict[str, Any]) -> str:
     text = f"the learning rate of step {saved.step + 1} stays {after:.3g}"
     if before != after:
         text = (
-            f"the learning rate schedule now spans {config['steps']} steps: that of step {saved.step + 1} changes from "
-            f"{before:.3g} to {after:.3g}. To keep the old one, set "
+            f"the learning rate schedule now spans {config['steps']} steps: at step {saved.step + 1} the rate changes "
+            f"from {before:.3g} to {after:.3g}. To keep the old one, set "
             f"config.optimizer.schedule_steps={saved.config['optimizer']['schedule_steps'] or saved.config['steps']}"
         )
     if config["selection"]["schedule"] != "constant" or config["selection"]["dense_fraction"]:

@@ -1,4 +1,4 @@
-"""No input file, template or manifest gives anything but a UserError or a BadRecord."""
+"""No input file, template or manifest raises anything except UserError or BadRecord."""
 
 import contextlib
 import gzip

@@ -66,8 +66,8 @@ def another_data_set(corpus, tokenizer, folder) -> pathlib.Path:
 
 def test_whole_data_and_scores_are_verified(scores, rows):
     assert verify(rows) == [
-        f"{rows}: 5 files are as they were written",
-        f"{scores}: 1 files are as they were written",
+        f"{rows}: 5 files match their checksums",
+        f"{scores}: 1 files match their checksums",
     ]
     assert verify(scores) == verify(rows)[1:]
     assert list(Store(rows).manifest["files"]) == [
@@ -103,11 +103,11 @@ def test_a_byte_in_the_middle_of_a_file_is_found_by_verify(rows):
         (TRAIN, lambda path: path.write_bytes(b""), "has 0 bytes instead of"),
         (TRAIN, lambda path: path.write_bytes(path.read_bytes()[:70_000]), "has 70,000 bytes instead of"),
         (TRAIN, lambda path: flip(path, 100), "was changed"),
-        (TRAIN, lambda path: shutil.copyfile(path, path.with_name("more")), "more is not a file of .*: its manifest"),
+        (TRAIN, lambda path: shutil.copyfile(path, path.with_name("more")), "more is not listed in the manifest of"),
         (INFO, lambda path: path.unlink(), "dataset_info.json is missing"),
         (INFO, lambda path: flip(path, 30), "dataset_info.json was changed"),
         ("tokenizer/tokenizer.model", lambda path: flip(path, 3000), "tokenizer.model was changed"),
-        ("tokenizer/tokenizer_config.json", lambda path: path.write_text("{}"), "is not a file of"),
+        ("tokenizer/tokenizer_config.json", lambda path: path.write_text("{}"), "is not listed in the manifest of"),
         ("manifest.json", lambda path: path.unlink(), "no prepared data set here; make one with `rho1 prepare`"),
         ("manifest.json", lambda path: path.write_text(path.read_text()[:300]), "manifest.json: not JSON: EOF"),
         ("manifest.json", lambda path: path.write_text("[]"), r"manifest.json: input should be an object, not \[\]"),
@@ -116,7 +116,7 @@ def test_a_byte_in_the_middle_of_a_file_is_found_by_verify(rows):
         (
             "manifest.json",
             lambda path: path.write_text(path.read_text().replace('"seq_len": 16', '"seq_len": 8')),
-            "manifest.json was edited: its checksum does not fit",
+            "manifest.json was edited: its checksum does not match",
         ),
         (
             "manifest.json",
@@ -177,7 +177,7 @@ def test_damage_without_checksums_gives_one_line(old, name, damage, message):
 def test_verify_says_what_an_older_data_set_lacks(old):
     data, scores = verify(old)
     assert "an older version wrote it without checksums" in data and "prepare it again" in data
-    assert scores.endswith("scores/stored: 2 files are as they were written")
+    assert scores.endswith("scores/stored: 2 files match their checksums")
 
 
 def test_a_row_that_cannot_be_read_is_named(old):
@@ -271,7 +271,7 @@ def test_scores_that_are_not_finite_are_not_written(rows, value, dtype):
 
 def test_the_command(rows, tmp_path):
     done = run_command("rho1_jax.cli", "verify", str(rows))
-    assert (done.returncode, done.stdout) == (0, f"{rows}: 5 files are as they were written\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{rows}: 5 files match their checksums\n"), done.stderr
     flip(rows / TRAIN, 100)
     done = run_command("rho1_jax.cli", "verify", str(rows))
     assert done.returncode == 2 and done.stderr.startswith(f"error: {rows / TRAIN} was changed")

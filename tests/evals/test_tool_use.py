@@ -14,7 +14,7 @@ PROGRAM = "```python\nprint(1)\n```\n"
 
 
 class Rows:
-    """Stands for a generator with some rows. Each prompt has two programs and then an answer."""
+    """A stand-in for a generator with a few rows. Each prompt gets two programs and then an answer."""
 
     def __init__(self, rows, on_end=lambda: None):
         self.rows, self.on_end, self.prompts = rows, on_end, []
@@ -28,7 +28,7 @@ class Rows:
 
 
 class Live(set):
-    """The sandboxes that run now, and the highest number that ran."""
+    """The sandboxes that run now, and the most that ran at once."""
 
     highest = 0
 

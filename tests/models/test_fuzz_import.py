@@ -1,4 +1,4 @@
-"""Whatever a Hugging Face folder holds, it is either read or refused with a `UserError`."""
+"""Any Hugging Face folder is either read or refused with a `UserError`."""
 
 import contextlib
 import json

@@ -124,7 +124,7 @@ def test_tensors_that_do_not_match_are_named_and_nothing_is_written(copy, edit, 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture GPT2LMHeadModel; known are LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture GPT2LMHeadModel; use one of LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),

@@ -1,4 +1,4 @@
-"""What all commands share: overrides of the config, errors of one line, Ctrl-C, closed pipes and libtpu's alarms."""
+"""What all commands share: overrides of the config, errors of one line, Ctrl-C, closed pipes and libtpu's warnings."""
 
 import errno
 import os
@@ -171,7 +171,7 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback():
     assert (command.wait(timeout=60), command.stderr.read()) == (141, "")
 
 
-def test_without_a_tpu_libtpu_raises_no_alarm(run_main, monkeypatch, tmp_path):
+def test_without_a_tpu_libtpu_prints_no_warning(run_main, monkeypatch, tmp_path):
     """With one, nothing is set: its driver and the environment describe it."""
     for name in command_line.NO_TPU:
         monkeypatch.delenv(name, raising=False)

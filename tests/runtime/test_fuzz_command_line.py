@@ -1,4 +1,4 @@
-"""Whatever stands on the command line, a command runs or ends with one line and status 2."""
+"""With any arguments, a command runs, or ends with one line and status 2."""
 
 import contextlib
 import io

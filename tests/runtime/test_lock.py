@@ -51,7 +51,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_id_that_was_given_again_does_not_keep_the_lock(tmp_path):
+def test_a_reused_process_id_does_not_keep_the_lock(tmp_path):
     other = Owner.this_process().model_copy(update={"process_start": 1})
     (tmp_path / "lock").write_text(other.model_dump_json())
     with locked(tmp_path / "lock", "runs/slm"):
@@ -76,19 +76,19 @@ def test_the_lock_of_another_machine_is_stale_once_it_is_no_longer_touched(tmp_p
     thread.join()
     with locked(path, "runs/slm"):
         pass
-    assert "waiting to see whether it still runs" in capsys.readouterr().err
+    assert "waiting to see whether it is still running" in capsys.readouterr().err
 
 
 def test_of_many_that_start_at_once_one_gets_a_stale_lock(tmp_path):
     stale = Owner.this_process().model_copy(update={"process_start": 1}).model_dump_json()
-    path, held, most = tmp_path / "lock", [], []
+    path, held, counts = tmp_path / "lock", [], []
     path.write_text(stale)
 
     def take():
         try:
             with locked(path, "runs/slm"):
                 held.append(1)
-                most.append(len(held))
+                counts.append(len(held))
                 time.sleep(0.3)
                 held.pop()
         except UserError:
@@ -99,10 +99,10 @@ def test_of_many_that_start_at_once_one_gets_a_stale_lock(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most and max(most) == 1
+    assert counts and max(counts) == 1
 
 
-def test_a_lock_that_is_no_lock_is_not_trusted_at_once(tmp_path, monkeypatch):
+def test_an_unreadable_lock_is_not_taken_over_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
     (tmp_path / "lock").write_text("[]")
     start = time.monotonic()

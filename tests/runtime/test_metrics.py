@@ -103,7 +103,7 @@ def lose(writer, path, capsys, restore):
     writer.close()
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: step 2: ") and "Training continues, but metrics are lost" in first
-    assert second == f"warning: step 4: {path}/metrics.jsonl is written again; the metrics of 2 steps are lost"
+    assert second == f"warning: step 4: can write {path}/metrics.jsonl again; the metrics of 2 steps are lost"
     return first
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_loses_metrics_with_one_warning_and_cuts_no_line(tmp_path, c
     assert steps(tmp_path) == [1, 4] and [step for step, _ in events(tmp_path)] == [0, 1, 1, 4]
 
 
-def test_a_removed_work_directory_is_not_made_again_but_used_when_it_is(tmp_path, capsys):
+def test_a_removed_work_directory_is_not_recreated_but_used_once_it_is_back(tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()
     writer = MetricsWriter(workdir, 0)

@@ -56,7 +56,7 @@ def test_the_first_signal_lets_a_command_save(start, number):
     output, errors = process.communicate(timeout=20)
     assert process.returncode == 0
     assert output == "stopped after step 3 of 9; the same command resumes there\n"
-    assert errors == f"{number.name}: saving and stopping, within 2 seconds; signal again to stop at once\n"
+    assert errors == f"{number.name}: saving and stopping within 2 seconds; send a second signal to stop at once\n"
 
 
 def test_a_second_signal_ends_it_at_once_and_a_repeated_one_does_not(start):

@@ -23,7 +23,7 @@ BEFORE, NEWEST = 3, 4
 
 
 def any_run(meta):
-    """The check of a run that resumes from whatever checkpoint it finds."""
+    """The check of a run that resumes from any checkpoint it finds."""
 
 
 def abstract(state):
@@ -95,8 +95,8 @@ def remove(content, rng):
 
 
 DAMAGES = (flip_a_bit, flip_a_bit, cut, half_written, zeros_inside, empty, remove)
-# Pattern of a file, of which the largest match is damaged, and whether every damage to it must be noticed. Some bytes
-# of the others are never read: data files also hold nodes that were replaced while the checkpoint was written.
+# A pattern, whose largest matching file is damaged, and True if any damage to it must be noticed. Some bytes of the
+# others are never read: data files also hold nodes that were replaced while the checkpoint was written.
 FILES = {
     "meta/metadata": True,
     "params/d/*": True,
@@ -186,7 +186,7 @@ def test_a_description_without_its_checksum_is_noticed(run, original):
 
 def test_a_checkpoint_under_another_step_is_noticed(run, original):
     checkpoint.at(run, NEWEST).rename(checkpoint.at(run, 7))
-    with pytest.raises(DamagedCheckpoint, match="7 is damaged: meta/metadata is that of step 4"):
+    with pytest.raises(DamagedCheckpoint, match="7 is damaged: meta/metadata belongs to step 4"):
         checkpoint.load_meta(checkpoint.at(run, 7))
     assert newest(run, original[1])[1].step == BEFORE
 
@@ -217,7 +217,7 @@ def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_rename
     assert checkpoint.steps(run) == [BEFORE, NEWEST]
 
 
-def test_a_run_without_checkpoints_starts_anew(original, tmp_path):
+def test_a_run_without_checkpoints_starts_from_scratch(original, tmp_path):
     assert newest(tmp_path, original[1]) is None
 
 
@@ -229,6 +229,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(run, o
         newest(run, original[1], check)
     larger = original[1][NEWEST]._replace(reference=None)
     larger.params["norm"] = jnp.zeros(9)
-    with pytest.raises(UserError, match=r"4: does not fit the model: params/norm is \(8,\) there, but \(9,\) here"):
+    with pytest.raises(UserError, match=r"4 does not fit the model: params/norm is \(8,\) in the file, but \(9,\) in"):
         Checkpoints(run, keep=2).newest(abstract(larger), any_run)
     assert checkpoint.steps(run) == [BEFORE, NEWEST]

@@ -154,8 +154,8 @@ def test_a_run_can_be_made_longer_but_not_shorter_than_it_is(data, reference, un
     assert '"steps": 12' in (undisturbed[0] / "config.json").read_text()
     saved = newest(undisturbed[0])
     check_resume(saved, saved._replace(config=saved.config | {"steps": 20}))
-    message = "schedule now spans 20 steps: that of step 13 changes from 0.001 to 0.00[0-9]+. To keep the old one, set "
-    assert re.search(f"{message}config.optimizer.schedule_steps=12", capsys.readouterr().out)
+    message = "schedule now spans 20 steps: at step 13 the rate changes from 0.001 to 0.00[0-9]+. To keep the old one, "
+    assert re.search(f"{message}set config.optimizer.schedule_steps=12", capsys.readouterr().out)
     shutil.copytree(undisturbed[0], tmp_path / "kept")
     config.steps, config.optimizer.schedule_steps = 20, STEPS
     train_model(config, tmp_path / "kept")
