@@ -24,6 +24,7 @@ SCHEMA = ROOT / "configs" / "default.py"
 NOTEBOOK = ROOT / "docs" / "tutorials" / "first_run.ipynb"
 ROOMS = ("method", "data", "models", "analysis", "evals", "training", "runtime")
 ROOT_CLASS = "RunConfig"
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # keywords of pydantic.Field
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
@@ -56,7 +57,9 @@ def config_page(schema: pathlib.Path = SCHEMA) -> str:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    module = ast.parse(source)
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    ranges = _ranges(module)
     lines = [
         "# Config keys",
         "",
@@ -71,11 +74,25 @@ def config_page(schema: pathlib.Path = SCHEMA) -> str:
         for field in _fields(section):
             if ast.unparse(field.annotation) not in classes:
                 default = ast.get_source_segment(source, field.value)
-                kind = ast.unparse(field.annotation).replace(" | ", " or ")
+                kind = re.sub(r"\w+", lambda name: ranges.get(name[0], name[0]), ast.unparse(field.annotation))
+                kind = kind.replace(" | ", " or ")
                 comment = comments.get(field.lineno, "").replace("|", r"\|")
                 lines.append(f"| `{name}.{field.target.id}` | `{kind}` | `{default}` | {comment} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _ranges(module: ast.Module) -> dict[str, str]:
+    """The types that have a name, as text, such as PositiveFloat: "float > 0"."""
+    ranges = {}
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Annotated["):
+            kind, field = node.value.slice.elts
+            bounds = [f"{BOUNDS[bound.arg]} {ast.unparse(bound.value)}" for bound in field.keywords]
+            ranges[node.targets[0].id] = " ".join([ast.unparse(kind), ", ".join(bounds)])
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+            ranges[node.targets[0].id] = " or ".join(map(ast.unparse, node.value.slice.elts))
+    return {name: text.replace("FiniteFloat", "float") for name, text in ranges.items()} | {"FiniteFloat": "float"}
 
 
 def _fields(section: ast.ClassDef) -> list[ast.AnnAssign]:
@@ -120,11 +137,12 @@ def commands_page() -> str:
 
 
 def _is_flag(call: ast.Call) -> bool:
-    return ast.unparse(call.func).startswith("flags.DEFINE_")
+    return ast.unparse(call.func).startswith("flags.DEFINE")
 
 
 def _flag_row(call: ast.Call) -> str:
-    name, default, *rest = call.args
+    # flags.DEFINE takes a parser first.
+    name, default, *rest = call.args[1:] if ast.unparse(call.func) == "flags.DEFINE" else call.args
     meaning = next(node.value for node in rest if isinstance(node, ast.Constant) and isinstance(node.value, str))
     required = any(keyword.arg == "required" for keyword in call.keywords)
     shown = "required" if required else f"`{ast.unparse(default)}`"

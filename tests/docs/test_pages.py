@@ -75,6 +75,8 @@ def test_the_config_page_has_every_key_and_its_meaning(hooks):
     for key in keys(default.get_config()):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
         assert row.count(" | ") == 3 and not row.endswith("|  |"), row
+    assert "| `config.optimizer.b1` | `float >= 0, < 1` | `0.9` |" in page
+    assert "| `config.model.sliding_window` | `int >= 1, < 2 ** 31 or None` | `None` |" in page
 
 
 def test_the_commands_page_has_every_flag(hooks):
@@ -82,6 +84,7 @@ def test_the_commands_page_has_every_flag(hooks):
     for path in (root() / "rho1_jax").glob("*.py"):
         for flag in re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', path.read_text()):
             assert f"| `--{flag}` |" in page
+    assert page.count("| `--input` | required | Files or glob patterns") == 2  # of prepare and tokenizer
 
 
 def test_a_page_for_each_room_names_each_module(hooks):
