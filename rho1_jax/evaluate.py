@@ -41,8 +41,8 @@ from rho1_jax.training.pretrained import TrainedRun
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
 MORE_HELP = {
-    "stops": r" A string that ends a generation for --questions; '\n' is a line break. Repeat the flag for "
-    "more; --stops= alone removes all. Tasks have their own stops."
+    "stops": r" A string that ends a generation for --questions; '\n' is a line break. --stops= alone "
+    "removes all. Tasks have their own stops."
 }
 FIELD_TYPES = get_type_hints(EvalConfig)  # without their ranges
 

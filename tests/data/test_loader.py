@@ -87,13 +87,13 @@ def test_mixture_follows_its_weights(data, other_data):
 
 @pytest.mark.parametrize("hosts", [[range(16)], [range(8), range(8, 16)], [[0, 1, 6, 7], [2, 3, 4, 5, *range(8, 16)]]])
 def test_every_microbatch_of_a_mixture_sees_every_data_set(data, other_data, hosts):
-    """At weights 3:1, rows are drawn as g, g, g, s. Row r goes to microbatch r mod 4."""
+    """At weights 3:1, every fourth row is from the second data set. Row r goes to microbatch r mod 4."""
     stores, weights = open_mixture(f"{data}:3,{other_data}:1")
     rows = stores[1].rows("train")
     other = {tuple(rows[i]["tokens"].tolist()) for i in range(len(rows))}
 
     def is_other(permute):
-        """Bool [steps, 16], and the rows, put together from those of all hosts."""
+        """True for rows of the second data set, [steps, 16], and the rows themselves, joined from all hosts."""
         batches = np.empty((8, 16, 17), np.int32)
         for host in hosts:
             batches[:, list(host)] = take(stores, weights, 8, rows=host, batch_size=16, permute=permute)

@@ -56,7 +56,7 @@ def test_shown_leaves_out_the_middle_of_long_output():
 
 
 REFUSED = "PermissionError"
-# The last two where the system lets the sandbox hide files behind mounts.
+# The errors for a file that is out of reach. The last two occur if the system lets the sandbox hide files.
 NO_FILE = (REFUSED, "FileNotFoundError", "OSError: [Errno 18] Invalid cross-device link")
 HOME = pathlib.Path.home()
 FLOOD = "try: os.write(fd, b'x' * 10**6)\n        except OSError: pass"  # fills the pipe to the parent

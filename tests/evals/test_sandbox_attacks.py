@@ -13,7 +13,7 @@ from rho1_jax.evals import sandbox
 from rho1_jax.evals.sandbox import ENDED, MAX_OUTPUT, TIMED_OUT, Sandbox
 
 REFUSED = "PermissionError"
-# The last two where the system lets the sandbox hide files behind mounts.
+# The errors for a file that is out of reach. The last two occur if the system lets the sandbox hide files.
 NO_FILE = (REFUSED, "FileNotFoundError", "OSError: [Errno 18] Invalid cross-device link")
 MISSING_CALL = "-1 1\n"  # EPERM
 # Makes a system call by its number on x86-64.
@@ -180,7 +180,7 @@ def test_files_are_hidden_where_the_system_allows_it(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("version", range(1, 7))
 def test_older_versions_of_landlock_protect_files(monkeypatch, tmp_path, version):
-    """As far as the kernel of this machine has them."""
+    """Tests the versions that the kernel of this machine has."""
     altered(monkeypatch, tmp_path, "HANDLED[min(version, ", f"HANDLED[min(version, {version}, ")
     with Sandbox() as fresh:
         assert fresh.run("open('note', 'w').write('mine')\nprint(open('note').read())") == "mine\n"
@@ -229,7 +229,7 @@ def test_capabilities_are_given_up(box):
     [
         "n = 0\nwhile True:\n    open(f'f{n}', 'wb').write(bytes(2**20))\n    n += 1",
         "n = 0\nwhile True:\n    open(f'f{n}', 'wb')\n    n += 1",
-        "for n in range(200): open(f'f{n}', 'w')",  # ends before the folder is looked at
+        "for n in range(200): open(f'f{n}', 'w')",  # ends before the folder is checked
     ],
 )
 def test_files_are_limited_in_number(box, program):
@@ -337,7 +337,7 @@ def test_sandboxes_do_not_see_each_other(box):
         assert other.run(f"open({folder + '/note'!r}, 'w')").startswith(NO_FILE)
 
 
-def test_program_ends_with_its_parent_whatever_it_does():
+def test_program_ends_with_its_parent_even_if_it_resists():
     """The parent is killed while the program tries to outlive it."""
     program = (
         "import ctypes, os, signal\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"

@@ -115,9 +115,9 @@ def test_transformers_tokenizes_an_exported_folder_as_we_do(
         assert not (tmp_path / "exported").exists() and not (tmp_path / "exported.partial").exists()
         return
     export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     for text in [*texts(), "x = 1\n    y = 2  # 1234567890", "  ", "</s"]:
-        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+        assert tokenizer.encode(text) == hf_tokenizer(text)["input_ids"], text
 
 
 def test_verified_export_refuses_a_folder_that_transformers_reads_differently(small_tokenizer, tmp_path):
@@ -140,8 +140,8 @@ def test_export_keeps_the_special_tokens(small_tokenizer, tmp_path):
     for kind in (transformers.AutoConfig, transformers.GenerationConfig):
         again = kind.from_pretrained(tmp_path / "exported")
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, [2, 5], 3)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token) == ("<s>", "</s>", "<unk>")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token, hf_tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
 
 
 def test_an_exported_model_after_twenty_steps_of_slm_equals_the_trained_one(corpus, small_tokenizer, tmp_path):

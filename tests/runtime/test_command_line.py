@@ -17,7 +17,7 @@ from rho1_jax.runtime.errors import UserError
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """Runs a command with a config flag: its exit status, and what it printed on standard error."""
+    """Runs a command with a config flag. Returns its exit status and what it printed on standard error."""
 
     def call(*arguments, main=lambda: None):
         known = set(flags.FLAGS)

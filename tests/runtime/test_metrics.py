@@ -95,7 +95,7 @@ def test_tensorboard_gets_each_metric_and_where_a_run_resumed(tmp_path):
 
 
 def lose(writer, path, capsys, restore):
-    """Writes steps 2 and 3 while that fails, and step 4 after `restore`; what was printed."""
+    """Writes steps 2 and 3 while writing fails, and step 4 after `restore`. Returns the first warning."""
     writer.write(2, {"loss": 1.0})
     writer.write(3, {"loss": 1.0})
     restore()

@@ -141,7 +141,7 @@ def wait_for_step(workdir, step):
 
 
 def last_lines(processes):
-    """The exit status of each process, and the lines it printed that are ours."""
+    """The exit status of each process, the lines that we printed in it, and all output."""
     printed = [process.communicate(timeout=60) for process in processes]
     lines = [[line for line in error.splitlines() if line.startswith(("error", "SIG"))] for _, error in printed]
     return [process.returncode for process in processes], lines, printed

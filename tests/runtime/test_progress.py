@@ -11,7 +11,7 @@ from rho1_jax.runtime.progress import Progress
 
 @pytest.fixture
 def now(monkeypatch):
-    """The time in seconds, for `Progress` and for tqdm: a list of one number, to change."""
+    """The clock of `Progress` and tqdm, in seconds: a list of one number that the test changes."""
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
@@ -30,7 +30,7 @@ def test_progress_without_a_terminal_prints_lines_with_rate_and_time_left(capsys
 
 
 def compile_then_step(now, seconds):
-    """Three hundred seconds of compilation with the first of ten steps, and then steps of `seconds`."""
+    """Does six of ten steps. The first takes 300 seconds, with compilation, and the others `seconds` each."""
     with Progress("run", 10, unit="steps") as progress:
         for step in range(6):
             now[0] += seconds if step else 300.0
