@@ -24,9 +24,11 @@ logging.set_verbosity(logging.ERROR)
 jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# `make test-faults` sets HYPOTHESIS_PROFILE=faults.
+# `make test-faults` sets HYPOTHESIS_PROFILE=faults, and the number of examples.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
-hypothesis.settings.register_profile("faults", deadline=None, max_examples=20_000, derandomize=False)
+hypothesis.settings.register_profile(
+    "faults", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 20_000)), derandomize=False
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Only `make test-peers` installs the libraries these tests need. Elsewhere `pytest -m peers` finds no tests and fails.

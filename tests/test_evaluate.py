@@ -18,6 +18,7 @@ from rho1_jax.evaluate import Settings, check_settings, evaluate_model
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.runtime.progress import Progress
+from rho1_jax.training.description import META_FILE, read_description
 
 
 @pytest.fixture
@@ -55,10 +56,10 @@ def test_a_run_of_another_mesh_is_evaluated_on_the_devices_at_hand(reference, qu
     shutil.copytree(reference, path)
     overrides = {"questions": f"sums={questions}", "max_new_tokens": 4, "generate_batch": 3}
     expected = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
-    meta = path / "checkpoints" / "12" / "meta" / "metadata"
-    saved = json.loads(meta.read_text())
-    saved["config"].update(mesh={"data": 1, "fsdp": 32, "tensor": 2}, microbatches=4)
-    meta.write_text(json.dumps(saved))
+    written = path / "checkpoints" / "12"
+    described = read_description(written)
+    described.meta.config.update(mesh={"data": 1, "fsdp": 32, "tensor": 2}, microbatches=4)
+    (written / META_FILE).write_text(json.dumps(described.as_json()))
     capsys.readouterr()
     found = evaluate_model(str(path), overrides, None, temperature=0.0, seed=0)
     assert found == pytest.approx(expected, rel=1e-5)

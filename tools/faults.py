@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 
+from rho1_jax.data.store import Store
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
@@ -135,9 +136,7 @@ def scenarios(inputs: pathlib.Path) -> dict[str, Scenario]:
         "train": Scenario("rho1_jax.train", train, trained),
         "two processes": Scenario("rho1_jax.train", train, trained, processes=2),
         "score": Scenario("rho1_jax.score", score, lambda folder: hashes(folder / "data/scores")),
-        "prepare": Scenario(
-            "rho1_jax.prepare", lambda f: prepare_flags(inputs, f / "data"), lambda f: hashes(f / "data")
-        ),
+        "prepare": Scenario("rho1_jax.prepare", lambda folder: prepare_flags(inputs, folder / "data"), prepared),
         "evaluate": Scenario("rho1_jax.evaluate", evaluate, lambda folder: hashes(folder / "evaluation")),
     }
 
@@ -155,6 +154,16 @@ def trained(folder: pathlib.Path) -> dict[str, object]:
         for path, leaf in jax.tree_util.tree_flatten_with_path(checkpointer.restore(saved, restore_args=as_numpy))[0]:
             arrays[item + jax.tree_util.keystr(path)] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
     return {"metrics": lines, **arrays}
+
+
+def prepared(folder: pathlib.Path) -> dict[str, object]:
+    """Rows, counts and tokenizer. Bytes of shards may differ: the fields of a row are in no fixed order."""
+    store = Store(folder / "data")
+    result: dict[str, object] = {"fingerprint": store.fingerprint, "splits": store.manifest["splits"]}
+    for split in ("train", "eval"):
+        for number, row in enumerate(store.rows(split)):
+            result[f"row {number} of {split}"] = {name: values.tolist() for name, values in row.items()}
+    return result | hashes(folder / "data/tokenizer")
 
 
 def hashes(folder: pathlib.Path) -> dict[str, object]:
@@ -214,6 +223,7 @@ def strike(scenario: Scenario, folder: pathlib.Path, number: signal.Signals, aft
       UserError: it did not end within a minute or not with the right status.
     """
     log = folder / "log.txt"
+    before = log.stat().st_size if log.exists() else 0
     processes = start(scenario.module, scenario.flags(folder), log, scenario.processes)
     time.sleep(after)
     if any(process.poll() is not None for process in processes):
@@ -227,8 +237,10 @@ def strike(scenario: Scenario, folder: pathlib.Path, number: signal.Signals, aft
         statuses = [process.wait(60) for process in processes]
     except subprocess.TimeoutExpired:
         raise UserError(f"{log}: did not end within a minute of {number.name}") from None
-    allowed = {-signal.SIGKILL} if number == signal.SIGKILL else {0}
-    if set(statuses) - allowed:
+    output = log.read_bytes()[before:].decode()
+    # Before a command handles signals, while Python imports it, they end it as they end any program.
+    is_handled = number != signal.SIGKILL and (f"{number.name}: " in output or "parameters on" in output)
+    if set(statuses) - ({0} if is_handled else {0, -number}):
         raise UserError(f"{log}: ended with {statuses} after {number.name}: {log.read_text()[-500:]}")
     return where
 
