@@ -157,7 +157,7 @@ def trained(folder: pathlib.Path) -> dict[str, object]:
 
 
 def prepared(folder: pathlib.Path) -> dict[str, object]:
-    """Rows, counts and tokenizer. Bytes of shards may differ: the fields of a row are in no fixed order."""
+    """Rows, counts and tokenizer. The bytes of shards may differ, since the fields of a row have no fixed order."""
     store = Store(folder / "data")
     result: dict[str, object] = {"fingerprint": store.fingerprint, "splits": store.manifest["splits"]}
     for split in ("train", "eval"):
@@ -238,7 +238,7 @@ def strike(scenario: Scenario, folder: pathlib.Path, number: signal.Signals, aft
     except subprocess.TimeoutExpired:
         raise UserError(f"{log}: did not end within a minute of {number.name}") from None
     output = log.read_bytes()[before:].decode()
-    # Before a command handles signals, while Python imports it, they end it as they end any program.
+    # While Python is still importing a command, a signal ends it like any other program.
     is_handled = number != signal.SIGKILL and (f"{number.name}: " in output or "parameters on" in output)
     if set(statuses) - ({0} if is_handled else {0, -number}):
         raise UserError(f"{log}: ended with {statuses} after {number.name}: {log.read_text()[-500:]}")
