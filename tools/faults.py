@@ -1,6 +1,6 @@
 """Kills and stops commands at random moments, and compares what they leave with an undisturbed run.
 
-python -m tools.faults [--output=runs/faults] [--seed=0] [--kills=20] [--stops=5] [--scenario=train ...]
+python -m tools.faults [--output=runs/faults] [--seed=0] [--kills=20] [--stops=6] [--scenario=train ...]
 
 In each round, a command gets SIGKILL, SIGTERM or SIGINT up to three times, and then runs to its end undisturbed. What
 is on disk must be bit-identical: parameters, optimizer state, metrics, scores, rows, items. After SIGTERM and SIGINT,
@@ -269,7 +269,7 @@ def main() -> None:
     output = flags.DEFINE_string("output", "runs/faults", "Directory for the runs; it is removed first.")
     seed = flags.DEFINE_integer("seed", 0, "Seed for the moments of the signals.")
     kills = flags.DEFINE_integer("kills", 20, "Number of SIGKILLs.")
-    stops = flags.DEFINE_integer("stops", 5, "Number of SIGTERMs and SIGINTs.")
+    stops = flags.DEFINE_integer("stops", 6, "Number of SIGTERMs and SIGINTs.")
     wanted = flags.DEFINE_multi_string("scenario", [], "Scenarios to run. Default: all.")
 
     def command() -> None:
