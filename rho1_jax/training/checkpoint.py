@@ -81,11 +81,6 @@ class Checkpoints:
         if self._best and self._best.metric in metrics:
             self._best.values[step] = metrics[self._best.metric]
 
-    def latest_meta(self) -> Meta | None:
-        """The description of the newest checkpoint; None if there is none. Raises UserError if it is damaged."""
-        saved_steps = steps(self._workdir)
-        return load_meta(at(self._workdir, saved_steps[-1])) if saved_steps else None
-
     def newest(self, abstract: TrainState, check: Callable[[Meta], None]) -> tuple[TrainState, Meta] | None:
         """Restores the newest checkpoint that is whole; None if the run has no checkpoint.
 
@@ -167,6 +162,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises UserError if a checkpoint cannot be written."""
+        if "_manager" not in vars(self):  # nothing was saved; to create it now, all processes would have to be here
+            return
         with self._reporting_failure():
             self._manager.wait_until_finished()
         self._manager.close()

@@ -160,6 +160,23 @@ def test_when_a_process_dies_the_other_names_it_and_ends(data, reference, questi
     ]
 
 
+def test_an_error_of_one_process_ends_both_before_the_first_checkpoint(data, reference, questions, tmp_path):
+    plugin = tmp_path / "damage.py"
+    plugin.write_text(
+        "import jax\n"
+        "from rho1_jax.data import store\n"
+        "def read(self, row):\n"
+        "    if jax.process_index() == 1:\n"
+        "        raise store.UserError('the disk of this machine is damaged')\n"
+        "    return self._source[row]\n"
+        "store._Rows.__getitem__ = read\n"
+    )
+    flags = [*flags_of(data, reference, questions, tmp_path / "run", {"data": 8}), f"--plugin={plugin}"]
+    status, lines, _ = last_lines(start_two(flags))
+    assert status == [1, 2] and lines[1] == ["error: the disk of this machine is damaged"]
+    assert lines[0] == ["error: process 1 has ended early; see its output, and start all processes again to resume"]
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
