@@ -202,7 +202,7 @@ def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         sys.exit(INTERRUPTED)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-            sys.exit(CLOSED_PIPE)
+            peers.leave(CLOSED_PIPE)
         path = [] if error.filename is None else [os.fsdecode(error.filename)]
         if error.errno not in (MACHINE_ERRORS | PATH_ERRORS if path else MACHINE_ERRORS):
             raise
