@@ -86,7 +86,7 @@ class DataConfig:
     train: str = ""  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1
     external: str = ""  # columns of your own, [rows, seq_len] per data set: FILE.npy,... or NAME=FILE.npy,...
     document_mask: bool = True  # attention stays within a document, and positions restart at each
-    prefetch: PositiveInt = 4  # batches read ahead
+    prefetch: NonNegativeInt = 4  # batches read ahead; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
