@@ -247,7 +247,7 @@ def parse_named(text: str, key: str) -> dict[str, str]:
     """ "NAME=PATH,NAME=PATH" as a dict. `key` is the config key it came from, for the errors.
 
     Raises:
-      UserError: a part is not NAME=PATH, or a path is not local.
+      UserError: a part is not NAME=PATH, a name comes twice, or a path is not local.
     """
     named = {}
     for part in filter(None, split_list(text)):
@@ -255,5 +255,7 @@ def parse_named(text: str, key: str) -> dict[str, str]:
         path = "=".join(rest)
         if not name or not path:
             raise UserError(f"{key}: {part!r} is not NAME=PATH")
+        if name in named:
+            raise UserError(f"{key}: two paths have the name {name!r}; rename one")
         named[name] = str(local_path(path, f"{key}: {name}"))
     return named
