@@ -51,7 +51,7 @@ def start(value: str) -> None:
         raise UserError(f"--distributed={value}: {error}") from None
     stopping.handle_signals()  # JAX installed its own
     # Where every process has just reached process 0.
-    peers.watch(distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]"))
+    peers.watch(str(distributed.global_state.coordinator_address).rpartition(":")[0].strip("[]"))
 
 
 def is_first() -> bool:

@@ -25,7 +25,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.decoder import Params, abstract_params
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
-from rho1_jax.runtime.processes import is_first, say
+from rho1_jax.runtime.processes import gather_json, is_first, say
 from rho1_jax.runtime.sharding import param_shardings
 from rho1_jax.training.checksums import (
     check_finite,
@@ -94,9 +94,10 @@ class Checkpoints:
           UserError: every checkpoint is damaged, or `check` refuses the newest one that can be read.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
-        for step in reversed(steps(self._workdir)):
+        saved_steps = gather_json(steps(self._workdir))[0]  # a shared file system may show others an older list
+        for step in reversed(saved_steps):
             try:
-                meta = load_meta(at(self._workdir, step))
+                meta = _load_meta_together(at(self._workdir, step))
                 check(meta)
                 state = self.restore(step, abstract)
             except DamagedCheckpoint as error:
@@ -220,6 +221,16 @@ def load_meta(checkpoint: pathlib.Path) -> Meta:
     return read_description(checkpoint).meta
 
 
+def _load_meta_together(checkpoint: pathlib.Path) -> Meta:
+    """`load_meta` in all processes. Raises DamagedCheckpoint in every process if it does in one."""
+    try:
+        meta, problem = load_meta(checkpoint), ""
+    except DamagedCheckpoint as error:
+        problem = error.problem
+    _raise_together(checkpoint, problem, "the description")
+    return meta
+
+
 def _stored_arrays(
     checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None, item: str
 ) -> dict[str, StoredArray]:
@@ -278,11 +289,16 @@ def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         problem = f"cannot read {item}: {one_line(error)}"
+    _raise_together(checkpoint, problem, item)
+    return result
+
+
+def _raise_together(checkpoint: pathlib.Path, problem: str, part: str) -> None:
+    """Raises DamagedCheckpoint in every process if one of them has a problem with a part of a checkpoint."""
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
-        problem = problem or f"another process cannot read {item}"
+        problem = problem or f"another process cannot read {part}"
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
-    return result
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
