@@ -64,7 +64,7 @@ def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(data, referenc
     monkeypatch.undo()
     assert newest(tmp_path / "run").pending and [line["step"] for line in lines_of(tmp_path / "run")] == [2, 4]
     train_model(config_of("slm", data, reference), tmp_path / "run")
-    assert lines_of(tmp_path / "run") == lines_of(undisturbed[0])
+    assert repr(lines_of(tmp_path / "run")) == repr(lines_of(undisturbed[0]))  # counts are still integers
 
 
 def poisoned(loaded, steps):
