@@ -34,6 +34,7 @@ STAGES = {
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # JAX counts in int32
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+ExitStatus = Annotated[int, Field(ge=0, lt=256)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
 PositiveOrInfinite = Annotated[float, Field(gt=0)]
@@ -86,7 +87,7 @@ class DataConfig:
     train: str = ""  # prepared data sets: DIR, or a mixture by weight DIR1:3,DIR2:1
     external: str = ""  # columns of your own, [rows, seq_len] per data set: FILE.npy,... or NAME=FILE.npy,...
     document_mask: bool = True  # attention stays within a document, and positions restart at each
-    prefetch: PositiveInt = 4  # batches read ahead
+    prefetch: NonNegativeInt = 4  # batches read ahead; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +180,7 @@ class CheckpointConfig:
     keep_every: NonNegativeInt = 0  # also keeps the checkpoint of every K-th step; 0: none
     best: str = ""  # also keeps the checkpoint with the best eval/NAME/loss or eval/NAME/accuracy; "": none
     grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
+    stop_status: ExitStatus = 0  # exit status after such a stop; above 0 where only what fails is started again
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_the_values_of_every_config_are_allowed(file):
         check_values(importlib.import_module(f"rho1_jax.configs.{file.stem}").get_config(stage))
 
 
-def test_clipping_can_be_switched_off():
+def test_clipping_and_reading_ahead_can_be_switched_off():
     config = default.get_config()
-    config.optimizer.clip_norm = float("inf")
+    config.optimizer.clip_norm, config.data.prefetch = float("inf"), 0
     check_values(config)

@@ -4,15 +4,17 @@ import hashlib
 import itertools
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NotRequired
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from typing_extensions import TypedDict
 
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path, read_json
+from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.schema import read_json
 
 TOKENIZER_DIR = "tokenizer"  # folder of the tokenizer in a run or a prepared data set
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -33,6 +35,21 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
 PART_CHARACTERS = 1 << 19  # tokenized at once: SentencePiece needs up to 300 bytes of memory per character
 
 Span = tuple[int, int]  # the first character, and the one after the last
+
+
+class _Token(TypedDict):
+    """A token with options, which do not matter here."""
+
+    content: str
+
+
+class _Settings(TypedDict):
+    """What this module reads of a JSON file beside a tokenizer. null means that the file does not say."""
+
+    bos_token: NotRequired[str | _Token | None]
+    eos_token: NotRequired[str | _Token | None]
+    eos_token_id: NotRequired[int | list[int] | None]  # of several, the first one ends documents
+    add_bos_token: NotRequired[bool | None]
 
 
 class Tokenizer:
@@ -161,13 +178,12 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (directory / name).is_file():
             continue
-        content = read_json(directory / name)
-        for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token"):
-            value = content.get(key)
-            if isinstance(value, dict):  # a token with options
-                value = value.get("content")
-            if isinstance(value, list):  # several EOS tokens: the first one ends documents
-                value = value[0]
+        content: Mapping[str, Any] = read_json(directory / name, _Settings)
+        for key, value in content.items():
+            if isinstance(value, dict):
+                value = value["content"]
+            if isinstance(value, list):
+                value = value[0] if value else None
             if value is not None:
                 settings.setdefault(key, value)
     return settings

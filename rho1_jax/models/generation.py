@@ -269,8 +269,10 @@ class Generator:
         Raises:
           UserError: a prompt is empty.
         """
+        if not requests:
+            return
         key, room = jax.random.key(seed), _up(max_new_tokens, STRETCH)
-        longest = max((prompt for _, prompt in requests), key=len, default="")
+        longest = max((prompt for _, prompt in requests), key=len)
         length = bucket(len(self._tokenizer.encode_prompt(longest)[-(max_prompt_tokens or 0) :]))
         together = max(1, min(PREFILL_TOKENS // length, self._rows // 8))
         width = even_rows(together)

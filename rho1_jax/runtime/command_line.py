@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from rho1_jax.runtime import peers
+from rho1_jax.runtime import peers, stopping
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.processes import is_first_with, say
@@ -157,11 +157,15 @@ def run(main: Callable[[], None], argument: Any = None) -> None:
 
     def command() -> None:
         _load_plugins(plugins.value)
+        status = 0
         try:
             main()
         except Stopped as stop:
+            stopping.saved()
             say(str(stop))
+            status = stop.status
         peers.done()
+        sys.exit(status)
 
     if not any(map(glob.glob, TPU_DEVICES)):
         os.environ.update(NO_TPU | os.environ)
@@ -202,7 +206,7 @@ def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         sys.exit(INTERRUPTED)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-            sys.exit(CLOSED_PIPE)
+            peers.leave(CLOSED_PIPE)
         path = [] if error.filename is None else [os.fsdecode(error.filename)]
         if error.errno not in (MACHINE_ERRORS | PATH_ERRORS if path else MACHINE_ERRORS):
             raise
@@ -247,7 +251,7 @@ def parse_named(text: str, key: str) -> dict[str, str]:
     """ "NAME=PATH,NAME=PATH" as a dict. `key` is the config key it came from, for the errors.
 
     Raises:
-      UserError: a part is not NAME=PATH, or a path is not local.
+      UserError: a part is not NAME=PATH, a name comes twice, or a path is not local.
     """
     named = {}
     for part in filter(None, split_list(text)):
@@ -255,5 +259,7 @@ def parse_named(text: str, key: str) -> dict[str, str]:
         path = "=".join(rest)
         if not name or not path:
             raise UserError(f"{key}: {part!r} is not NAME=PATH")
+        if name in named:
+            raise UserError(f"{key}: two paths have the name {name!r}; rename one")
         named[name] = str(local_path(path, f"{key}: {name}"))
     return named

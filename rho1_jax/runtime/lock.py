@@ -22,7 +22,8 @@ from rho1_jax.runtime.schema import parse_json
 LOCK_FILE = "lock"  # its name in a directory that a command has to itself
 TOUCH_SECONDS = 10.0
 SETTLE_SECONDS = 0.5  # longer than it takes to read a stale lock and replace it
-STALE_SECONDS = 45.0  # a lock of another machine is stale if untouched for this long
+# A lock of another machine is stale if untouched for this long. gcsfuse and NFS may show times that are a minute old.
+STALE_SECONDS = 90.0
 
 
 class Owner(pydantic.BaseModel):
@@ -94,12 +95,13 @@ def locked(path: pathlib.Path, what: str) -> Iterator[None]:
 
     Raises:
       UserError: another process holds it.
+      OSError: the lock cannot be written or read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = Owner.this_process().model_dump_json()
     while not _create(path, mine):
-        text = _read(path)
-        if text is not None:
+        with contextlib.suppress(FileNotFoundError):  # it was removed just now
+            text = path.read_text(errors="replace")
             _check_stale(path, text, what)
             if _take_over(path, text, mine):
                 break
@@ -158,7 +160,7 @@ def _take_over(path: pathlib.Path, stale: str, mine: str) -> bool:
 
 def _read(path: pathlib.Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return None
 

@@ -18,11 +18,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rho1_jax.runtime.errors import UserError
+
 PING_SECONDS = 5.0
 SILENT_SECONDS = 45.0
+GREETING_SECONDS = 5.0
 PING, DONE, LOST = b".", b"D", b"L"
 _MESSAGE = struct.Struct("!cI")  # kind, and the number of a process
-_INVITATION = struct.Struct("!32s32sI")  # token, host and port of process 0
+_INVITATION = struct.Struct("!32sI")  # token, and port of process 0
+
+_REMEDY = "let the machines of the run reach each other on all TCP ports"
 
 _watch: "_Watch | None" = None
 
@@ -31,7 +36,10 @@ def watch(host: str) -> None:
     """Starts to watch the other processes. All of them must call it.
 
     Args:
-      host: the address at which the others reach process 0; used only in process 0.
+      host: where this process reaches process 0.
+
+    Raises:
+      UserError: a connection between a process and process 0 cannot be made.
     """
     global _watch
     _watch = _Watch(host)
@@ -62,19 +70,17 @@ class _Watch:
 
     def __init__(self, host: str):
         index, count = jax.process_index(), jax.process_count()
-        listener = socket.create_server(("", 0)) if index == 0 else None
+        listener = _listen() if index == 0 else None
         port = listener.getsockname()[1] if listener else 0
-        invitation = _INVITATION.pack(secrets.token_bytes(32), host.encode(), port)
+        invitation = _INVITATION.pack(secrets.token_bytes(32), port)
         shared = multihost_utils.broadcast_one_to_all(np.frombuffer(invitation, np.uint8))
-        token, host_bytes, port = _INVITATION.unpack(np.asarray(shared).tobytes())
+        token, port = _INVITATION.unpack(np.asarray(shared).tobytes())
         self._is_done = False
         self._lock = threading.Lock()
         if listener:
             self._peers = _accept(listener, token, count - 1)
         else:
-            connection = socket.create_connection((host_bytes.rstrip(b"\0").decode(), port), SILENT_SECONDS)
-            connection.sendall(token + struct.pack("!I", index))
-            self._peers = {0: connection}
+            self._peers = {0: _connect(host, port, token, index)}
         self._readers = []
         for number, connection in self._peers.items():
             connection.settimeout(SILENT_SECONDS)
@@ -119,16 +125,40 @@ class _Watch:
             os._exit(1)
 
 
+def _listen() -> socket.socket:
+    """A socket on a free port, for IPv4 and, where the machine has it, IPv6."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _connect(host: str, port: int, token: bytes, index: int) -> socket.socket:
+    """A connection to process 0. Raises UserError if it cannot be made."""
+    try:
+        connection = socket.create_connection((host, port), SILENT_SECONDS)
+        connection.sendall(token + struct.pack("!I", index))
+    except OSError as error:
+        raise UserError(f"process {index} cannot reach process 0 at {host}:{port}: {error}; {_REMEDY}") from None
+    return connection
+
+
 def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
-    """Connections from `count` processes that know the token, by process number."""
+    """Connections from `count` processes that know the token, by process number. Raises UserError if one is missing."""
     peers: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + SILENT_SECONDS
     while len(peers) < count:
-        connection, _ = listener.accept()
-        connection.settimeout(SILENT_SECONDS)
-        greeting = connection.recv(len(token) + 4, socket.MSG_WAITALL)
-        if greeting[: len(token)] == token:
-            peers[struct.unpack("!I", greeting[len(token) :])[0]] = connection
-        else:
-            connection.close()
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            missing = ", ".join(str(number) for number in range(1, count + 1) if number not in peers)
+            port = listener.getsockname()[1]
+            raise UserError(f"process 0 has waited in vain for {missing} on port {port}; {_REMEDY}") from None
+        connection.settimeout(GREETING_SECONDS)
+        with contextlib.suppress(OSError):  # a stranger that says nothing
+            greeting = connection.recv(len(token) + 4, socket.MSG_WAITALL)
+            if len(greeting) == len(token) + 4 and secrets.compare_digest(greeting[: len(token)], token):
+                peers[struct.unpack("!I", greeting[len(token) :])[0]] = connection
+                continue
+        connection.close()
     listener.close()
     return peers

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import resource
-import socket
 import time
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from jax._src import distributed  # jax.distributed does not expose the store that all processes share
+from jax._src import distributed  # jax.distributed publishes neither the store of all processes nor the coordinator
 from jax.experimental import multihost_utils
 
 from rho1_jax.runtime import peers, stopping
@@ -51,14 +50,8 @@ def start(value: str) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--distributed={value}: {error}") from None
     stopping.handle_signals()  # JAX installed its own
-    peers.watch(value.rpartition(":")[0] if value != AUTOMATIC else _own_address())
-
-
-def _own_address() -> str:
-    """The address from which this machine reaches others. Sends no packet."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        return probe.getsockname()[0]
+    # Where every process has just reached process 0.
+    peers.watch(str(distributed.global_state.coordinator_address).rpartition(":")[0].strip("[]"))
 
 
 def is_first() -> bool:

@@ -21,13 +21,21 @@ GRACE_SECONDS = 30.0
 # One request may arrive twice: `timeout` signals its child, and then the group that the child belongs to.
 SAME_REQUEST_SECONDS = 0.5
 
-_requested = threading.Event()
+_requested, _saved = threading.Event(), threading.Event()
 _listening = False
 _grace_seconds: float | None = None  # None: there is nothing to save
 
 
 class Stopped(Exception):
-    """A command stopped on request. The message says what is kept and how to resume."""
+    """A command stopped on request. The message says what is kept and how to resume.
+
+    Attributes:
+      status: exit status of the command.
+    """
+
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(message)
+        self.status = status
 
 
 def listen() -> None:
@@ -56,6 +64,11 @@ def save_on_stop(grace_seconds: float = GRACE_SECONDS) -> None:
     """
     global _grace_seconds
     _grace_seconds = grace_seconds
+
+
+def saved() -> None:
+    """Says that the command has saved its work, so that the deadline no longer holds."""
+    _saved.set()
 
 
 def requested() -> bool:
@@ -96,18 +109,23 @@ def _watch(pipe: int) -> None:
         number = os.read(pipe, 1)[0]
         if number not in (signal.SIGTERM, signal.SIGINT):
             continue
-        name, grace = signal.Signals(number).name, _grace_seconds
-        if grace is None:
-            _end(f"{name}: stopped, with nothing to save", 0)
+        name = signal.Signals(number).name
+        if _grace_seconds is None and not jax.distributed.is_initialized():
+            _end(f"{name}: stopped, with nothing to save", 128 + number)
         elif first_time is None:
+            # Of several processes, none ends alone: another one may have something to save by now.
+            grace = GRACE_SECONDS if _grace_seconds is None else _grace_seconds
             first_time = time.monotonic()
             _requested.set()
             _print(f"{name}: saving and stopping within {grace:.0f} seconds; send a second signal to stop at once")
-            timeout = threading.Timer(grace, _end, (f"not saved within {grace:.0f} seconds", 1))
-            timeout.daemon = True
-            timeout.start()
+            threading.Thread(target=_enforce, args=(grace,), name="grace", daemon=True).start()
         elif time.monotonic() - first_time > SAME_REQUEST_SECONDS:
             _end(f"{name}: stopped at once", 128 + number)
+
+
+def _enforce(grace: float) -> None:
+    if not _saved.wait(grace):
+        _end(f"not saved within {grace:.0f} seconds", 1)
 
 
 def _end(text: str, status: int) -> None:

@@ -56,11 +56,15 @@ def _sources() -> dict[str, pathlib.Path]:
 
 
 def _content(path: str, key: str) -> dict[str, str]:
-    """A digest of each file of a model, so that two models of the same shape differ."""
+    """A digest of each file of a model, so that two models of the same shape differ.
+
+    Hidden files are left out, such as the times of a download in .cache.
+    """
     folder = pathlib.Path(path)
     if not (folder / "config.json").is_file() or checkpoint.steps(folder):
         folder = checkpoint.find(path, key)
-    return {str(file.relative_to(folder)): _digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {str(name): _digest(file) for name, file in files.items() if not str(name).startswith(".")}
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -9,6 +9,7 @@ The description has the shape, dtype and checksum of every array, and a checksum
 
 import contextlib
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -24,8 +25,8 @@ from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.decoder import Params, abstract_params
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
-from rho1_jax.runtime.processes import is_first, say
+from rho1_jax.runtime.files import local_path, write_text
+from rho1_jax.runtime.processes import gather_json, is_first, say
 from rho1_jax.runtime.sharding import param_shardings
 from rho1_jax.training.checksums import (
     check_finite,
@@ -35,7 +36,7 @@ from rho1_jax.training.checksums import (
     numpy_checksum,
     shape_text,
 )
-from rho1_jax.training.description import DamagedCheckpoint, Description, Meta, StoredArray, read_description
+from rho1_jax.training.description import META_FILE, DamagedCheckpoint, Description, Meta, StoredArray, read_description
 from rho1_jax.training.quiet_orbax import hide_complaints, one_line
 from rho1_jax.training.retention import KeepBest, retention_policy
 from rho1_jax.training.state import TrainState
@@ -81,11 +82,6 @@ class Checkpoints:
         if self._best and self._best.metric in metrics:
             self._best.values[step] = metrics[self._best.metric]
 
-    def latest_meta(self) -> Meta | None:
-        """The description of the newest checkpoint; None if there is none. Raises UserError if it is damaged."""
-        saved_steps = steps(self._workdir)
-        return load_meta(at(self._workdir, saved_steps[-1])) if saved_steps else None
-
     def newest(self, abstract: TrainState, check: Callable[[Meta], None]) -> tuple[TrainState, Meta] | None:
         """Restores the newest intact checkpoint; None if the run has no checkpoint.
 
@@ -99,9 +95,10 @@ class Checkpoints:
           UserError: every checkpoint is damaged, or `check` refuses the newest one that can be read.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
-        for step in reversed(steps(self._workdir)):
+        saved_steps = gather_json(steps(self._workdir))[0]  # a shared file system may show others an older list
+        for step in reversed(saved_steps):
             try:
-                meta = load_meta(at(self._workdir, step))
+                meta = _load_meta_together(at(self._workdir, step))
                 check(meta)
                 state = self.restore(step, abstract)
             except DamagedCheckpoint as error:
@@ -153,6 +150,14 @@ class Checkpoints:
         with self._reporting_failure():
             self._manager.save(meta.step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(described)))
 
+    def add_evaluations(self, meta: Meta, metrics: Mapping[str, float]) -> None:
+        """Adds the evaluations at `meta.step` to its checkpoint, which was written before they were made."""
+        self._evaluated(meta.step, metrics)
+        if is_first():
+            checkpoint = at(self._workdir, meta.step)
+            described = read_description(checkpoint)._replace(meta=meta, metrics=metrics)
+            write_text(checkpoint / META_FILE, json.dumps(described.as_json()))
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Restores a step, in the shapes, dtypes and shardings of the abstract state.
 
@@ -167,6 +172,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises UserError if a checkpoint cannot be written."""
+        if "_manager" not in vars(self):  # nothing was saved; to create it now, all processes would have to be here
+            return
         with self._reporting_failure():
             self._manager.wait_until_finished()
         self._manager.close()
@@ -221,6 +228,16 @@ def at(workdir: pathlib.Path, step: int) -> pathlib.Path:
 def load_meta(checkpoint: pathlib.Path) -> Meta:
     """The description of a checkpoint's run. Raises UserError if it is damaged or this version cannot read it."""
     return read_description(checkpoint).meta
+
+
+def _load_meta_together(checkpoint: pathlib.Path) -> Meta:
+    """`load_meta` in all processes. Raises DamagedCheckpoint in every process if it does in one."""
+    try:
+        meta, problem = load_meta(checkpoint), ""
+    except DamagedCheckpoint as error:
+        problem = error.problem
+    _raise_together(checkpoint, problem, "the description")
+    return meta
 
 
 def _stored_arrays(
@@ -282,11 +299,16 @@ def _read(checkpoint: pathlib.Path, item: str, read: Callable[[], T]) -> T:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         problem = f"cannot read {item}: {one_line(error)}"
+    _raise_together(checkpoint, problem, item)
+    return result
+
+
+def _raise_together(checkpoint: pathlib.Path, problem: str, part: str) -> None:
+    """Raises DamagedCheckpoint in every process if one of them has a problem with a part of a checkpoint."""
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
-        problem = problem or f"another process cannot read {item}"
+        problem = problem or f"another process cannot read {part}"
     if problem:
         raise DamagedCheckpoint(checkpoint, problem)
-    return result
 
 
 def load_params(checkpoint: pathlib.Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:

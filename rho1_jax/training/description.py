@@ -52,7 +52,7 @@ class Meta(NamedTuple):
     format_version: int = formats.FORMAT_VERSION
     permuted_rows: bool = False
     health: dict[str, Any] | None = None
-    pending: dict[str, float] | None = None
+    pending: dict[str, int | float] | None = None
 
 
 class StoredArray(NamedTuple):

@@ -103,14 +103,14 @@ class Loop:
             if config.trace.first and number == min(config.trace.last, config.steps):
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-            stop = vote() or multihost_utils.reached_preemption_sync_point(number) or self.is_failing
-            evaluate = number == config.steps or number % config.eval.every == 0
+            stop = vote() or multihost_utils.reached_preemption_sync_point(number)
+            evaluate = self.is_evaluated(number)
             save = number == config.steps or number % config.checkpoint.every == 0
-            if stop or evaluate or save:
+            if stop or evaluate or save or self.is_failing:
                 # The metrics of a checkpoint's step reach metrics.jsonl before the checkpoint is written.
                 done, waiting = waiting, None
                 line = self.count(done)
-                stop = stop or self.is_failing
+                stop = stop or self.is_failing  # as of this step: one that is finite ends a row of skipped ones
                 evaluations: dict[str, float] = {}
                 if not evaluate:
                     self.log(number, line, {})
@@ -123,6 +123,10 @@ class Loop:
                 if stop:
                     self.stop(done)
         return state
+
+    def is_evaluated(self, number: int) -> bool:
+        """True for a step that an evaluation follows."""
+        return number == self.config.steps or number % self.config.eval.every == 0
 
     def evaluate_pending(self, state: TrainState, line: dict[str, float]) -> dict[str, float]:
         """Evaluates the last step, logs it, and returns the evaluations.
@@ -141,6 +145,8 @@ class Loop:
         self.clock += time.monotonic() - start  # the rate does not count evaluations
         self.meta = self.meta._replace(pending=None)
         self.log(self.meta.step, line, evaluations)
+        if self.meta.step == self.saved_step:  # a run that was stopped before this evaluation
+            self.checkpoints.add_evaluations(self.meta, evaluations)
         return evaluations
 
     def save(self, state: TrainState, evaluations: dict[str, float]) -> None:
@@ -158,7 +164,10 @@ class Loop:
         """Counts a step, and returns its metrics for the log, without evaluations."""
         metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
         selected = 0 if metrics["skipped"] else int(metrics["selected_count"])
-        learning_rate = float(self.schedule(done.number - 1 - self.health.skipped_steps))
+        learning_rate: dict[str, float] = {}
+        if done.number % self.config.log_every == 0 or self.is_evaluated(done.number):
+            # Computed on a device, after the step that runs there: not for steps that are not logged.
+            learning_rate["learning_rate"] = float(self.schedule(done.number - 1 - self.health.skipped_steps))
         if metrics["skipped"]:
             say(f"step {done.number} was skipped: {_shown(metrics)}; {health.advice(metrics, self.health)}")
         elif self.health.is_spike(metrics["loss"]):
@@ -174,9 +183,8 @@ class Loop:
         totals = {"tokens_seen": self.meta.tokens_seen, "tokens_selected": self.meta.tokens_selected}
         alarms = {"skipped_steps": self.health.skipped_steps, "loss_spikes": self.health.loss_spikes}
         shown = {name: value for name, value in metrics.items() if name not in ("selected_count", "skipped")}
-        return {name: value for name, value in (totals | shown | alarms).items() if math.isfinite(value)} | {
-            "learning_rate": learning_rate
-        }
+        line = totals | shown | alarms | learning_rate
+        return {name: value for name, value in line.items() if math.isfinite(value)}
 
     def log(self, number: int, line: dict[str, float], evaluations: dict[str, float]) -> None:
         """Shows a step, and writes its metrics if this step is logged."""
@@ -198,7 +206,8 @@ class Loop:
     def stopped(self) -> Stopped:
         """Waits until the run is saved. Returns the exception to raise."""
         self.checkpoints.close()
-        return Stopped(f"stopped after step {self.meta.step} of {self.config.steps}; the same command resumes there")
+        message = f"stopped after step {self.meta.step} of {self.config.steps}; the same command resumes there"
+        return Stopped(message, self.config.checkpoint.stop_status)
 
     def stop(self, done: _Dispatched) -> None:
         """Ends a run that is saved, on request or because it fails. Then it also writes the rows of the last step."""

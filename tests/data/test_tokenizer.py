@@ -134,8 +134,18 @@ def test_eos_from_the_model_config(byte_level, tmp_path):
     write(tmp_path / "config.json", {"eos_token_id": [7, 8]})
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.eos_id == 7
+    write(tmp_path / "tokenizer_config.json", {"eos_token_id": [], "eos_token": None})
+    assert Tokenizer(tmp_path).eos_id == 7
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("settings", [[], {"eos_token": 7}, {"eos_token": {"id": 7}}, {"eos_token_id": ["</s>"]}])
+def test_settings_of_another_form_are_refused_by_file(byte_level, tmp_path, settings):
+    shutil.copyfile(byte_level / "tokenizer.json", tmp_path / "tokenizer.json")
+    write(tmp_path / "generation_config.json", settings)
+    with pytest.raises(UserError, match="generation_config.json: "):
+        Tokenizer(tmp_path)
 
 
 def test_fingerprint_survives_saving_and_depends_on_eos(byte_level, mistral, tmp_path):

@@ -304,6 +304,10 @@ def test_temperature_follows_the_models_probabilities(setup, tokenizer):
     assert abs(share - float(probabilities[best])) < 0.08
 
 
+def test_no_prompts_give_no_continuations(setup, tokenizer):
+    assert list(Generator(*setup, tokenizer, 4).run(deque(), max_new_tokens=4, stops=())) == []
+
+
 def test_an_empty_prompt_is_refused(setup, tokenizer):
     with pytest.raises(UserError, match="prompt 1 is empty"):
         continue_(setup, tokenizer, ["a", ""])

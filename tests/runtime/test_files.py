@@ -38,6 +38,8 @@ def test_lists_of_paths_name_the_key():
     assert parse_named(r"a=x\,y=z,b=w", "config.eval.data") == {"a": "x,y=z", "b": "w"}
     with pytest.raises(UserError, match="is not NAME=PATH"):
         parse_named("=x", "config.eval.data")
+    with pytest.raises(UserError, match="config.eval.data: two paths have the name 'a'; rename one"):
+        parse_named("a=x,b=z,a=y", "config.eval.data")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

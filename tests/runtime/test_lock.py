@@ -102,9 +102,15 @@ def test_of_many_that_start_at_once_one_gets_a_stale_lock(tmp_path):
     assert counts and max(counts) == 1
 
 
+def test_a_lock_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(IsADirectoryError), locked(tmp_path / "lock", "runs/slm"):
+        pass
+
+
 def test_an_unreadable_lock_is_not_taken_over_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
-    (tmp_path / "lock").write_text("[]")
+    (tmp_path / "lock").write_bytes(b"[\xff]")
     start = time.monotonic()
     with locked(tmp_path / "lock", "runs/slm"):
         assert time.monotonic() - start > 1.4

@@ -160,6 +160,47 @@ def test_when_a_process_dies_the_other_names_it_and_ends(data, reference, questi
     ]
 
 
+BLIND = """
+import jax
+from rho1_jax.training import checkpoint
+steps, load_meta = checkpoint.steps, checkpoint.load_meta
+def old_steps(workdir):
+    return steps(workdir)[: -1 if jax.process_index() and workdir.name == "run" else None]
+def failing(path):
+    if jax.process_index() and path.name == "4":
+        raise checkpoint.DamagedCheckpoint(path, "the network failed")
+    return load_meta(path)
+"""
+
+
+def test_processes_resume_alike_though_one_sees_other_files(data, reference, questions, tmp_path):
+    flags = flags_of(data, reference, questions, tmp_path / "run", {"data": 8})
+    two_processes(flags)
+    (tmp_path / "list.py").write_text(f"{BLIND}\ncheckpoint.steps = old_steps\n")
+    (tmp_path / "read.py").write_text(f"{BLIND}\ncheckpoint.load_meta = failing\n")
+    assert "resumed from step 4" in two_processes([*flags, f"--plugin={tmp_path / 'list.py'}"])
+    printed = two_processes([*flags, f"--plugin={tmp_path / 'read.py'}"])
+    assert "4 is damaged: another process cannot read the description; renamed it to 4.damaged" in printed
+    assert "resumed from step 2" in printed
+
+
+def test_an_error_of_one_process_ends_both_before_the_first_checkpoint(data, reference, questions, tmp_path):
+    plugin = tmp_path / "damage.py"
+    plugin.write_text(
+        "import jax\n"
+        "from rho1_jax.data import store\n"
+        "def read(self, row):\n"
+        "    if jax.process_index() == 1:\n"
+        "        raise store.UserError('the disk of this machine is damaged')\n"
+        "    return self._source[row]\n"
+        "store._Rows.__getitem__ = read\n"
+    )
+    flags = [*flags_of(data, reference, questions, tmp_path / "run", {"data": 8}), f"--plugin={plugin}"]
+    status, lines, _ = last_lines(start_two(flags))
+    assert status == [1, 2] and lines[1] == ["error: the disk of this machine is damaged"]
+    assert lines[0] == ["error: process 1 has ended early; see its output, and start all processes again to resume"]
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [

@@ -82,4 +82,4 @@ def test_a_command_with_nothing_to_save_just_ends(start):
     process = start("starting")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 0 and errors == "SIGTERM: stopped, with nothing to save\n"
+    assert process.returncode == 128 + signal.SIGTERM and errors == "SIGTERM: stopped, with nothing to save\n"

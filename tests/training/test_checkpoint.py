@@ -53,13 +53,18 @@ def test_a_checkpoint_restores_on_any_mesh(saved, params):
         sharding.param_shardings(shapes, mesh),
     )
     checkpoints = Checkpoints(saved, keep=2)
-    assert checkpoints.latest_meta() == meta(3)
     step, restored, opt_state, reference = checkpoints.restore(3, abstract)
     checkpoints.close()
     assert int(step) == 3 and reference is None
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 3 * np.asarray(b)), restored, params[0])
     assert restored["layers"]["attention"]["q"].sharding == abstract.params["layers"]["attention"]["q"].sharding
     assert jax.tree.structure(opt_state) == jax.tree.structure(shapes.opt_state)
+
+
+def test_nothing_is_written_before_the_first_save(tmp_path):
+    # Of several processes, the one that fails before it closes alone: it must not wait for the others.
+    Checkpoints(tmp_path, keep=2).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_parameters_optimizer_state_and_description_are_stored(saved):
