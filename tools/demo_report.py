@@ -9,8 +9,9 @@ from typing import Any
 from rho1_jax.analysis.plots import Curve, plot_curves
 from rho1_jax.analysis.token_report import LEGEND, TokenScores, page, selection_html
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.runtime.files import read_json, write_text
+from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.metrics import read_metrics
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.accounting import LEDGER_FILE
 
 LABELS = {
@@ -46,7 +47,7 @@ def arm_summary(workdir: pathlib.Path) -> dict[str, Any]:
         for line in metrics
         if "eval/clean/loss" in line
     ]
-    last, ledger = metrics[-1], read_json(workdir / LEDGER_FILE)
+    last, ledger = metrics[-1], read_json(workdir / LEDGER_FILE, dict[str, Any])
     return {
         "tokens_seen": last["tokens_seen"],
         "tokens_selected": last["tokens_selected"],

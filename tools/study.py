@@ -21,8 +21,9 @@ from rho1_jax.data.stored_scores import SPLIT
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.method.signals import REFERENCE_SIGNALS
 from rho1_jax.runtime.command_line import run
-from rho1_jax.runtime.files import read_json, replacing, write_text
+from rho1_jax.runtime.files import replacing, write_text
 from rho1_jax.runtime.metrics import read_metrics
+from rho1_jax.runtime.schema import read_json
 from rho1_jax.score import score_data
 from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
@@ -110,9 +111,9 @@ def run_arm(arm: str, output: pathlib.Path, seed: int, rate: float) -> Result:
         announce(f"seed {seed}, {arm}, learning rate {rate:g}")
         train_model(config, workdir)
     last = read_metrics(workdir)[-1]
-    flops = sum(read_json(workdir / LEDGER_FILE)["flops"].values())
+    flops = sum(read_json(workdir / LEDGER_FILE, dict[str, Any])["flops"].values())
     if selection_rule(config).needs & set(REFERENCE_SIGNALS) and not config.reference.moves:
-        flops += sum(read_json(output / "reference" / LEDGER_FILE)["flops"].values())
+        flops += sum(read_json(output / "reference" / LEDGER_FILE, dict[str, Any])["flops"].values())
     return Result(rate, last["eval/problems/accuracy"], last["eval/clean/loss"], int(last["tokens_selected"]), flops)
 
 

@@ -155,7 +155,7 @@ def run(main: Callable[[], None], argument: Any = None) -> None:
         "A config file given by --config may register them itself.",
     )
 
-    def command() -> None:
+    def command() -> int:
         _load_plugins(plugins.value)
         status = 0
         try:
@@ -165,7 +165,7 @@ def run(main: Callable[[], None], argument: Any = None) -> None:
             say(str(stop))
             status = stop.status
         peers.done()
-        sys.exit(status)
+        return status
 
     if not any(map(glob.glob, TPU_DEVICES)):
         os.environ.update(NO_TPU | os.environ)

@@ -60,16 +60,6 @@ def json_lines(records: Iterable[Any]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file. Raises UserError if it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-
-
 def sha256(path: pathlib.Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:

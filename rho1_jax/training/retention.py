@@ -15,11 +15,8 @@ LOWER_IS_BETTER = {"loss": True, "accuracy": False}
 
 
 def check_retention(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the key, if a value is not allowed or no evaluation gives the metric of `best`."""
+    """Raises UserError if no evaluation gives the metric of `config.checkpoint.best`."""
     settings, evaluation = config.checkpoint, config.eval
-    for key in ("keep", "keep_every"):
-        if settings[key] < 0:
-            raise UserError(f"config.checkpoint.{key}={settings[key]} must not be negative")
     tasks = [name for name in evaluation.tasks.split(",") if name]
     questions = parse_named(evaluation.questions, "config.eval.questions")
     metrics = [f"eval/{name}/loss" for name in parse_named(evaluation.data, "config.eval.data")]

@@ -82,8 +82,6 @@ def test_damaged_checkpoints_are_not_counted_and_never_deleted(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("keep", -1, "config.checkpoint.keep=-1 must not be negative"),
-        ("keep_every", -2, "config.checkpoint.keep_every=-2 must not be negative"),
         (
             "best",
             "loss",
