@@ -2,7 +2,8 @@
 
 rho1 verify DIR
 
-DIR is a prepared data set, with the scores stored beside it, or one folder of stored scores.
+DIR is a prepared data set, with the scores stored beside it, one folder of stored scores, a run's work directory, or
+one of its checkpoints.
 """
 
 import pathlib
@@ -15,6 +16,10 @@ from rho1_jax.data.store import Store
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.training import checkpoint
+from rho1_jax.training.description import META_FILE
+
+WITHOUT_CHECKSUMS = "an older version wrote it without checksums; the next checkpoint of the run will have them"
 
 
 def verify(path: str | pathlib.Path) -> list[str]:
@@ -32,7 +37,18 @@ def verify(path: str | pathlib.Path) -> list[str]:
     if (folder / MANIFEST).exists():
         scores = sorted(manifest.parent for manifest in folder.glob(f"{stored_scores.FOLDER}/*/{MANIFEST}"))
         return [_verify_data(folder), *map(_verify_scores, scores)]
-    raise UserError(f"{path} is neither a prepared data set nor a folder of stored scores")
+    if checkpoint.steps(folder):
+        return [_verify_checkpoint(checkpoint.at(folder, step)) for step in checkpoint.steps(folder)]
+    if (folder / META_FILE).exists():
+        return [_verify_checkpoint(folder)]
+    raise UserError(
+        f"{path} is neither a prepared data set, nor a folder of stored scores, nor a run, nor a checkpoint"
+    )
+
+
+def _verify_checkpoint(folder: pathlib.Path) -> str:
+    count = checkpoint.verify(folder)
+    return f"{folder}: {count} arrays match their checksums" if count else f"{folder}: {WITHOUT_CHECKSUMS}"
 
 
 def _verify_data(folder: pathlib.Path) -> str:

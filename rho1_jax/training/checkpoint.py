@@ -351,3 +351,26 @@ def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]
         if not np.isfinite(array).all():
             raise UserError(non_finite_message(checkpoint, [name]))
         yield name, array
+
+
+def verify(checkpoint: pathlib.Path) -> int:
+    """Reads every array of a checkpoint, with one item in memory at a time, and compares it with its checksum.
+
+    Returns:
+      The number of arrays compared; 0 if an older version wrote the checkpoint, without checksums.
+
+    Raises:
+      DamagedCheckpoint: an array is missing, cannot be read or does not match its checksum.
+    """
+    arrays, handler = read_description(checkpoint).arrays or {}, ocp.PyTreeCheckpointHandler()
+    for item in sorted({name.partition("/")[0] for name in arrays}):
+        directory = checkpoint.absolute() / item
+        stored = _read(checkpoint, item, functools.partial(handler.metadata, directory)).tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        arguments = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        tree = _read(checkpoint, item, functools.partial(handler.restore, directory, args=arguments))
+        leaves = named_leaves(tree)
+        for name, array in _stored_arrays(checkpoint, arrays, item).items():
+            if name not in leaves or numpy_checksum(np.asarray(leaves[name])) != array.checksum:
+                raise DamagedCheckpoint(checkpoint, f"{item}/{name} does not match its checksum")
+    return len(arrays)

@@ -15,8 +15,10 @@ from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Meta
 from rho1_jax.training.checksums import named_leaves
 from rho1_jax.training.config import as_saved
+from rho1_jax.training.description import META_FILE, read_description
 from rho1_jax.training.optimizer import make_optimizer
 from rho1_jax.training.state import TrainState
+from rho1_jax.verify import verify
 
 ADAMW = make_optimizer(OptimizerConfig(), 1e-2)
 BEFORE, NEWEST = 3, 4
@@ -232,3 +234,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_for_damaged(run, o
     with pytest.raises(UserError, match=r"4 does not fit the model: params/norm is \(8,\) in the file, but \(9,\) in"):
         Checkpoints(run, keep=2).newest(abstract(larger), any_run)
     assert checkpoint.steps(run) == [BEFORE, NEWEST]
+
+
+def test_verify_reads_every_array_of_every_checkpoint(run):
+    count = len(read_description(checkpoint.at(run, NEWEST)).arrays)
+    expected = [f"{checkpoint.at(run, step)}: {count} arrays match their checksums" for step in (BEFORE, NEWEST)]
+    assert verify(run) == expected and verify(checkpoint.at(run, NEWEST)) == expected[1:]
+    newest = checkpoint.at(run, NEWEST)
+    for item in ("params", "opt_state", "reference"):
+        description = read_description(newest)
+        name = next(name for name in description.arrays if name.startswith(item))
+        changed = description.arrays[name]._replace(checksum=description.arrays[name].checksum ^ 1)
+        edited = description._replace(arrays=description.arrays | {name: changed})
+        (newest / META_FILE).write_text(json.dumps(edited.as_json()))
+        with pytest.raises(UserError, match=f"{newest} is damaged: {name} does not match its checksum"):
+            verify(run)
+        (newest / META_FILE).write_text(json.dumps(description.as_json()))
