@@ -265,14 +265,14 @@ def test_a_moving_reference_resumes(data, reference, tmp_path, moves):
     class Stop(Exception):
         pass
 
-    def record(self, number, *rest, original=Loop.record):
+    def log(self, number, *rest, original=Loop.log):
         original(self, number, *rest)
         if number == 6:
             self.checkpoints.close()
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "record", record)
+        patch.setattr(Loop, "log", log)
         with pytest.raises(Stop):
             train_model(stopped, tmp_path / "run")
     directory = checkpoint.find(tmp_path / "run", "workdir")

@@ -23,6 +23,7 @@ from rho1_jax.runtime.errors import UserError
 PING_SECONDS = 5.0
 SILENT_SECONDS = 45.0
 GREETING_SECONDS = 5.0
+SAME_ERROR_SECONDS = 3.0
 PING, DONE, LOST = b".", b"D", b"L"
 _MESSAGE = struct.Struct("!cI")  # kind, and the number of a process
 _INVITATION = struct.Struct("!32sI")  # token, and port of process 0
@@ -55,6 +56,7 @@ def leave(status: int) -> NoReturn:
     """Exits with a status. In a run of several processes, it skips the teardown, whose barrier nobody would reach."""
     if _watch:
         sys.stdout.flush()
+        _watch.leave()
         os._exit(status)
     sys.exit(status)
 
@@ -97,6 +99,13 @@ class _Watch:
             jax.distributed.shutdown()
             self._send(DONE, jax.process_index())
         self._is_done = True
+
+    def leave(self) -> None:
+        """Lets processes that meet the same error as process 0 learn from its service that it was printed."""
+        self._is_done = True
+        deadline = time.monotonic() + SAME_ERROR_SECONDS
+        for reader in self._readers if jax.process_index() == 0 else ():
+            reader.join(max(0, deadline - time.monotonic()))
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
