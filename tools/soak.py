@@ -49,8 +49,11 @@ def growth(samples: list[Sample], steps: int) -> tuple[float, int]:
     late = [s for s in samples if s.step >= 4 * steps / 5]
     if not early or not late:
         raise UserError("the run was too short to measure its growth; raise --steps")
-    memory = statistics.median(s.megabytes for s in late) / statistics.median(s.megabytes for s in early) - 1
-    return memory, max(s.descriptors for s in late) - max(s.descriptors for s in early)
+    megabytes, descriptors = (
+        [statistics.median(getattr(s, name) for s in part) for part in (early, late)]
+        for name in ("megabytes", "descriptors")  # a checkpoint that is being written has some open
+    )
+    return megabytes[1] / megabytes[0] - 1, round(descriptors[1] - descriptors[0])
 
 
 def main() -> None:
