@@ -37,6 +37,8 @@ def sample(process: int, workdir: pathlib.Path) -> Sample | None:
     proc = pathlib.Path(f"/proc/{process}")
     try:
         pages = int((proc / "statm").read_text().split()[1])
+        if not pages:  # it has ended, but nobody has asked for its status yet
+            return None
         lines = read_metrics(workdir)
         return Sample(lines[-1]["step"], pages * 4096 / 2**20, len(list((proc / "fd").iterdir())))
     except (OSError, IndexError):
