@@ -3,11 +3,12 @@
 Opening a folder checks the manifest, the sizes of its files and their ends. `verify` reads every byte.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NotRequired, TypeVar
 
 import pydantic
@@ -15,7 +16,7 @@ from typing_extensions import TypedDict
 
 from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import sha256, write_text
+from rho1_jax.runtime.files import json_sha256, sha256, write_text
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.schema import read_json
 
@@ -76,18 +77,24 @@ def read(folder: pathlib.Path, kind: type[T], remedy: str) -> T:
       UserError: the manifest is missing, damaged or edited, or a newer version wrote it.
     """
     path = folder / MANIFEST
-    try:
+    with _advising(remedy):
         stored = read_json(path, _Versioned)
-        formats.check_format(stored, folder)
+    formats.check_format(stored, folder)  # the remedy for a newer version is another one
+    with _advising(remedy):
         if stored.get("format_version", 1) >= FIRST_FORMAT or CHECKSUM in stored:
             recorded = stored.get(CHECKSUM)
             if recorded != _checksum(stored):
                 problem = "has no checksum" if recorded is None else "was edited: its checksum does not match"
                 raise UserError(f"{path} {problem}")
         return read_json(path, kind)
+
+
+@contextlib.contextmanager
+def _advising(remedy: str) -> Iterator[None]:
+    """Adds what to do to a UserError."""
+    try:
+        yield
     except UserError as error:
-        if "newer version" in str(error):
-            raise
         raise UserError(f"{error}; {remedy}") from None
 
 
@@ -138,9 +145,8 @@ def _changed(path: pathlib.Path, remedy: str) -> UserError:
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest without its checksum. The order of the keys does not matter."""
-    content = {key: value for key, value in manifest.items() if key != CHECKSUM}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a manifest without its checksum."""
+    return json_sha256({key: value for key, value in manifest.items() if key != CHECKSUM})
 
 
 def _ends(path: pathlib.Path) -> str:

@@ -29,7 +29,7 @@ from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime import formats, stopping
 from rho1_jax.runtime.children import end_with_parent
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import replacing, sha256, write_text
+from rho1_jax.runtime.files import json_sha256, replacing, sha256, write_text
 from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.stopping import Stopped
@@ -183,8 +183,7 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
         "inputs": inputs,
     }
     identity = description | {"inputs": [entry["sha256"] for entry in inputs]}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return {"fingerprint": digest, **description}
+    return {"fingerprint": json_sha256(identity), **description}
 
 
 def prepare(

@@ -76,7 +76,7 @@ def verify_tokens(folder: pathlib.Path) -> None:
     Raises:
       UserError: ids differ (the message names the text), or transformers is not installed.
     """
-    transformers = _transformers()
+    transformers = _peer("transformers")
     tokenizer = Tokenizer(folder)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in TEXTS:
@@ -88,11 +88,12 @@ def verify_tokens(folder: pathlib.Path) -> None:
             )
 
 
-def _transformers() -> Any:
+def _peer(name: str) -> Any:
+    """A library that only --verify needs. Raises UserError if it is not installed."""
     try:
-        return importlib.import_module("transformers")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--verify needs transformers ({error}): install the extra `peers`") from None
+        raise UserError(f"--verify needs {name} ({error}): install the extra `peers`") from None
 
 
 def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Path) -> Iterator[str]:
@@ -104,11 +105,7 @@ def verify(folder: HuggingFaceFolder, config: ModelConfig, text_file: pathlib.Pa
     Raises:
       UserError: torch or transformers is not installed, or the text cannot be read.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(f"--verify needs torch and transformers ({error}): install the extra `peers`") from None
+    torch, transformers = _peer("torch"), _peer("transformers")
     try:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

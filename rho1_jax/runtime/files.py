@@ -64,3 +64,8 @@ def sha256(path: pathlib.Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """SHA-256, in hex, of what JSON can hold. The order of the keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

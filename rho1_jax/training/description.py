@@ -1,7 +1,6 @@
 """The JSON that describes a checkpoint: its run, its arrays, and the checksums of both."""
 
 import contextlib
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rho1_jax.runtime import formats
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import json_sha256
 from rho1_jax.runtime.schema import parse_json, read_json
 from rho1_jax.training.config import complete
 
@@ -79,7 +79,7 @@ class Description(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The fields of `meta`, the arrays and the metrics, with a checksum of them all."""
         stored = self.meta._asdict() | {"arrays": self.arrays, "metrics": dict(self.metrics)}
-        return stored | {SHA256: _digest(stored)}
+        return stored | {SHA256: json_sha256(stored)}
 
 
 def read_description(checkpoint: pathlib.Path) -> Description:
@@ -93,7 +93,7 @@ def read_description(checkpoint: pathlib.Path) -> Description:
     with _as_damage(checkpoint):
         stored = read_json(path, dict[str, Any])
     sha256 = stored.pop(SHA256, None)
-    if sha256 is not None and sha256 != _digest(stored):
+    if sha256 is not None and sha256 != json_sha256(stored):
         raise DamagedCheckpoint(checkpoint, f"{META_FILE} does not match its checksum")
     formats.check_format(stored, checkpoint)
     if sha256 is None and stored.get(formats.KEY, 1) >= FIRST_WITH_CHECKSUMS:
@@ -115,7 +115,3 @@ def _as_damage(checkpoint: pathlib.Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise DamagedCheckpoint(checkpoint, str(error).removeprefix(f"{checkpoint.absolute()}/")) from None
-
-
-def _digest(stored: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()

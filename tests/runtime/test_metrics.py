@@ -68,7 +68,7 @@ def steps(workdir):
 
 def events(workdir):
     """The steps of the events in all files, and their metrics. Each record must have the right checksums."""
-    found = []
+    read = []
     for file in sorted((workdir / "tensorboard").iterdir()):
         content = file.read_bytes()
         while content:
@@ -81,8 +81,8 @@ def events(workdir):
             )
             assert struct.unpack("<II", head + tail) == (masked_crc32c(struct.pack("<Q", size)), masked_crc32c(record))
             event = Event.FromString(record)
-            found += [(event.step, {value.tag: value.simple_value for value in event.summary.value})]
-    return found
+            read += [(event.step, {value.tag: value.simple_value for value in event.summary.value})]
+    return read
 
 
 def test_tensorboard_gets_each_metric_and_where_a_run_resumed(tmp_path):
