@@ -276,7 +276,10 @@ def test_the_command(rows, tmp_path):
     done = run_command("rho1_jax.cli", "verify", str(rows))
     assert done.returncode == 2 and done.stderr.startswith(f"error: {rows / TRAIN} was changed")
     done = run_command("rho1_jax.cli", "verify", str(tmp_path))
-    assert done.returncode == 2 and "is neither a prepared data set nor a folder of stored scores" in done.stderr
+    assert (
+        done.returncode == 2
+        and "is neither a prepared data set, nor a folder of stored scores, nor a run, nor a checkpoint" in done.stderr
+    )
 
 
 def test_a_tokenizer_that_is_not_the_recorded_one_is_refused(tokenizer):
