@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 import ml_collections
 from jax.sharding import Mesh
@@ -19,7 +20,9 @@ from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.checksums import check_finite
-from rho1_jax.training.config import changes, run_settings
+from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
+
+INIT = "config.init.checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +114,43 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
             f"{key}={pretrained.path} has another tokenizer ({model_tokenizer[:12]}) than {store.path} was prepared "
             f"with ({data_tokenizer[:12]}); prepare the data with {pretrained.tokenizer_path}"
         )
-    if pretrained.model.vocab_size != config.model.vocab_size:
+    if config.model.vocab_size not in (0, pretrained.model.vocab_size):
         raise UserError(
             f"{key}={pretrained.path} has a vocabulary of {pretrained.model.vocab_size}, but "
             f"config.model.vocab_size is {config.model.vocab_size}"
         )
     return pretrained
+
+
+def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Collection[str], seq_len: int) -> None:
+    """Fills the `model` section of a run's config with the model that the run starts from.
+
+    How the model is computed stays as the config says. So does context_length if it is given; otherwise, it is the
+    model's or, if the rows are longer, theirs.
+
+    Args:
+      config: the run's config, which is changed.
+      initial: the model.
+      given: the keys that the command line sets, such as model.layers. Keys that differ from their default count too.
+      seq_len: targets per row of the training data.
+
+    Raises:
+      UserError: a key that was given contradicts the model.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in RUN_SETTINGS:
+            continue
+        value, of_model = config.model[field.name], getattr(initial.model, field.name)
+        is_given = f"model.{field.name}" in given or value != field.default
+        if field.name == "context_length":
+            config.model.context_length = value if is_given else max(of_model, seq_len)
+        elif is_given and value != of_model:
+            raise UserError(
+                f"config.model.{field.name}={value} contradicts {INIT}={initial.path}, which has "
+                f"{field.name}={of_model}; remove it"
+            )
+        else:
+            config.model[field.name] = of_model
 
 
 def open_same_model(
