@@ -23,6 +23,7 @@ from rho1_jax.training.checksums import check_finite
 from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
 
 INIT = "config.init.checkpoint"
+MODEL_HELP = "A run directory, one of its checkpoints, or a Hugging Face folder."  # of flags that take a model
 
 
 @dataclasses.dataclass(frozen=True)
