@@ -1,16 +1,18 @@
-"""Trained models: those a run starts from or refers to, and those that are evaluated."""
+"""Models on disk: opened from runs, checkpoints and Hugging Face folders, and written without optimizer state."""
 
 import dataclasses
 import pathlib
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Mapping
 
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
 from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
@@ -21,6 +23,7 @@ from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.checksums import check_finite
 from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
+from rho1_jax.training.state import TrainState
 
 INIT = "config.init.checkpoint"
 MODEL_HELP = "A run directory, one of its checkpoints, or a Hugging Face folder."  # of flags that take a model
@@ -93,6 +96,27 @@ class Pretrained:
         params = self.folder.load(self.model, mesh, dtype)
         check_finite(params, self.path)
         return params
+
+
+def write_parameters(
+    output: pathlib.Path, params: Params, meta: Meta, metrics: Mapping[str, float], tokenizer: Tokenizer
+) -> None:
+    """Writes a run directory with one checkpoint, which holds the parameters and no optimizer state.
+
+    Args:
+      output: the directory, which must not exist. It is written beside, and renamed when it is complete.
+      params: the parameters, as JAX or NumPy arrays.
+      meta: the description of their run.
+      metrics: the evaluations at that step.
+      tokenizer: the model's tokenizer.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial / TOKENIZER_DIR)
+    checkpoints = checkpoint.Checkpoints(partial, keep=1)
+    checkpoints.save(TrainState(jnp.int32(meta.step), params, None), meta, metrics)
+    checkpoints.close()
+    partial.rename(output)
 
 
 def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, store: Store) -> Pretrained:

@@ -10,14 +10,19 @@ import pytest
 from helpers import config_of, run_command, tiny, write_hf_folder
 
 from rho1_jax.configs import default
+from rho1_jax.evaluate import evaluate_model
+from rho1_jax.export_hf import export_hf, export_weights
+from rho1_jax.generate import generate_text
 from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.score import score_data
 from rho1_jax.train import train_model
+from rho1_jax.training.description import read_description
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import open_reference
 from rho1_jax.training.setup import open_run
+from rho1_jax.verify import verify
 
 MODELS = {
     "llama": tiny(vocab_size=304, tied_embeddings=False, rope_theta=500.0),
@@ -151,3 +156,78 @@ def test_a_moving_reference_of_another_size_is_refused(folder, data):
     layers = MODELS[folder.name].layers
     with pytest.raises(UserError, match=f"is another model: config.model.layers={layers} there, 4 here"):
         open_reference(setup.config, setup.needs, setup.model, opened.stores, setup.mesh)
+
+
+@pytest.fixture(scope="module")
+def weights(reference, tmp_path_factory):
+    """The weights of the reference, exported without optimizer state."""
+    output = tmp_path_factory.mktemp("weights") / "weights"
+    export_weights(str(reference), output, None)
+    return output
+
+
+def size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_weights_alone_are_a_third_of_a_checkpoint_and_the_same_model(weights, reference):
+    of_run, alone = Pretrained.open(reference, "--checkpoint"), Pretrained.open(weights, "--checkpoint")
+    assert {item.name for item in alone.path.iterdir() if item.is_dir()} == {"params", "meta"}
+    assert size(alone.path) < 0.4 * size(of_run.path)
+    assert (alone.meta, alone.model) == (of_run.meta, of_run.model)
+    assert read_description(alone.path).metrics == read_description(of_run.path).metrics != {}
+    mesh = sharding.make_mesh(2, 2, 2)
+    jax.tree.map(np.testing.assert_array_equal, alone.load(mesh, "float32"), of_run.load(mesh, "float32"))
+    assert not weights.with_name("weights.partial").exists()
+    assert "arrays match their checksums" in verify(weights)[0]
+
+
+def test_weights_alone_may_have_another_dtype(reference, tmp_path):
+    export_weights(str(reference), tmp_path / "half", "bfloat16")
+    half, mesh = Pretrained.open(tmp_path / "half", "--checkpoint"), sharding.make_mesh(2, 2, 2)
+    assert {array.dtype for array in read_description(half.path).arrays.values()} == {"bfloat16"}
+    of_run = Pretrained.open(reference, "--checkpoint").load(mesh, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, half.load(mesh, "bfloat16"), of_run)
+
+
+def test_weights_alone_are_opened_wherever_a_model_is(weights, reference, data, tmp_path):
+    config = config_from(weights, data)
+    train_model(config, tmp_path / "run")  # the first weights and the reference
+    expected = evaluate_model(reference, {"rows": 8})
+    assert evaluate_model(weights, {"rows": 8}) == expected
+    assert generate_text(weights, ["1+1="], max_new_tokens=4) == generate_text(reference, ["1+1="], max_new_tokens=4)
+    for path, name in ((weights, "of_weights"), (reference, "of_run")):
+        export_hf(str(path), tmp_path / name, None)
+    assert (tmp_path / "of_weights/model.safetensors").read_bytes() == (
+        tmp_path / "of_run/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_is_not_resumed_from_weights_alone(weights, data):
+    before = size(weights)
+    message = (
+        r"12 holds weights only, so no run can be resumed from it; start a new run from it, with config.init.check"
+    )
+    with pytest.raises(UserError, match=message):
+        train_model(config_of("reference", data), weights)
+    assert size(weights) == before
+
+
+def test_damaged_weights_alone_are_noticed(weights, tmp_path):
+    shutil.copytree(weights, tmp_path / "copy")
+    damage = max((tmp_path / "copy").rglob("params/**/*"), key=lambda file: file.stat().st_size * file.is_file())
+    content = bytearray(damage.read_bytes())
+    content[len(content) // 2] ^= 255
+    damage.write_bytes(content)
+    damaged = Pretrained.open(tmp_path / "copy", "--checkpoint")
+    with pytest.raises(UserError, match="12 is damaged"):
+        damaged.load(sharding.make_mesh(8, 1, 1), "float32")
+
+
+def test_two_kinds_of_export_exclude_each_other(reference, tmp_path):
+    flags = [f"--checkpoint={reference}", f"--output={tmp_path / 'out'}"]
+    result = run_command("rho1_jax.export_hf", *flags, "--weights_only", "--raw")
+    assert result.returncode == 2 and "error: --raw, --weights_only and --verify exclude each other" in result.stderr
+    result = run_command("rho1_jax.export_hf", *flags, "--weights_only")
+    assert result.returncode == 0, result.stderr
+    assert Pretrained.open(tmp_path / "out", "--checkpoint").meta.step == 12
