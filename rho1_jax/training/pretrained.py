@@ -26,7 +26,6 @@ from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
 from rho1_jax.training.state import TrainState
 
 INIT = "config.init.checkpoint"
-MODEL_HELP = "A run directory, one of its checkpoints, or a Hugging Face folder."  # of flags that take a model
 
 
 @dataclasses.dataclass(frozen=True)
