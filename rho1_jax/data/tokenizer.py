@@ -320,7 +320,7 @@ class _Json:
                 mark = special_mark(token_id)
                 options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
                 marking.add_tokens([tokenizers.AddedToken(mark, **options)])
-                ids[marking.token_to_id(mark)] = token_id
+                ids[marking.get_vocab_size() - 1] = token_id
         return marking, ids
 
     def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
@@ -338,7 +338,7 @@ class _Json:
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def name(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id)
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
