@@ -83,7 +83,7 @@ def measure(workdir: pathlib.Path, data: pathlib.Path, rows: int, reference: str
         )
     trained, store = TrainedRun.open(workdir, "--run"), Store(data)
     config, model_config = trained.config, trained.model
-    if store.tokenizer_fingerprint != trained.meta.tokenizer:
+    if not store.has_tokenizer(checkpoint.tokenizer_path(trained.directory), trained.meta.tokenizer):
         raise UserError(f"--data={data} was prepared with a different tokenizer than the run's data")
     mesh = sharding.mesh_of_run(**config.mesh)
     held_out = store.rows("eval")

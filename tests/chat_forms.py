@@ -60,7 +60,8 @@ LLAMA = """\
         {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
         {{- call.arguments | tojson }}{{- "}<|eot_id|>" }}
     {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
@@ -129,7 +130,12 @@ SPECIAL = (
     "<end_of_turn> <|system|> <|user|> <|assistant|> <|end|>"
 ).split()
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # not special: they count in the data, too
-TEXTS = ["You are a helpful assistant.", "What is 6 times 7? It is 42.\n\nSystem user assistant model", "def f(x):\n  "]
+TEXTS = [
+    "abcdefghijklmnopqrstuvwxyz0123456789",
+    "You are a helpful assistant.",
+    "What is 6 times 7? It is 42.\n\nSystem user assistant model",
+    "def f(x):\n  ",
+]
 
 
 def make_tokenizer(folder: pathlib.Path, kind: str = "byte level") -> None:

@@ -23,7 +23,8 @@ from typing_extensions import TypedDict
 
 from rho1_jax.data import tracking
 from rho1_jax.data.records import BadRecord
-from rho1_jax.data.tokenizer import Span, Tokenizer, special_mark
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer_backends import Span, special_mark
 from rho1_jax.data.tracking import GENERATION_END, GENERATION_START, TEMPLATE
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.schema import read_json

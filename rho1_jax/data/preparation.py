@@ -182,8 +182,13 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
         "options": json.loads(json.dumps(dataclasses.asdict(options))),
         "inputs": inputs,
     }
-    identity = description | {"inputs": [entry["sha256"] for entry in inputs]}
-    return {"fingerprint": json_sha256(identity), **description}
+    return {"fingerprint": _fingerprint(description), **description}
+
+
+def _fingerprint(description: Mapping[str, Any]) -> str:
+    """Hash of the tokenizer, the options and the content of the inputs."""
+    parts = {key: description[key] for key in ("tokenizer_fingerprint", "options")}
+    return json_sha256(parts | {"inputs": [entry["sha256"] for entry in description["inputs"]]})
 
 
 def prepare(
@@ -202,7 +207,7 @@ def prepare(
     _check(options)
     description = describe(files, tokenizer, options)
     if output.exists():
-        return _existing(output, description)
+        return _existing(output, description, tokenizer)
     partial = output.with_name(output.name + ".partial")
     with locked(partial.with_name(partial.name + ".lock"), f"--output={output}"):
         stopping.save_on_stop()
@@ -232,16 +237,22 @@ def _check(options: Options) -> None:
             raise UserError(f"--{name}={getattr(options, name)} must be between 0 and 1")
 
 
-def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
+def _existing(output: pathlib.Path, description: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists but is not a prepared data set; choose another --output")
-    stored: Mapping[str, Any] = store.Store(output).manifest
-    for part in ("tokenizer_fingerprint", "options", "fingerprint"):
-        if stored[part] != description[part]:
-            changed = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}
-            difference = changed.get(part, "other inputs")
-            raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
-    return dict(stored)
+    existing = store.Store(output)
+    stored: Mapping[str, Any] = existing.manifest
+    if not existing.has_tokenizer(tokenizer.path, tokenizer.fingerprint):
+        difference = "another tokenizer"
+    elif stored["options"] != description["options"]:
+        difference = "other options"
+    elif stored["fingerprint"] != _fingerprint(
+        description | {"tokenizer_fingerprint": existing.tokenizer_fingerprint}  # may be another file of the same one
+    ):
+        difference = "other inputs"
+    else:
+        return dict(stored)
+    raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
 
 
 def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:

@@ -4,18 +4,16 @@ import functools
 import hashlib
 import itertools
 import pathlib
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired
 
 import numpy as np
-import sentencepiece
-import tokenizers
 from typing_extensions import TypedDict
 
+from rho1_jax.data.tokenizer_backends import JsonBackend, SentencePieceBackend, Span
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import json_sha256, local_path
 from rho1_jax.runtime.schema import read_json
 
 TOKENIZER_DIR = "tokenizer"  # folder of the tokenizer in a run or a prepared data set
@@ -33,13 +31,7 @@ SETTINGS_FILES = (
     "merges.txt",
 )
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
-
 PART_CHARACTERS = 1 << 19  # tokenized at once: SentencePiece needs up to 300 bytes of memory per character
-
-MARK = re.compile("\ufdd2([0-9]+)\ufdd3")  # see `special_mark`; noncharacters of Unicode, which no text may hold
-
-Span = tuple[int, int]  # the first character, and the one after the last
 
 
 class _Token(TypedDict):
@@ -68,7 +60,8 @@ class Tokenizer:
       bos_id: the id to add before each text, according to the model's files; None if they add none.
       eos_id: the id to add after each document.
       eos_ids: the ids that end a generation: `eos_id`, and those of generation_config.json or else config.json.
-      fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
+      fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex. This is what gets recorded; use
+        `same_tokenizer` to compare, since a program may save a tokenizer in another form.
     """
 
     def __init__(self, path: str | pathlib.Path, expected: str | None = None):
@@ -91,7 +84,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise UserError(f"{path}: no such tokenizer file; train one with `rho1 tokenizer`")
         self._settings = _settings(self.path.parent)
-        backend = _Json if self.path.suffix == ".json" else _SentencePiece
+        backend = JsonBackend if self.path.suffix == ".json" else SentencePieceBackend
         self._model = backend(self.path, self._settings)
         self.vocab_size = self._model.vocab_size
         self.bos_id = self._model.bos_id
@@ -113,6 +106,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""
         return self._model.encode(text)
+
+    @functools.cached_property
+    def behavior(self) -> str:
+        """Sha256 of what the tokenizer does, in hex: two files of one tokenizer have the same.
+
+        Comparable only within one version of the tokenizer libraries, so it is never recorded.
+        """
+        return json_sha256({"does": self._model.behavior(), "bos_id": self.bos_id, "eos_id": self.eos_id})
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -185,9 +186,25 @@ class Tokenizer:
                 shutil.copyfile(self.path.parent / name, directory / name)
 
 
-def special_mark(token_id: int) -> str:
-    """The text that stands for a special token, in a text to encode with `marked`."""
-    return f"\ufdd2{token_id}\ufdd3"
+def same_tokenizer(path: pathlib.Path, fingerprint: str, other_path: pathlib.Path, other_fingerprint: str) -> bool:
+    """True if two tokenizers give the same ids. All comparisons of tokenizers are made here.
+
+    Those of different fingerprints are opened, and are the same if they do the same.
+
+    Args:
+      path: the first tokenizer's file or folder.
+      fingerprint: the fingerprint recorded for it.
+      other_path: the same of the second tokenizer.
+      other_fingerprint: the same of the second tokenizer.
+
+    Raises:
+      UserError: they have different fingerprints, and one of them cannot be opened.
+    """
+    if fingerprint == other_fingerprint:
+        return True
+    first, second = Tokenizer(path), Tokenizer(other_path)
+    recorded = (first.fingerprint, second.fingerprint) == (fingerprint, other_fingerprint)
+    return recorded and first.behavior == second.behavior
 
 
 def _part_end(text: str, start: int) -> int:
@@ -230,120 +247,3 @@ def _generation_eos_ids(directory: pathlib.Path) -> list[int]:
             if ids:
                 return ids
     return []
-
-
-class _SentencePiece:
-    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
-            raise UserError(f"{path}: not a SentencePiece model") from error
-        self.vocab_size = self._processor.vocab_size()
-        # The model file does not say whether to add BOS.
-        bos_id = self._processor.bos_id() if settings.get("add_bos_token", False) else -1
-        self.bos_id = bos_id if bos_id >= 0 else None
-        eos_id = self._processor.eos_id()
-        self.eos_id = eos_id if eos_id >= 0 else None
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self._processor.encode(text, return_type="offset_mapping")
-        return encoding["ids"], encoding["offsets"]
-
-    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
-        ids: list[int] = []
-        spans: list[Span] = []
-        done = 0
-        for mark in (*MARK.finditer(text), None):
-            end = mark.start() if mark else len(text)
-            part_ids, part_spans = self.encode_spans(text[done:end]) if end > done else ([], [])
-            ids += part_ids
-            spans += [(first + done, last + done) for first, last in part_spans]
-            if mark:
-                ids.append(int(mark[1]))
-                spans.append(mark.span())
-                done = mark.end()
-        return ids, spans
-
-    def special_tokens(self) -> dict[str, int]:
-        ids = range(self.vocab_size)
-        return {self.name(token_id): token_id for token_id in ids if self._processor.is_control(token_id)}
-
-    def name(self, token_id: int) -> str:
-        return self._processor.id_to_piece(token_id)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
-
-    def piece(self, token_id: int) -> str:
-        return self._processor.id_to_piece(token_id).replace(SPACE, " ")
-
-
-class _Json:
-    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path}: not a tokenizer of the library `tokenizers`: {error}") from error
-        self._path = path
-        self._tokenizer.encode_special_tokens = True  # treats "</s>" in a document as text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        added = self._tokenizer.encode("", add_special_tokens=True).ids
-        self.eos_id = self._id(settings.get("eos_token"), settings.get("eos_token_id"))
-        bos_id = self._id(settings.get("bos_token"), added[0] if added and added[0] != self.eos_id else None)
-        self.bos_id = bos_id if settings.get("add_bos_token", bos_id in added) else None
-
-    def _id(self, token: str | None, default: int | None) -> int | None:
-        return default if token is None else self._tokenizer.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    @functools.cached_property
-    def _marking(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A copy of the tokenizer in which marks stand for special tokens; the id of a mark -> that of its token."""
-        marking = tokenizers.Tokenizer.from_file(str(self._path))
-        marking.encode_special_tokens = True
-        marking.no_truncation()
-        marking.no_padding()
-        ids: dict[int, int] = {}
-        for token_id, token in marking.get_added_tokens_decoder().items():
-            if token.special:
-                mark = special_mark(token_id)
-                options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
-                marking.add_tokens([tokenizers.AddedToken(mark, **options)])
-                ids[marking.get_vocab_size() - 1] = token_id
-        return marking, ids
-
-    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
-        tokenizer, ids = self._marking
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        spans = encoding.offsets
-        for number, (token_id, (first, last)) in enumerate(zip(encoding.ids, spans)):
-            if token_id in ids:  # some special tokens take the spaces around them
-                mark = MARK.search(text, first, last)
-                spans[number] = mark.span() if mark else (first, last)
-        return [ids.get(token_id, token_id) for token_id in encoding.ids], spans
-
-    def special_tokens(self) -> dict[str, int]:
-        added = self._tokenizer.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special}
-
-    def name(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id) or ""
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def piece(self, token_id: int) -> str:
-        piece = self._tokenizer.id_to_token(token_id) or ""
-        # Pieces of a byte-level vocabulary are readable only after decoding.
-        return piece.replace(SPACE, " ") if SPACE in piece else self._tokenizer.decode([token_id])

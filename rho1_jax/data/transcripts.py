@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rho1_jax.data.records import BadRecord, check_text, missing_keys
-from rho1_jax.data.tokenizer import Span, Tokenizer
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer_backends import Span
 from rho1_jax.runtime.errors import UserError
 
 # The text of each role's message, in the form of ToRA (arXiv 2309.17452). The assistant asks for the output of its

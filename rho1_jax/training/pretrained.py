@@ -115,7 +115,7 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
         model = ModelConfig(**meta.config["model"] | run_settings(config))
         pretrained = Pretrained(directory, model, checkpoint.tokenizer_path(directory), meta.tokenizer, None)
     model_tokenizer, data_tokenizer = pretrained.tokenizer_fingerprint, store.tokenizer_fingerprint
-    if model_tokenizer != data_tokenizer:
+    if not store.has_tokenizer(pretrained.tokenizer_path, model_tokenizer):
         raise UserError(
             f"{key}={pretrained.path} has another tokenizer ({model_tokenizer[:12]}) than {store.path} was prepared "
             f"with ({data_tokenizer[:12]}); prepare the data with {pretrained.tokenizer_path}"

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.peers
 
 USER = {"role": "user", "content": "What is 6 times 7?"}
 ASSISTANT = {"role": "assistant", "content": " It is 42.\n"}
-CALL = {"type": "function", "id": "1", "function": {"name": "times", "arguments": {"a": 6, "b": ["7", "\"x\"\\ é"]}}}
+CALL = {"type": "function", "id": "1", "function": {"name": "times", "arguments": {"a": 6, "b": ["7", '"x"\\ é']}}}
 TOOLS = [{"type": "function", "function": {"name": "times", "description": "a*b", "parameters": {"type": "object"}}}]
 CONVERSATIONS = {
     "short": [USER],
