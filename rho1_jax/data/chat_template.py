@@ -27,6 +27,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.tokenizer_backends import Span, special_mark
 from rho1_jax.data.tracking import GENERATION_END, GENERATION_START, TEMPLATE
 from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.schema import read_json
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -87,6 +88,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}: not a Jinja template: {error.message} in line {error.lineno}") from None
         return cls(source)
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the template beside a tokenizer, where `open` and Transformers look first."""
+        write_text(folder / CHAT_TEMPLATE_FILE, self.source)
 
     def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """Token ids of a conversation that the assistant is to continue.
@@ -164,6 +169,11 @@ class ChatTemplate:
             text, generations = _without_generation(text)
             text, owner_L = tracking.unmark(text)
             if text == expected:
+                present = set(np.unique(owner_L).tolist())
+                for message, before, owner in zip(marked, messages, owners):
+                    if owner >= _FIRST_RESPONSE and owner not in present and message != before:
+                        kind = "tool_calls" if before.get("tool_calls") else "content"
+                        raise BadRecord(f"the chat template does not write the assistant's {kind}")
                 return text, owner_L, generations
         raise BadRecord("the chat template changes the text of a message, so its characters cannot be tracked")
 

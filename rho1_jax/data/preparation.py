@@ -128,10 +128,8 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
                 text = records.document(parsed, options.templates)
                 ids = tokenizer.encode_document(text)
             else:
-                conversation = transcripts.exchanges(parsed, options.transcripts)
-                text = "".join(exchange.text for exchange in conversation)
                 row_length = options.seq_len + 1
-                tokens, in_response = transcripts.encode(conversation, tokenizer, row_length)
+                text, tokens, in_response = transcripts.tokenize(parsed, options.transcripts, tokenizer, row_length)
                 if not any(in_response[:row_length]):
                     raise records.BadRecord(f"no response within the {row_length} tokens of a row")
                 truncated += len(tokens) > row_length
@@ -179,10 +177,18 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
             progress.advance(size)
     description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
+        "options": _as_json(options),
         "inputs": inputs,
     }
     return {"fingerprint": _fingerprint(description), **description}
+
+
+def _as_json(options: Options) -> dict[str, Any]:
+    """The options for the manifest. What older versions did not have is left out unless it is set."""
+    described = json.loads(json.dumps(dataclasses.asdict(options)))
+    if described["transcripts"] and described["transcripts"]["chat_template"] is None:
+        del described["transcripts"]["chat_template"]
+    return described
 
 
 def _fingerprint(description: Mapping[str, Any]) -> str:
@@ -219,6 +225,8 @@ def prepare(
             shutil.rmtree(partial)
             raise
         tokenizer.save(partial / TOKENIZER_DIR)
+        if options.transcripts and options.transcripts.chat_template:
+            options.transcripts.chat_template.save(partial / TOKENIZER_DIR)
         paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
         sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
         store.Store(partial).verify()
