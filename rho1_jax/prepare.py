@@ -2,7 +2,8 @@
 
 rho1 prepare --input=FILES --tokenizer=FILE.model --output=DIR --seq_len=2048 [--eval_fraction=0.01]
 
-Reads JSON lines (plain, .gz, .zst), Parquet and plain text. Run the same command again to resume after an interruption.
+Reads JSON lines and arrays (plain, .gz, .zst), Parquet and plain text. Run the same command again to resume after an
+interruption.
 """
 
 import os

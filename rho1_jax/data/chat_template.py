@@ -153,19 +153,14 @@ class ChatTemplate:
         prompt: bool,
     ) -> tuple[str, np.ndarray, list[Span]]:
         """The text of a conversation, the owner of each character, and the spans inside {% generation %}."""
-        now, special = datetime.datetime.now(), tokenizer.special_tokens
+        now, marker = datetime.datetime.now(), _marker(tokenizer)
         expected = _without_generation(self._text(messages, tools, prompt, now, tokenizer))[0]
         literals = _literals(self.source)
         tags = {literal for literal in literals if not literal.replace("_", "").isalnum()}
         for kept, kept_of_tools in (((), ()), (tags, literals)):
-            marked = [
-                tracking.mark_all(
-                    message, functools.partial(tracking.mark, owner=owner, special=special, literals=kept), special
-                )
-                for message, owner in zip(messages, owners)
-            ]
-            mark_tool = functools.partial(tracking.mark, owner=_OTHER, special=special, literals=kept_of_tools)
-            text = self._text(marked, tracking.mark_all(tools, mark_tool, special), prompt, now, tokenizer)
+            marked = [marker.mark_all(message, owner, kept) for message, owner in zip(messages, owners)]
+            marked_tools = marker.mark_all(tools, _OTHER, kept_of_tools)
+            text = self._text(marked, marked_tools, prompt, now, tokenizer)
             text, generations = _without_generation(text)
             text, owner_L = tracking.unmark(text)
             if text == expected:
@@ -235,13 +230,12 @@ def _is_masked(owner_L: np.ndarray) -> bool:
 
 def _special_tokens(text: str, tokenizer: Tokenizer) -> Iterator[tuple[Span, int]]:
     """The span and the id of each special token in a text, from left to right. The longest name wins."""
-    for match in _pattern(tuple(tokenizer.special_tokens)).finditer(text):
+    for match in _marker(tokenizer).special.finditer(text):
         yield match.span(), tokenizer.special_tokens[match[0]]
 
 
-@functools.lru_cache
-def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+def _marker(tokenizer: Tokenizer) -> tracking.Marker:
+    return tracking.marker(tuple(tokenizer.special_tokens))
 
 
 def _encode(

@@ -5,8 +5,9 @@ from those of the data. Before rendering, the characters of the data move to pla
 plane for each owner. A template copies, joins, trims and cuts them like any others. Afterwards they move back.
 """
 
+import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,52 +26,81 @@ _FIXED_KEYS = ("role", "type")  # a template compares their values, and nobody w
 _STAY = np.array([chr(code).isspace() or code < 32 or chr(code) in '"\\' for code in range(1 << 16)])
 
 
-def mark(text: str, owner: int, special: Collection[str], literals: Collection[str] = ()) -> str:
-    """The text with its characters moved to the owner's plane, except whitespace and what JSON escapes.
+class Marker:
+    """Marks the data of conversations, given the names of special tokens.
 
-    Args:
-      text: a string of the data.
-      owner: one of OWNERS.
-      special: names of special tokens, of which every character moves.
-      literals: strings that the template looks for, which stay.
-
-    Raises:
-      BadRecord: it is not text, or holds a character that is reserved here.
+    Attributes:
+      special: matches the name of a special token; the longest wins.
     """
-    check_text(text)
-    if reserved := _RESERVED.search(text):
-        raise BadRecord(f"the character U+{ord(reserved[0]):04X} is not assigned in Unicode; remove it")
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4").copy()
-    moves = (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
-    if literals:
-        names = sorted({*special, *literals}, key=len, reverse=True)
-        for found in re.finditer("|".join(map(re.escape, names)), text):
-            if found[0] not in special:
-                moves[found.start() : found.end()] = False
-    codes[moves] += (FIRST_PLANE - OWNERS[0] + owner) << 16
-    return codes.tobytes().decode("utf-32-le")
+
+    def __init__(self, names: Collection[str]):
+        self.special = _any_of(names)
+        # Names whose characters all stay would be taken for the template's.
+        self._untrackable = _any_of([name for name in names if not any(map(_moves, name))])
+
+    def mark(self, text: str, owner: int, literals: Collection[str] = ()) -> str:
+        """The text with its characters moved to the owner's plane, except whitespace and what JSON escapes.
+
+        Args:
+          text: a string of the data.
+          owner: one of OWNERS.
+          literals: strings that the template looks for, which stay unless they hold the name of a special token.
+
+        Raises:
+          BadRecord: it is not text, or holds a character that is reserved here.
+        """
+        check_text(text)
+        self._check(text, self._untrackable)
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4").copy()
+        moves = (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
+        kept = [literal for literal in literals if not self.special.search(literal)]
+        for match in _any_of(kept).finditer(text):
+            moves[match.start() : match.end()] = False
+        for match in self.special.finditer(text):
+            moves[match.start() : match.end()] |= ~_STAY[codes[match.start() : match.end()] & 0xFFFF]
+        codes[moves & (codes < 1 << 16)] += (FIRST_PLANE - OWNERS[0] + owner) << 16
+        return codes.tobytes().decode("utf-32-le")
+
+    def mark_all(self, value: Any, owner: int, literals: Collection[str] = ()) -> Any:
+        """A JSON value with every string in it marked, except keys, and roles and types.
+
+        Raises:
+          BadRecord: one of the latter holds the name of a special token, or as for `mark`.
+        """
+        if isinstance(value, str):
+            return self.mark(value, owner, literals)
+        if isinstance(value, list):
+            return [self.mark_all(item, owner, literals) for item in value]
+        if not isinstance(value, dict):
+            return value
+        marked = {}
+        for key, item in value.items():
+            fixed = key in _FIXED_KEYS and isinstance(item, str)
+            for text in (key, item) if fixed else (key,):
+                self._check(text, self.special)
+            marked[key] = item if fixed else self.mark_all(item, owner, literals)
+        return marked
+
+    def _check(self, text: str, special: re.Pattern[str]) -> None:
+        if reserved := _RESERVED.search(text):
+            raise BadRecord(f"the character U+{ord(reserved[0]):04X} is not assigned in Unicode; remove it")
+        if name := special.search(text):
+            raise BadRecord(f"{text[:50]!r} holds the name of a special token, {name[0]!r}, where it cannot be tracked")
 
 
-def mark_all(value: Any, mark_text: Callable[[str], str], special: Collection[str]) -> Any:
-    """A JSON value with every string in it marked, except keys, and roles and types.
+@functools.lru_cache
+def marker(names: tuple[str, ...]) -> Marker:
+    """The marker for the names of special tokens."""
+    return Marker(names)
 
-    Raises:
-      BadRecord: one of the latter holds the name of a special token.
-    """
-    if isinstance(value, str):
-        return mark_text(value)
-    if isinstance(value, list):
-        return [mark_all(item, mark_text, special) for item in value]
-    if not isinstance(value, dict):
-        return value
-    marked = {}
-    for key, item in value.items():
-        fixed = key in _FIXED_KEYS and isinstance(item, str)
-        for text in (key, item) if fixed else (key,):
-            if _RESERVED.search(text) or any(name in text for name in special):
-                raise BadRecord(f"{text[:50]!r} must not hold the name of a special token")
-        marked[key] = item if fixed else mark_all(item, mark_text, special)
-    return marked
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """Matches any of the texts, and the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _moves(character: str) -> bool:
+    return ord(character) < 1 << 16 and not _STAY[ord(character)]
 
 
 def unmark(text: str) -> tuple[str, np.ndarray]:
