@@ -26,11 +26,10 @@ def split(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
     offset = 0  # of the chunk in the file
     opened = closed = False
     while chunk := stream.read(CHUNK_BYTES):
-        start = position = int(escaped)
-        start, escaped = 0, False
+        start, position, escaped = 0, int(escaped), False
         if not opened:
-            start = position = chunk.index(b"[") + 1
-            opened = True
+            opened = b"[" in chunk
+            start = position = chunk.index(b"[") + 1 if opened else len(chunk)
         while not closed and (match := (_IN_STRING if in_string else _STRUCTURE).search(chunk, position)):
             position, where = match.end(), offset + match.start()
             if match[0] == b"\\":
@@ -53,8 +52,8 @@ def split(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
                     raise ValueError(f"not a JSON array: item {number} is empty, at byte {where}")
                 item, is_long, number = bytearray(), False, number + 1
         item += chunk[start:]
-        if closed and item.strip(_SPACE):
-            raise ValueError(f"not a JSON array: more text follows it, at byte {offset + start}")
+        if closed and (rest := chunk[start:].lstrip(_SPACE)):
+            raise ValueError(f"not a JSON array: more text follows it, at byte {offset + len(chunk) - len(rest)}")
         if len(item) > limit:
             item, is_long = bytearray(b"-"), True
         offset += len(chunk)

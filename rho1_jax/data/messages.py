@@ -153,7 +153,7 @@ def _with_arguments(function: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRecord("a tool call has no function with a name")
     arguments = function.get("arguments")
-    return function | {"arguments": _json(arguments, "the arguments of a tool call") if arguments else {}}
+    return function | {"arguments": _json(arguments, "the arguments text of a tool call") if arguments else {}}
 
 
 def _share_gpt_calls(text: Any) -> list[dict[str, Any]]:
