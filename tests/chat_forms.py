@@ -112,7 +112,7 @@ GENERATION = """\
 
 PHI = """\
 {% for message in messages %}{% if message['role'] == 'nobody' %}{% continue %}{% endif %}
-{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}
+{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
 TEMPLATES = {
@@ -150,13 +150,13 @@ def make_tokenizer(folder: pathlib.Path, kind: str = "byte level") -> None:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    # "<|end|>" takes the spaces after it, as in Phi 3.
+    special = [AddedToken(name, rstrip=name == "<|end|>", normalized=False, special=True) for name in SPECIAL]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS * 5, trainer)
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ADDED])
-    # Takes the spaces after it, as in Phi 3.
-    tokenizer.add_special_tokens([AddedToken("<|end|>", rstrip=True, normalized=False, special=True)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}

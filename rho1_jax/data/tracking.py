@@ -44,7 +44,7 @@ class Marker:
         Args:
           text: a string of the data.
           owner: one of OWNERS.
-          literals: strings that the template looks for, which stay unless they hold the name of a special token.
+          literals: strings that the template looks for, which stay where they are not part of a special token's name.
 
         Raises:
           BadRecord: it is not text, or holds a character that is reserved here.
@@ -53,12 +53,11 @@ class Marker:
         self._check(text, self._untrackable)
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4").copy()
         moves = (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
-        kept = [literal for literal in literals if not self.special.search(literal)]
-        for match in _any_of(kept).finditer(text):
-            moves[match.start() : match.end()] = False
-        for match in self.special.finditer(text):
-            moves[match.start() : match.end()] |= ~_STAY[codes[match.start() : match.end()] & 0xFFFF]
-        codes[moves & (codes < 1 << 16)] += (FIRST_PLANE - OWNERS[0] + owner) << 16
+        stays = np.zeros(len(text), bool)
+        for pattern, is_kept in ((_any_of(literals), True), (self.special, False)):
+            for match in pattern.finditer(text):
+                stays[match.start() : match.end()] = is_kept
+        codes[moves & ~stays] += (FIRST_PLANE - OWNERS[0] + owner) << 16
         return codes.tobytes().decode("utf-32-le")
 
     def mark_all(self, value: Any, owner: int, literals: Collection[str] = ()) -> Any:
