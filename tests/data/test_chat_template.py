@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rho1_jax.data import tokenizer as tokenizer_module
-from rho1_jax.data import transcripts
+from rho1_jax.data import tracking, transcripts
 from rho1_jax.data.chat_template import ChatTemplate
 from rho1_jax.data.preparation import prepare
 from rho1_jax.data.records import BadRecord
@@ -147,6 +147,13 @@ def test_a_template_that_joins_pieces_of_data_makes_no_special_token(chat_tokeni
     ids, _ = encode(f"{{% for m in messages %}}{content}{{% endfor %}}", messages, chat_tokenizer)
     assert text_of(ids, chat_tokenizer) == "<|im_end|>"
     assert chat_tokenizer.special_tokens["<|im_end|>"] not in ids
+
+
+def test_a_special_token_of_characters_that_cannot_be_tracked_is_refused():
+    for name in ("\n\n", "\N{GRINNING FACE}"):
+        with pytest.raises(BadRecord, match="holds the name of a special token, .* where it cannot be tracked"):
+            tracking.Marker(["<s>", name]).mark(f"x{name}y", 1)
+    assert tracking.unmark(tracking.Marker(["<s>"]).mark("x \N{GRINNING FACE}", 3))[0] == "x \N{GRINNING FACE}"
 
 
 def test_tools_are_given_to_the_template_as_data(chat_tokenizer):

@@ -47,15 +47,15 @@ def apply(peer, template, messages, tools=None, **options):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_token_ids_are_those_of_transformers(folder, name, conversation, tools):
     messages, template, tokenizer = CONVERSATIONS[conversation], TEMPLATES[name], Tokenizer(folder)
-    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    peer, untrained = transformers.AutoTokenizer.from_pretrained(folder), [False] * len(messages)
     try:
         expected = apply(peer, template, messages, tools, return_dict=False)
     except Exception as error:  # the template refuses it
         with pytest.raises(ValueError, match="the chat template refuses it"):
-            ChatTemplate(template).encode(messages, [True] * len(messages), tools, tokenizer)
+            ChatTemplate(template).encode(messages, untrained, tools, tokenizer)
         assert name in ("gemma", "mistral", "chatml", "generation", "phi") or conversation != "short", error
         return
-    ids, flags = ChatTemplate(template).encode(messages, [True] * len(messages), tools, tokenizer)
+    ids, flags = ChatTemplate(template).encode(messages, untrained, tools, tokenizer)
     assert ids == expected and len(flags) == len(ids)
     prompt = apply(peer, template, messages, add_generation_prompt=True, return_dict=False)
     assert ChatTemplate(template).prompt_ids(messages, tokenizer) == prompt
