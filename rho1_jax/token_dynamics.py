@@ -83,7 +83,7 @@ def measure(workdir: pathlib.Path, data: pathlib.Path, rows: int, reference: str
         )
     trained, store = Pretrained.open(workdir, "--run"), Store(data)
     config, model_config = trained.config, trained.model
-    if store.tokenizer_fingerprint != trained.tokenizer_fingerprint:
+    if not store.has_tokenizer(trained.tokenizer_path, trained.tokenizer_fingerprint):
         raise UserError(f"--data={data} was prepared with a different tokenizer than the run's data")
     mesh = sharding.mesh_of_run(**config.mesh)
     held_out = store.rows("eval")

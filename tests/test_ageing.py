@@ -7,10 +7,13 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from helpers import config_of
+from helpers import config_of, options
 from safetensors.numpy import load_file
+from sentencepiece import sentencepiece_model_pb2
 
 from rho1_jax.configs import default
+from rho1_jax.data.loader import open_mixture
+from rho1_jax.data.preparation import prepare
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import ScoreStore
 from rho1_jax.data.tokenizer import Tokenizer
@@ -23,7 +26,7 @@ from rho1_jax.score import score_data
 from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import as_saved, complete
-from rho1_jax.training.pretrained import Pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -93,6 +96,30 @@ def test_data_of_0_1_is_prepared_data(old):
     store = Store("rows")
     assert formats.KEY not in store.manifest and store.seq_len == 16 and len(store.rows("train")) == 184
     assert store.tokenizer().fingerprint == Tokenizer("tokenizer.model").fingerprint == store.tokenizer_fingerprint
+
+
+def test_models_and_data_of_0_1_go_with_new_data_of_the_same_tokenizer(old):
+    """The tokenizer of the new data is saved again, so its fingerprint is not the one recorded in 0.1."""
+    model = sentencepiece_model_pb2.ModelProto.FromString((old / "tokenizer.model").read_bytes())
+    model.trainer_spec.input.append("elsewhere.txt")
+    (old / "again.model").write_bytes(model.SerializeToString())
+    (old / "text.jsonl").write_text("".join(json.dumps({"text": f"{n}+{n}={2 * n}"}) + "\n" for n in range(90)))
+    prepare([old / "text.jsonl"], Tokenizer("again.model"), old / "new", options(), workers=1)
+    stores, _ = open_mixture("rows,new")
+    assert stores[0].tokenizer_fingerprint != stores[1].tokenizer_fingerprint
+    config = config_of_old_run()
+    for path in ("reference", "run"):
+        trained = Pretrained.open(path, "--checkpoint")
+        config.model = trained.config.model
+        for store in stores:
+            assert open_pretrained(path, "config.reference.checkpoint", config, store).model == trained.model
+    model.pieces[-1].piece = "another"
+    (old / "another.model").write_bytes(model.SerializeToString())
+    prepare([old / "text.jsonl"], Tokenizer("another.model"), old / "another", options(), workers=1)
+    with pytest.raises(UserError, match="config.reference.checkpoint=.* has another tokenizer"):
+        open_pretrained("reference", "config.reference.checkpoint", config, Store("another"))
+    with pytest.raises(UserError, match="another was prepared with a different tokenizer"):
+        open_mixture("rows,another")
 
 
 def edit_meta(workdir, change):

@@ -133,7 +133,7 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     pretrained = Pretrained.open(path, key)
     pretrained = dataclasses.replace(pretrained, model=dataclasses.replace(pretrained.model, **run_settings(config)))
     model_tokenizer, data_tokenizer = pretrained.tokenizer_fingerprint, store.tokenizer_fingerprint
-    if model_tokenizer != data_tokenizer:
+    if not store.has_tokenizer(pretrained.tokenizer_path, model_tokenizer):
         raise UserError(
             f"{key}={pretrained.path} has another tokenizer ({model_tokenizer[:12]}) than {store.path} was prepared "
             f"with ({data_tokenizer[:12]}); prepare the data with {pretrained.tokenizer_path}"
