@@ -36,7 +36,7 @@ from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, check_values, complete
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
@@ -79,7 +79,7 @@ def evaluate_model(
     Raises:
       UserError: there is no checkpoint, nothing to evaluate, or an input is bad.
     """
-    trained = TrainedRun.open(checkpoint, "--checkpoint")
+    trained = Pretrained.open(checkpoint, "--checkpoint")
     config = trained.config
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
     check_values(config)
@@ -87,7 +87,7 @@ def evaluate_model(
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     if overrides.get("stops") is not None and not config.eval.questions:
         raise UserError("--stops applies only to --questions, since tasks have their own stops; remove --stops")
-    path = str(trained.directory)
+    path = str(trained.path)
     lm_eval_settings = lm_eval._asdict() if lm_eval else None
     settings = Settings(path, config.eval.to_dict(), temperature, seed, lm_eval_settings)
     tokenizer, mesh, graphdef = trained.tokenizer(), sharding.mesh_of_run(**config.mesh), decoder.build(trained.model)

@@ -32,7 +32,7 @@ from rho1_jax.runtime.processes import usage
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 SHARD_BYTES = 4 << 30
 # For these model types, Transformers 5 uses its own byte-level tokenizer, regardless of the folder's files.
@@ -136,6 +136,14 @@ def write_weights(
     return written_dtype
 
 
+def open_trained(path: str) -> Pretrained:
+    """Opens a checkpoint to export. Raises UserError if there is none, or if it is a Hugging Face folder already."""
+    trained = Pretrained.open(path, "--checkpoint")
+    if trained.folder:
+        raise UserError(f"--checkpoint={path} already is a Hugging Face folder; there is nothing to export")
+    return trained
+
+
 def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool = False) -> int:
     """Writes config.json, safetensors and the tokenizer's files.
 
@@ -154,8 +162,8 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool =
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
-    trained = TrainedRun.open(path, "--checkpoint")
-    directory, model, tokenizer = trained.directory, trained.model, trained.tokenizer()
+    trained = open_trained(path)
+    directory, model, tokenizer = trained.path, trained.model, trained.tokenizer()
     hf_config.to_hf(model, "float32", None, 0)  # raises before anything is written
     check_tokenizer(tokenizer, family_of(model))
     partial = output.with_name(f"{output.name}.partial")
@@ -185,12 +193,12 @@ def export_raw(path: str, output: pathlib.Path, dtype: str | None) -> int:
     """
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
-    trained, partial = TrainedRun.open(path, "--checkpoint"), output.with_name(f"{output.name}.partial")
+    trained, partial = open_trained(path), output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     count = param_count(trained.model)
     with Progress(f"writing {output.name}", count, unit="params") as progress:
-        write_weights(trained.directory, partial, None, dtype, progress)
+        write_weights(trained.path, partial, None, dtype, progress)
     partial.rename(output)
     return count
 

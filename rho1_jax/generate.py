@@ -19,7 +19,7 @@ from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, local_path, write_text
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 
 def generate_text(
@@ -47,7 +47,7 @@ def generate_text(
     Raises:
       UserError: there is no checkpoint, or a prompt is empty.
     """
-    trained = TrainedRun.open(checkpoint, "--checkpoint")
+    trained = Pretrained.open(checkpoint, "--checkpoint")
     config, tokenizer = trained.config, trained.tokenizer()
     mesh = sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):

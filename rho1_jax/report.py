@@ -17,7 +17,7 @@ from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path, write_text
-from rho1_jax.training.pretrained import TrainedRun, open_pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 
 def compare(
@@ -38,7 +38,7 @@ def compare(
     Raises:
       UserError: a model is missing, or its tokenizer is not that of the data.
     """
-    config = TrainedRun.open(policy, "--policy").config
+    config = Pretrained.open(policy, "--policy").config
     ratio = config.selection.ratio if ratio is None else ratio
     models, mesh = [], sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ from rho1_jax.score import score_data
 from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import as_saved, complete
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_without_the_newest_keys_opens_with_their_defaults(old):
         del stored["config"]["selection"]["stairs"]
 
     edit_meta("run", forget)
-    trained = TrainedRun.open("run", "--checkpoint")
+    trained = Pretrained.open("run", "--checkpoint")
     assert (trained.model.unroll, trained.config.eval.task_items, trained.config.selection.stairs) == (1, 0, 4)
     assert trained.config.objective == "cross_entropy"
     train_model(config_of_old_run(), old / "run")
@@ -127,7 +127,7 @@ def test_a_checkpoint_with_an_unknown_key_is_refused_by_name(old, key):
     edit_meta("run", add)
     message = f"checkpoints/4: this version of rho1_jax does not know config.{key}"
     with pytest.raises(UserError, match=message):
-        TrainedRun.open("run", "--checkpoint")
+        Pretrained.open("run", "--checkpoint")
     with pytest.raises(UserError, match=message):
         train_model(config_of_old_run(), old / "run")
 
@@ -141,7 +141,7 @@ def test_what_a_newer_version_wrote_is_refused_by_name(old):
     message = f"a newer version of rho1_jax wrote this .format {formats.FORMAT_VERSION + 1}"
     edit_meta("run", lambda stored: stored.update(format_version=formats.FORMAT_VERSION + 1))
     with pytest.raises(UserError, match=f"checkpoints/4: {message}"):
-        TrainedRun.open("run", "--checkpoint")
+        Pretrained.open("run", "--checkpoint")
     newer(old / "rows" / "scores" / "stored" / "manifest.json")
     with pytest.raises(UserError, match=f"scores/stored: {message}"):
         ScoreStore(Store("rows"), "stored", True, None)

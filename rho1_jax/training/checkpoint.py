@@ -211,7 +211,8 @@ def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
         return directory
     saved_steps = steps(directory)
     if not saved_steps:
-        raise UserError(f"{key}={path}: no checkpoint here; give a run's directory or one of its checkpoints")
+        kinds = "a run's directory, nor one of its checkpoints, nor a Hugging Face folder with safetensors"
+        raise UserError(f"{key}={path} is neither {kinds}")
     return at(directory, saved_steps[-1])
 
 

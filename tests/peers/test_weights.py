@@ -25,13 +25,12 @@ from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
 from rho1_jax.export_hf import export_hf, sentencepiece_settings
-from rho1_jax.import_hf import config_of as config_of_folder
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.train import train_model
-from rho1_jax.training.config import model_config
+from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
 
@@ -187,7 +186,7 @@ def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer,
     text = tmp_path / "text.txt"
     text.write_text("Document 3: 4+5=9. and so on, and so forth. " * 10)
     folder = HuggingFaceFolder(tmp_path / "hf")
-    config = model_config(config_of_folder(folder))
+    config = Pretrained.of_folder(folder).model
     tokens, logits, losses = verify(folder, config, text)
     assert "all" in tokens and difference(logits) < LARGEST and difference(losses) < LARGEST
     # The same weights with another base of the rotary frequencies.
