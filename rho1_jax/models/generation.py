@@ -295,7 +295,7 @@ class Generator:
         key, room = jax.random.key(seed), _up(max_new_tokens, self._stretch)
         sampling = {"temperature": temperature, "top_p": top_p}
         longest = max((prompt for _, prompt in requests), key=len)
-        length = self._bucket(len(self._ids(longest, max_prompt_tokens)))
+        length = self._bucket(max(1, len(self._ids(longest, max_prompt_tokens))))
         together = max(1, min(PREFILL_TOKENS // length, self._rows // 8))
         width = even_rows(together)
         state = empty_state(self._config, self._rows, self._bucket(length + room))
