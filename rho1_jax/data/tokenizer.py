@@ -60,6 +60,7 @@ class Tokenizer:
       vocab_size: the highest id plus one.
       bos_id: the id to add before each text, according to the model's files; None if they add none.
       eos_id: the id to add after each document.
+      eos_ids: the ids that end a generation: `eos_id`, and those of generation_config.json or else config.json.
       fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
     """
 
@@ -93,6 +94,7 @@ class Tokenizer:
                 "set eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = self._model.eos_id
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *_generation_eos_ids(self.path.parent)]))
         identity = self.path.read_bytes() + f"{self.bos_id} {self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
         if expected is not None and expected != self.fingerprint:
@@ -187,6 +189,18 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
             if value is not None:
                 settings.setdefault(key, value)
     return settings
+
+
+def _generation_eos_ids(directory: pathlib.Path) -> list[int]:
+    """The ids that end a generation, according to the first of the model's files that names any."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = read_json(directory / name, _Settings).get("eos_token_id")
+            if isinstance(ids, int):
+                return [ids]
+            if ids:
+                return ids
+    return []
 
 
 class _SentencePiece:

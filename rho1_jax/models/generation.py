@@ -269,7 +269,7 @@ class Generator:
         on_tokens: Callable[[int], None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[Continuation]:
-        """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
+        """Continues each prompt until an end-of-sequence token, a stop string, or `max_new_tokens`.
 
         Args:
           requests: the prompts, taken from the left. The caller may add more between two continuations.
@@ -355,9 +355,10 @@ class Generator:
         """Adds a stretch to a row. Returns the row's text, and True if it has ended."""
         before = len(row.new_ids)
         row.new_ids, row.logprobs = (row.new_ids + tokens)[:max_new_tokens], row.logprobs + logprobs
-        ended = self._tokenizer.eos_id in row.new_ids
+        ends = [row.new_ids.index(eos_id) for eos_id in self._tokenizer.eos_ids if eos_id in row.new_ids]
+        ended = bool(ends)
         if ended:
-            row.new_ids = row.new_ids[: row.new_ids.index(self._tokenizer.eos_id)]
+            row.new_ids = row.new_ids[: min(ends)]
         text = self._text(row, len(row.new_ids))
         if not any(stop in text for stop in stops):
             return text, ended or len(row.new_ids) == max_new_tokens

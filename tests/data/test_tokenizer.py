@@ -140,6 +140,28 @@ def test_eos_from_the_model_config(byte_level, tmp_path):
     assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(
+    "generation, config, expected",
+    [
+        (None, None, ()),
+        (None, [7, 8], (7, 8)),
+        (9, [7, 8], (9,)),
+        ([9, 8, 9], 7, (9, 8)),
+        ([], 7, (7,)),
+        (None, 0, (0,)),
+    ],
+)
+def test_every_eos_of_the_models_files_ends_a_generation(byte_level, mistral, tmp_path, generation, config, expected):
+    for number, path in enumerate((byte_level / "tokenizer.json", mistral)):
+        Tokenizer(path).save(tmp_path / str(number))
+        write(tmp_path / str(number) / "generation_config.json", {"eos_token_id": generation})
+        write(tmp_path / str(number) / "config.json", {"eos_token_id": config})
+        tokenizer = Tokenizer(tmp_path / str(number))
+        assert tokenizer.eos_id == Tokenizer(path).eos_id and tokenizer.eos_ids == (tokenizer.eos_id, *expected)
+        tokenizer.save(tmp_path / "saved" / str(number))
+        assert Tokenizer(tmp_path / "saved" / str(number)).eos_ids == tokenizer.eos_ids
+
+
 @pytest.mark.parametrize("settings", [[], {"eos_token": 7}, {"eos_token": {"id": 7}}, {"eos_token_id": ["</s>"]}])
 def test_settings_of_another_form_are_refused_by_file(byte_level, tmp_path, settings):
     shutil.copyfile(byte_level / "tokenizer.json", tmp_path / "tokenizer.json")

@@ -1,6 +1,7 @@
 """Compares generation with teacher forcing."""
 
 import contextlib
+import json
 from collections import deque
 from functools import partial
 
@@ -274,6 +275,15 @@ def test_tokens_end_before_the_end_of_sequence_and_with_the_stop_string(setup, t
         assert continuation.text == whole[: whole.index(stop)] and continuation.token_ids == ids[:length]
         texts = [tokenizer.decode(tokenizer.encode(prompt) + ids[:n])[len(prompt) :] for n in (length - 1, length)]
         assert stop not in texts[0] and stop in texts[1] and len(continuation.logprobs) == length
+
+
+def test_the_first_of_several_end_of_sequence_tokens_ends_a_continuation(setup, tokenizer, tmp_path):
+    ids = teacher_forced_ids(setup, tokenizer, PROMPTS[0], 20)
+    (late,) = [token for token in ids[-1:] if ids.index(token) > ids.index(ids[2])]
+    tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, late, ids[2]]}))
+    (continuation,) = run_all(setup, Tokenizer(tmp_path), PROMPTS[:1])
+    assert continuation.token_ids == ids[: ids.index(ids[2])]
 
 
 def test_temperature_draws_by_seed(setup, tokenizer):
