@@ -1,8 +1,10 @@
 """Tokenize text with a SentencePiece model, or with a tokenizer.json of the library `tokenizers`."""
 
+import functools
 import hashlib
 import itertools
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired
@@ -30,9 +32,12 @@ SETTINGS_FILES = (
     "vocab.json",
     "merges.txt",
 )
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
 
 PART_CHARACTERS = 1 << 19  # tokenized at once: SentencePiece needs up to 300 bytes of memory per character
+
+MARK = re.compile("\ufdd2([0-9]+)\ufdd3")  # see `special_mark`; noncharacters of Unicode, which no text may hold
 
 Span = tuple[int, int]  # the first character, and the one after the last
 
@@ -48,6 +53,8 @@ class _Settings(TypedDict):
 
     bos_token: NotRequired[str | _Token | None]
     eos_token: NotRequired[str | _Token | None]
+    unk_token: NotRequired[str | _Token | None]
+    pad_token: NotRequired[str | _Token | None]
     eos_token_id: NotRequired[int | list[int] | None]  # of several, the first one ends documents
     add_bos_token: NotRequired[bool | None]
 
@@ -83,9 +90,9 @@ class Tokenizer:
             self.path /= names[0]
         if not self.path.is_file():
             raise UserError(f"{path}: no such tokenizer file; train one with `rho1 tokenizer`")
-        settings = _settings(self.path.parent)
+        self._settings = _settings(self.path.parent)
         backend = _Json if self.path.suffix == ".json" else _SentencePiece
-        self._model = backend(self.path, settings)
+        self._model = backend(self.path, self._settings)
         self.vocab_size = self._model.vocab_size
         self.bos_id = self._model.bos_id
         if self._model.eos_id is None:
@@ -107,11 +114,28 @@ class Tokenizer:
         """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""
         return self._model.encode(text)
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids as from `encode`, with the span of characters that each token covers."""
-        return self._model.encode_spans(text)
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens, by name."""
+        return self._model.special_tokens()
 
-    def encode_parts(self, text: str) -> Iterator[tuple[list[int], list[Span]]]:
+    @functools.cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """The names of bos_token, eos_token, unk_token and pad_token, of those that the tokenizer has."""
+        named = {key: self._settings[key] for key in NAMED_TOKENS if key in self._settings}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {key: self._model.name(token_id) for key, token_id in ids.items() if token_id is not None} | named
+
+    def encode_spans(self, text: str, marked: bool = False) -> tuple[list[int], list[Span]]:
+        """Token ids as from `encode`, with the span of characters that each token covers.
+
+        Args:
+          text: the text.
+          marked: True if a match of MARK stands for a special token.
+        """
+        return self._model.encode_marked(text) if marked else self._model.encode_spans(text)
+
+    def encode_parts(self, text: str, marked: bool = False) -> Iterator[tuple[list[int], list[Span]]]:
         """Token ids and spans as from `encode_spans`, at most PART_CHARACTERS at a time, to bound the memory.
 
         Parts end at line breaks, where tokenizers end tokens. The ids can differ from those of `encode` only if a text
@@ -123,7 +147,7 @@ class Tokenizer:
             # One more character at each end makes a part tokenize as it does within the text.
             first = start - int(start > 0 and text[start - 1] == "\n")
             last = end + int(end < len(text) and text[end - 1] == "\n")
-            ids, spans = self.encode_spans(text[first:last])
+            ids, spans = self.encode_spans(text[first:last], marked)
             tokens = [(i, (a + first, b + first)) for i, (a, b) in zip(ids, spans)]
             inside = [(i, span) for i, span in tokens if span[0] < end and (span[0] >= start or span[1] > start)]
             yield [i for i, _ in inside], [span for _, span in inside]
@@ -159,6 +183,11 @@ class Tokenizer:
         for name in (*SETTINGS_FILES, *([SENTENCEPIECE_FILE] if is_json else [])):
             if (self.path.parent / name).is_file():
                 shutil.copyfile(self.path.parent / name, directory / name)
+
+
+def special_mark(token_id: int) -> str:
+    """The text that stands for a special token, in a text to encode with `marked`."""
+    return f"\ufdd2{token_id}\ufdd3"
 
 
 def _part_end(text: str, start: int) -> int:
@@ -223,6 +252,28 @@ class _SentencePiece:
         encoding = self._processor.encode(text, return_type="offset_mapping")
         return encoding["ids"], encoding["offsets"]
 
+    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
+        ids: list[int] = []
+        spans: list[Span] = []
+        done = 0
+        for mark in (*MARK.finditer(text), None):
+            end = mark.start() if mark else len(text)
+            part_ids, part_spans = self.encode_spans(text[done:end]) if end > done else ([], [])
+            ids += part_ids
+            spans += [(first + done, last + done) for first, last in part_spans]
+            if mark:
+                ids.append(int(mark[1]))
+                spans.append(mark.span())
+                done = mark.end()
+        return ids, spans
+
+    def special_tokens(self) -> dict[str, int]:
+        ids = range(self.vocab_size)
+        return {self.name(token_id): token_id for token_id in ids if self._processor.is_control(token_id)}
+
+    def name(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
@@ -236,6 +287,7 @@ class _Json:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer of the library `tokenizers`: {error}") from error
+        self._path = path
         self._tokenizer.encode_special_tokens = True  # treats "</s>" in a document as text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -254,6 +306,39 @@ class _Json:
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    @functools.cached_property
+    def _marking(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A copy of the tokenizer in which marks stand for special tokens; the id of a mark -> that of its token."""
+        marking = tokenizers.Tokenizer.from_file(str(self._path))
+        marking.encode_special_tokens = True
+        marking.no_truncation()
+        marking.no_padding()
+        ids: dict[int, int] = {}
+        for token_id, token in marking.get_added_tokens_decoder().items():
+            if token.special:
+                mark = special_mark(token_id)
+                options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+                marking.add_tokens([tokenizers.AddedToken(mark, **options)])
+                ids[marking.token_to_id(mark)] = token_id
+        return marking, ids
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
+        tokenizer, ids = self._marking
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        spans = encoding.offsets
+        for number, (token_id, (first, last)) in enumerate(zip(encoding.ids, spans)):
+            if token_id in ids:  # some special tokens take the spaces around them
+                mark = MARK.search(text, first, last)
+                spans[number] = mark.span() if mark else (first, last)
+        return [ids.get(token_id, token_id) for token_id in encoding.ids], spans
+
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
