@@ -34,7 +34,7 @@ PREFILL_TOKENS = 2048  # approximate number of tokens in the prompts that are fi
 TAIL = 8  # tokens at the end of a prompt that are detokenized together with its continuation
 
 Prompt = str | list[int]  # a text, or its token ids, with BOS if the model needs it
-Request = tuple[int, Prompt]  # the caller's number for it, and the prompt
+Request = tuple[int, str]  # the caller's number for it, and the prompt
 
 
 class Continuation(NamedTuple):
@@ -258,7 +258,7 @@ class Generator:
 
     def run(
         self,
-        requests: deque[Request],
+        requests: deque[Request] | deque[tuple[int, Prompt]],
         *,
         max_new_tokens: int,
         stops: Sequence[str],
