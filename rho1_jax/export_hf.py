@@ -1,9 +1,11 @@
 """Turns a checkpoint into a Hugging Face folder, for other tools to serve and evaluate.
 
-rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--verify | --raw]
+rho1 export --checkpoint=DIR --output=DIR [--dtype=bfloat16] [--verify | --weights_only | --raw]
 
---verify compares token ids with those of Transformers, which must be installed. --raw writes only the parameters, as
-safetensors, with this package's names and shapes. `safetensors.numpy` reads them without this package.
+--verify compares token ids with those of Transformers, which must be installed. --weights_only writes a run directory
+with one checkpoint that has no optimizer state, a third of the size: every command opens it as a model, but no run can
+be resumed from it. --raw writes only the parameters, as safetensors, with this package's names and shapes.
+`safetensors.numpy` reads them without this package.
 """
 
 import json
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from absl import flags
+from flax import traverse_util
 from safetensors.numpy import save_file
 
 from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
@@ -32,7 +35,8 @@ from rho1_jax.runtime.processes import usage
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import Pretrained
+from rho1_jax.training.description import read_description
+from rho1_jax.training.pretrained import Pretrained, write_parameters
 
 SHARD_BYTES = 4 << 30
 # For these model types, Transformers 5 uses its own byte-level tokenizer, regardless of the folder's files.
@@ -203,20 +207,47 @@ def export_raw(path: str, output: pathlib.Path, dtype: str | None) -> int:
     return count
 
 
+def export_weights(path: str, output: pathlib.Path, dtype: str | None) -> int:
+    """Writes a run directory with one checkpoint, which holds the parameters and no optimizer state.
+
+    Arguments and errors are those of `export_hf`.
+
+    Returns:
+      The number of parameters.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
+    trained = open_trained(path)
+    tokenizer, described = trained.tokenizer(), read_description(trained.path)
+    count, arrays = param_count(trained.model), {}
+    with Progress(f"reading {trained.path.name}", count, unit="params") as progress:
+        for shard in shards(trained.path, None, dtype, progress):
+            arrays |= shard
+    params = traverse_util.unflatten_dict(arrays, sep="/")
+    write_parameters(output, params, described.meta._replace(pending=None), described.metrics, tokenizer)
+    return count
+
+
 def main() -> None:
-    """The command: parses the flags and calls `export_hf` or `export_raw`."""
+    """The command: parses the flags and calls `export_hf`, `export_weights` or `export_raw`."""
     path = flags.DEFINE_string("checkpoint", None, "A run directory or one of its checkpoints.", required=True)
     output = flags.DEFINE_string("output", None, "Folder to write.", required=True)
     dtype = flags.DEFINE_enum("dtype", None, list(DTYPES.values()), "Dtype of the tensors. Default: the checkpoint's.")
+    weights_only = flags.DEFINE_bool("weights_only", False, "Write a checkpoint without optimizer state.")
     raw = flags.DEFINE_bool("raw", False, "Write only the parameters, with this package's names and shapes.")
     verify = flags.DEFINE_bool("verify", False, "Compare token ids with those of Transformers on several texts.")
 
     def command() -> None:
         start, folder = time.monotonic(), local_path(output.value, "--output")
-        if raw.value and verify.value:
-            raise UserError("--raw writes no tokenizer for --verify to compare; use one of the two")
+        if raw.value + weights_only.value + verify.value > 1:
+            raise UserError(
+                "--raw, --weights_only and --verify exclude each other: only a Hugging Face folder can be "
+                "compared with Transformers. Use one of them"
+            )
         if raw.value:
             count = export_raw(path.value, folder, dtype.value)
+        elif weights_only.value:
+            count = export_weights(path.value, folder, dtype.value)
         else:
             count = export_hf(path.value, folder, dtype.value, verify.value)
         print(f"{output.value}: {count:,} parameters, {usage(start)}")

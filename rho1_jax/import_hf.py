@@ -7,14 +7,11 @@ Nothing is downloaded: the folder must be on this machine. --verify needs torch 
 """
 
 import pathlib
-import shutil
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
-from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.models.hf_folder import DTYPES, HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime import sharding
@@ -22,10 +19,9 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.processes import usage
-from rho1_jax.training.checkpoint import Checkpoints, Meta
+from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.config import as_saved
-from rho1_jax.training.pretrained import Pretrained
-from rho1_jax.training.state import TrainState
+from rho1_jax.training.pretrained import Pretrained, write_parameters
 
 
 def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
@@ -50,10 +46,6 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
     tokenizer = pretrained.tokenizer()
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
     params = folder.load(pretrained.model, mesh, dtype)
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save(partial / TOKENIZER_DIR)
-    checkpoints = Checkpoints(partial, keep=1)
     meta = Meta(
         step=0,
         tokens_seen=0,
@@ -63,9 +55,7 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
         tokenizer=tokenizer.fingerprint,
         reference=None,
     )
-    checkpoints.save(TrainState(jnp.int32(0), params, None), meta, {})
-    checkpoints.close()
-    partial.rename(output)
+    write_parameters(output, params, meta, {}, tokenizer)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import config_of, edit_manifest, environment
 
@@ -18,6 +19,7 @@ from rho1_jax import cli, generate, report
 from rho1_jax.configs import default
 from rho1_jax.data.store import Store
 from rho1_jax.evaluate import evaluate_model
+from rho1_jax.export_hf import export_hf
 from rho1_jax.models.generation import Continuation
 from rho1_jax.runtime.errors import UserError
 
@@ -351,6 +353,15 @@ def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference
     page = (tmp_path / "report" / "cwd" / "new" / "page.html").read_text()
     assert page.count('class="row"') == 3 and 'class="selected"' in page and "SLM selects 60%" in page
     assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
+
+
+def test_report_takes_hugging_face_folders(data, reference, tmp_path):
+    export_hf(str(reference), tmp_path / "folder", dtype=None)
+    of_folders, ratio = report.compare(tmp_path / "folder", tmp_path / "folder", Store(data), rows=3, ratio=None)
+    of_runs, _ = report.compare(reference, reference, Store(data), rows=3, ratio=None)
+    assert ratio == 0.6
+    np.testing.assert_allclose(of_folders.policy_loss_BL, of_runs.policy_loss_BL, rtol=1e-5)
+    np.testing.assert_array_equal(of_folders.reference_loss_BL, of_folders.policy_loss_BL)
 
 
 def test_report_refuses_data_of_another_tokenizer(data, reference, tmp_path):

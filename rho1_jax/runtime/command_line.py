@@ -10,7 +10,7 @@ import pathlib
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -48,6 +48,11 @@ def define_config_flag() -> Any:
     flags.FLAGS["config"].parser = _ConfigParser("config")
     flags.mark_flag_as_required("config")
     return holder
+
+
+def overridden_keys() -> Collection[str]:
+    """The keys that the command line sets, such as model.layers."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):

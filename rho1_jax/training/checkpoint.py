@@ -92,13 +92,15 @@ class Checkpoints:
           check: raises UserError if a checkpoint belongs to another run.
 
         Raises:
-          UserError: every checkpoint is damaged, or `check` refuses the newest one that can be read.
+          UserError: every checkpoint is damaged, or the newest one that can be read has no optimizer state or is
+            refused by `check`.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
         saved_steps = gather_json(steps(self._workdir))[0]  # a shared file system may show others an older list
         for step in reversed(saved_steps):
             try:
                 meta = _load_meta_together(at(self._workdir, step))
+                _check_resumable(at(self._workdir, step))
                 check(meta)
                 state = self.restore(step, abstract)
             except DamagedCheckpoint as error:
@@ -239,6 +241,16 @@ def _load_meta_together(checkpoint: pathlib.Path) -> Meta:
         problem = error.problem
     _raise_together(checkpoint, problem, "the description")
     return meta
+
+
+def _check_resumable(checkpoint: pathlib.Path) -> None:
+    """Raises UserError if a checkpoint was written without optimizer state."""
+    arrays = read_description(checkpoint).arrays
+    if arrays is not None and not any(name.startswith("opt_state/") for name in arrays):
+        raise UserError(
+            f"{checkpoint} holds weights only, so no run can be resumed from it; start a new run from it, with "
+            f"config.init.checkpoint={checkpoint} and another --workdir"
+        )
 
 
 def stored_arrays(

@@ -1,15 +1,18 @@
-"""Trained models: those a run starts from or refers to, and those that are evaluated."""
+"""Models on disk: opened from runs, checkpoints and Hugging Face folders, and written without optimizer state."""
 
 import dataclasses
 import pathlib
+import shutil
+from collections.abc import Collection, Mapping
 
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
 from rho1_jax.configs import default
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.store import Store
-from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import Params
 from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
@@ -19,7 +22,11 @@ from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.checksums import check_finite
-from rho1_jax.training.config import changes, run_settings
+from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
+from rho1_jax.training.state import TrainState
+
+INIT = "config.init.checkpoint"
+MODEL_HELP = "A run directory, one of its checkpoints, or a Hugging Face folder."  # of flags that take a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,27 @@ class Pretrained:
         return params
 
 
+def write_parameters(
+    output: pathlib.Path, params: Params, meta: Meta, metrics: Mapping[str, float], tokenizer: Tokenizer
+) -> None:
+    """Writes a run directory with one checkpoint, which holds the parameters and no optimizer state.
+
+    Args:
+      output: the directory, which must not exist. It is written beside, and renamed when it is complete.
+      params: the parameters, as JAX or NumPy arrays.
+      meta: the description of their run.
+      metrics: the evaluations at that step.
+      tokenizer: the model's tokenizer.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial / TOKENIZER_DIR)
+    checkpoints = checkpoint.Checkpoints(partial, keep=1)
+    checkpoints.save(TrainState(jnp.int32(meta.step), params, None), meta, metrics)
+    checkpoints.close()
+    partial.rename(output)
+
+
 def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, store: Store) -> Pretrained:
     """Opens a model for a run on the data of `store`, with the run's settings for how it is computed.
 
@@ -111,12 +139,43 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
             f"{key}={pretrained.path} has another tokenizer ({model_tokenizer[:12]}) than {store.path} was prepared "
             f"with ({data_tokenizer[:12]}); prepare the data with {pretrained.tokenizer_path}"
         )
-    if pretrained.model.vocab_size != config.model.vocab_size:
+    if config.model.vocab_size not in (0, pretrained.model.vocab_size):
         raise UserError(
             f"{key}={pretrained.path} has a vocabulary of {pretrained.model.vocab_size}, but "
             f"config.model.vocab_size is {config.model.vocab_size}"
         )
     return pretrained
+
+
+def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Collection[str], seq_len: int) -> None:
+    """Fills the `model` section of a run's config with the model that the run starts from.
+
+    How the model is computed stays as the config says. So does context_length if it is given; otherwise, it is the
+    model's or, if the rows are longer, theirs.
+
+    Args:
+      config: the run's config, which is changed.
+      initial: the model.
+      given: the keys that the command line sets, such as model.layers. Keys that differ from their default count too.
+      seq_len: targets per row of the training data.
+
+    Raises:
+      UserError: a key that was given contradicts the model.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in RUN_SETTINGS:
+            continue
+        value, of_model = config.model[field.name], getattr(initial.model, field.name)
+        is_given = f"model.{field.name}" in given or value != field.default
+        if field.name == "context_length":
+            config.model.context_length = value if is_given else max(of_model, seq_len)
+        elif is_given and value != of_model:
+            raise UserError(
+                f"config.model.{field.name}={value} contradicts {INIT}={initial.path}, which has "
+                f"{field.name}={of_model}; remove it"
+            )
+        else:
+            config.model[field.name] = of_model
 
 
 def open_same_model(

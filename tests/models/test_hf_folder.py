@@ -12,7 +12,7 @@ from helpers import TINY, config_of, run_command, tiny, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.export_hf import export_hf
+from rho1_jax.export_hf import export_hf, export_raw
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import family_of
@@ -198,6 +198,13 @@ def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_written(copy,
     with pytest.raises(UserError, match="layers/attention_norm/scale has values too large for float16"):
         export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype="float16")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("export", [export_hf, export_raw])
+def test_exporting_a_folder_says_that_it_already_is_one(folder, tmp_path, export):
+    with pytest.raises(UserError, match=f"--checkpoint={folder} already is a Hugging Face folder; there is nothing to"):
+        export(str(folder), tmp_path / "exported", None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_its_family_cannot_express_is_not_exported():
