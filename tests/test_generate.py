@@ -1,0 +1,193 @@
+"""The command `rho1 generate`: chat, streaming, files of conversations and command lines it refuses."""
+
+import io
+import json
+import sys
+
+import jax
+import pytest
+from forks import run_all
+from helpers import run_command, tiny, write_hf_folder
+
+from rho1_jax import generate
+from rho1_jax.data.records import BadRecord
+from rho1_jax.generate import generate_text
+from rho1_jax.models import decoder
+from rho1_jax.models.generation import Continuation
+from rho1_jax.runtime.errors import UserError
+from rho1_jax.training.pretrained import Pretrained
+
+TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}assistant: """
+
+
+def rendered(*messages):
+    """What TEMPLATE makes of (role, content) pairs."""
+    return "".join(f"{role}: {content}\n" for role, content in messages) + "assistant: "
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer, tmp_path_factory):
+    """A Hugging Face folder with a chat template, and with large parameters, so that the next token is clear."""
+    config = tiny(vocab_size=tokenizer.vocab_size, width=48, context_length=512)
+    params = jax.tree.map(lambda x: 3 * x, decoder.init_params(config, 3))
+    folder = write_hf_folder(tmp_path_factory.mktemp("chatty") / "folder", config, params, tokenizer)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def continued(model, prompt, **options):
+    (continuation,) = generate_text(model, [prompt], max_new_tokens=6, **options)
+    return continuation.text
+
+
+def test_a_chat_on_standard_input_keeps_its_history(chatty):
+    lines = "Document 1:\n\nand so on\n/clear\nDocument 1:\n/exit\nnever\n"
+    done = run_command(
+        "rho1_jax.cli", "generate", f"--checkpoint={chatty}", "--chat", "--system=Be so.", "--max_new_tokens=6",
+        stdin=lines,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    system, first = ("system", "Be so."), ("user", "Document 1:")
+    answer = continued(chatty, rendered(system, first))
+    second = continued(chatty, rendered(system, first, ("assistant", answer), ("user", "and so on")))
+    assert done.stdout == f"{answer}\n{second}\n{answer}\n" and answer and second
+    assert "Traceback" not in done.stderr and "> " not in done.stdout
+
+
+def test_conversations_of_a_file_are_answered(chatty, tmp_path):
+    turns = [("user", "Document 1:"), ("assistant", "so"), ("user", "on")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + '\n{"prompt": "Document 1:"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"messages": [{"role": "user"}]}\n')
+    (tmp_path / "none.jsonl").write_text('{"messages": []}\n')
+    base = ["generate", f"--checkpoint={chatty}", "--max_new_tokens=6"]
+    commands = {
+        "file": [*base, "--chat", "--system=S", f"--prompts={tmp_path}/chats.jsonl", "--output=out.jsonl"],
+        "one": [*base, "--chat", "--prompt=Document 1:"],
+        "plain": [*base, "--prompt=Document 1:"],
+        "sampled": [*base, "--prompt=Document 1:", "--temperature=2", "--top_p=0.5", "--seed=3", "--dtype=bfloat16"],
+        "bad": [*base, "--chat", f"--prompts={tmp_path}/bad.jsonl"],
+        "no messages": [*base, "--chat", f"--prompts={tmp_path}/none.jsonl"],
+        "not a chat": [*base, f"--prompts={tmp_path}/chats.jsonl"],
+        "greedy": [*base, "--prompt=x", "--top_p=0.5"],
+        "top_p": [*base, "--prompt=x", "--temperature=1", "--top_p=1.5"],
+        "system": [*base, "--prompt=x", "--system=x"],
+        "output": [*base, "--chat", "--output=x.jsonl"],
+        "dtype": [*base, "--prompt=x", "--dtype=int8"],
+    }
+    done = run_all(commands, tmp_path / "done", make=True)
+    first = continued(chatty, rendered(("system", "S"), *turns))
+    second = continued(chatty, rendered(("system", "S"), turns[0]))
+    items = [json.loads(line) for line in (tmp_path / "done" / "file" / "cwd" / "out.jsonl").read_text().splitlines()]
+    assert done["file"].status == 0, done["file"].stderr
+    assert [item["continuation"] for item in items] == [first, second] and first != second
+    assert items[0]["messages"] == messages and items[1]["prompt"] == "Document 1:"
+    assert done["one"].stdout == continued(chatty, rendered(turns[0])) + "\n"
+    assert done["plain"].stdout == "Document 1:" + continued(chatty, "Document 1:") + "\n"
+    drawn = continued(chatty, "Document 1:", temperature=2.0, top_p=0.5, seed=3, dtype="bfloat16")
+    assert done["sampled"].stdout == f"Document 1:{drawn}\n" != done["plain"].stdout
+    for name, message in (
+        ("bad", "bad.jsonl:2: messages: 0.content: field required"),
+        ("no messages", "none.jsonl:1: messages: list should have at least 1 item"),
+        ("not a chat", "chats.jsonl:1: missing keys: needs 'prompt'"),
+        ("greedy", "--top_p=0.5 needs --temperature above 0"),
+        ("top_p", "flag --top_p=1.5"),
+        ("system", "--system needs --chat"),
+        ("output", "--output needs --prompt=TEXT or --prompts=FILE"),
+        ("dtype", "flag --dtype=int8"),
+    ):
+        (line,) = done[name].stderr.splitlines()
+        assert done[name].status == 2 and line.startswith("error: ") and message in line, line
+        assert not done[name].stdout and not done[name].created
+
+
+def test_a_model_without_a_template_cannot_chat(reference):
+    with pytest.raises(UserError, match=r"--chat: .*/tokenizer has no chat template; use a model that was trained to"):
+        generate._chat_encoder(Pretrained.open(reference, "--checkpoint"), None)
+
+
+class Answers:
+    """In place of a generator: gives texts in pieces, or an exception, and keeps what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked, self.numbers, self.limits = list(answers), [], [], []
+
+    def run(self, requests, on_text, max_new_tokens, **options):
+        number, prompt = requests.popleft()
+        self.asked.append(prompt)
+        self.numbers.append(number)
+        self.limits.append(max_new_tokens)
+        pieces = self.answers.pop(0)
+        for piece in pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            on_text(number, piece)
+        yield Continuation(number, "".join(pieces), [0] * len(pieces), [0.0] * len(pieces))
+
+
+def chat(monkeypatch, lines, answers, terminal=False, context=1000, encode=None):
+    """Chats with `answers`, with contents of messages as the prompts."""
+    stdin = io.StringIO(lines)
+    stdin.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stdin)
+    encode = encode or (lambda messages: [message["content"] for message in messages])
+    generate._chat(answers, encode, context, 50, stops=())
+
+
+def test_each_turn_sees_the_conversation_and_draws_anew(monkeypatch, capsys):
+    answers = Answers(["A", "B"], [], ["C"], ["D"])
+    chat(monkeypatch, "one\ntwo\nthree\n /clear \nfour", answers)
+    # The second answer is empty, so it and its question are forgotten.
+    assert answers.asked == [["one"], ["one", "AB", "two"], ["one", "AB", "three"], ["four"]]
+    assert len(set(answers.numbers)) == 4
+    assert capsys.readouterr().out == "AB\n\nC\nD\n"
+
+
+def test_ctrl_c_stops_an_answer_in_a_terminal(monkeypatch, capsys):
+    answers = Answers(["half", KeyboardInterrupt()], [KeyboardInterrupt()], ["C"])
+    chat(monkeypatch, "one\ntwo\nthree\n", answers, terminal=True)
+    assert answers.asked == [["one"], ["one", "half", "two"], ["one", "half", "three"]]
+    printed = capsys.readouterr()
+    assert printed.out == "> half\n> \n> C\n> \n" and printed.err.count("(stopped)") == 2
+    assert "/clear forgets" in printed.err
+    with pytest.raises(KeyboardInterrupt):
+        chat(monkeypatch, "one\n", Answers([KeyboardInterrupt()]))
+
+
+def test_a_conversation_that_is_too_long_is_not_sent(monkeypatch, capsys):
+    answers = Answers(["A", "A"], ["B"])
+    chat(monkeypatch, "one\ntwo\n/clear\nthree", answers, context=3)
+    assert answers.asked == [["one"], ["three"]] and answers.limits == [2, 2]
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == "(cut off after 2 tokens)"
+    assert notes[1] == "(3 tokens do not fit into the model's context of 3; /clear starts again)"
+
+
+def test_a_message_that_the_template_refuses(monkeypatch, capsys):
+    def encode(messages):
+        if messages[-1]["content"] == "bad":
+            raise BadRecord("the chat template refuses it")
+        return [message["content"] for message in messages]
+
+    answers = Answers(["A"])
+    chat(monkeypatch, "bad\ngood\n", answers, terminal=True, encode=encode)
+    assert answers.asked == [["good"]] and "(the chat template refuses it)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--chat: the chat template refuses it"):
+        chat(monkeypatch, "bad\ngood\n", answers, encode=encode)
+
+
+def test_text_is_printed_piece_by_piece(monkeypatch, capsys):
+    seen = []
+
+    class Pieces(Answers):
+        def run(self, requests, on_text, **options):
+            for piece in ("4", ".\n"):
+                on_text(0, piece)
+                seen.append(capsys.readouterr().out)
+            yield Continuation(0, "4.\n", [1, 2], [0.0, 0.0])
+
+    generate._print_one(Pieces(), "2+2=", [1], max_new_tokens=4)
+    assert seen == ["2+2=4", ".\n"] and capsys.readouterr().out == "\n"
+    generate._print_one(Answers([]), "2+2=", [1], max_new_tokens=4)
+    assert capsys.readouterr().out == "2+2=\n"
