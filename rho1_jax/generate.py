@@ -12,12 +12,8 @@ the conversation, /exit or Ctrl-D ends it, and Ctrl-C stops an answer.
 
 import contextlib
 import dataclasses
-import importlib
-import io
-import itertools
 import json
 import pathlib
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, cast
@@ -32,6 +28,8 @@ from rho1_jax.data import records
 from rho1_jax.data.chat_template import ChatTemplate, Message
 from rho1_jax.models import decoder
 from rho1_jax.models.generation import Continuation, Generator, Prompt
+from rho1_jax.models.terminal import chat as chat_on_terminal
+from rho1_jax.models.terminal import stream
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -167,20 +165,6 @@ def _encode_all(items: list[dict[str, Any]], encode: Callable[[list[Message]], l
     return prompts
 
 
-def _stream(
-    generator: Generator, number: int, prompt: Prompt, show: Callable[[str], None], **options: Any
-) -> Continuation:
-    """Continues one prompt, and shows each new piece of text."""
-    with waiting("reading the prompt (compiles first)") as end_waiting:
-
-        def on_text(_: int, text: str) -> None:
-            end_waiting()
-            show(text)
-
-        (continuation,) = generator.run(deque([(number, prompt)]), on_text=on_text, **options)
-    return continuation
-
-
 def _print_one(generator: Generator, shown: str, prompt: Prompt, **options: Any) -> None:
     """Prints a prompt and its continuation while it is generated."""
     pieces = [shown]  # waits for the first piece, so that the line on standard error can be erased
@@ -189,7 +173,7 @@ def _print_one(generator: Generator, shown: str, prompt: Prompt, **options: Any)
         print(*pieces, text, sep="", end="", flush=True)
         pieces.clear()
 
-    _stream(generator, 0, prompt, show, **options)
+    stream(generator, 0, prompt, show, **options)
     print(*pieces, sep="")
 
 
@@ -209,89 +193,6 @@ def _continue_all(generator: Generator, prompts: Sequence[Prompt], **options: An
     return sorted(continuations)
 
 
-def _chat(
-    generator: Generator,
-    encode: Callable[[list[Message]], list[int]],
-    context_length: int,
-    max_new_tokens: int,
-    **options: Any,
-) -> None:
-    """Answers the messages on standard input, each as part of one conversation, until its end or /exit."""
-    terminal = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    if terminal:
-        importlib.import_module("readline")  # lets `input` edit a line
-        _note("/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer")
-    messages: list[Message] = []
-    for number in itertools.count():
-        text = _read_message(terminal)
-        if text is None:
-            return
-        if text == "/clear":
-            messages = []
-            continue
-        asked: list[Message] = [*messages, {"role": "user", "content": text}]
-        try:
-            ids = encode(asked)
-        except records.BadRecord as error:
-            if not terminal:
-                raise UserError(f"--chat: {error}") from None
-            _note(str(error))
-            continue
-        room = context_length - len(ids)
-        if room < 1:
-            _note(f"{len(ids):,} tokens do not fit into the model's context of {context_length:,}; /clear starts again")
-            continue
-        answer = _answer(generator, number, ids, min(room, max_new_tokens), **options)
-        if answer:
-            messages = [*asked, {"role": "assistant", "content": answer}]
-
-
-def _answer(generator: Generator, number: int, prompt: Prompt, max_new_tokens: int, **options: Any) -> str:
-    """Prints an answer while it is generated, and returns it. In a terminal, Ctrl-C cuts it off."""
-    pieces: list[str] = []
-    cut = ""
-
-    def show(text: str) -> None:
-        pieces.append(text)
-        print(text, end="", flush=True)
-
-    try:
-        continuation = _stream(generator, number, prompt, show, max_new_tokens=max_new_tokens, **options)
-        if len(continuation.token_ids) == max_new_tokens:
-            cut = f"cut off after {max_new_tokens:,} tokens"
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        cut = "stopped"
-    print(flush=True)
-    if cut:
-        _note(cut)
-    return "".join(pieces)
-
-
-def _note(text: str) -> None:
-    print(f"({text})", file=sys.stderr, flush=True)
-
-
-def _read_message(terminal: bool) -> str | None:
-    """The next line on standard input that is not empty; None at its end or after /exit."""
-    text = ""
-    while not text:
-        try:
-            text = input("> " if terminal else "").strip()
-        except EOFError:
-            if terminal:
-                print()
-            return None
-        except KeyboardInterrupt:  # in a terminal, it drops the line
-            if not terminal:
-                raise
-            print(file=sys.stderr)
-    return None if text == "/exit" else text
-
-
 def main() -> None:
     """The command: parses the flags, and prints or writes continuations, or chats."""
     path = flags.DEFINE_string(
@@ -307,7 +208,7 @@ def main() -> None:
     )
     system = flags.DEFINE_string("system", None, "System prompt of a chat.")
     max_new_tokens = flags.DEFINE_integer(
-        "max_new_tokens", None, f"Longest continuation: {MAX_NEW_TOKENS}, or {CHAT_MAX_NEW_TOKENS} with --chat.", 1
+        "max_new_tokens", None, "Longest continuation. By default 256, or 1024 with --chat.", 1
     )
     temperature = flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; above 0: sample.", lower_bound=0.0)
     top_p = flags.DEFINE_float(
@@ -342,7 +243,7 @@ def main() -> None:
         encode = _chat_encoder(model, system.value) if chat.value else None
         if encode and not items:
             with _loaded(model, 1, dtype.value, stretch=STREAM_STRETCH, shortest=CHAT_SHORTEST) as generator:
-                return _chat(generator, encode, model.model.context_length, **options)
+                return chat_on_terminal(generator, encode, model.model.context_length, **options)
         prompts = _encode_all(items, encode) if encode else [item["prompt"] for item in items]
         shown = ["" if encode else item["prompt"] for item in items]
         if len(items) == 1 and output_path is None:

@@ -1,8 +1,6 @@
 """The command `rho1 generate`: chat, streaming, files of conversations and command lines it refuses."""
 
-import io
 import json
-import sys
 
 import jax
 import pytest
@@ -11,7 +9,6 @@ from forks import run_all
 from helpers import continuations, run_command, tiny, write_hf_folder
 
 from rho1_jax import generate
-from rho1_jax.data.records import BadRecord
 from rho1_jax.models import decoder
 from rho1_jax.models.generation import Continuation
 from rho1_jax.runtime.errors import UserError
@@ -140,87 +137,17 @@ def test_the_dtype_is_that_of_parameters_and_computation(folder):
             assert {str(leaf.dtype) for leaf in jax.tree.leaves(generator._params)} == {dtype or "float32"}
 
 
-class Answers:
-    """In place of a generator: gives texts in pieces, or an exception, and keeps what it was asked."""
-
-    def __init__(self, *answers):
-        self.answers, self.asked, self.numbers, self.limits = list(answers), [], [], []
-
-    def run(self, requests, on_text, max_new_tokens, **options):
-        number, prompt = requests.popleft()
-        self.asked.append(prompt)
-        self.numbers.append(number)
-        self.limits.append(max_new_tokens)
-        pieces = self.answers.pop(0)
-        for piece in pieces:
-            if isinstance(piece, BaseException):
-                raise piece
-            on_text(number, piece)
-        yield Continuation(number, "".join(pieces), [0] * len(pieces), [0.0] * len(pieces))
-
-
-def chat(monkeypatch, lines, answers, terminal=False, context=1000, encode=None):
-    """Chats with `answers`, with contents of messages as the prompts."""
-    stdin = io.StringIO(lines)
-    stdin.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stdin", stdin)
-    encode = encode or (lambda messages: [message["content"] for message in messages])
-    generate._chat(answers, encode, context, 50, stops=())
-
-
-def test_each_turn_sees_the_conversation_and_draws_anew(monkeypatch, capsys):
-    answers = Answers(["A", "B"], [], ["C"], ["D"])
-    chat(monkeypatch, "one\ntwo\nthree\n /clear \nfour", answers)
-    # The second answer is empty, so it and its question are forgotten.
-    assert answers.asked == [["one"], ["one", "AB", "two"], ["one", "AB", "three"], ["four"]]
-    assert len(set(answers.numbers)) == 4
-    assert capsys.readouterr().out == "AB\n\nC\nD\n"
-
-
-def test_ctrl_c_stops_an_answer_in_a_terminal(monkeypatch, capsys):
-    answers = Answers(["half", KeyboardInterrupt()], [KeyboardInterrupt()], ["C"])
-    chat(monkeypatch, "one\ntwo\nthree\n", answers, terminal=True)
-    assert answers.asked == [["one"], ["one", "half", "two"], ["one", "half", "three"]]
-    printed = capsys.readouterr()
-    assert printed.out == "> half\n> \n> C\n> \n" and printed.err.count("(stopped)") == 2
-    assert "/clear forgets" in printed.err
-    with pytest.raises(KeyboardInterrupt):
-        chat(monkeypatch, "one\n", Answers([KeyboardInterrupt()]))
-
-
-def test_a_conversation_that_is_too_long_is_not_sent(monkeypatch, capsys):
-    answers = Answers(["A", "A"], ["B"])
-    chat(monkeypatch, "one\ntwo\n/clear\nthree", answers, context=3)
-    assert answers.asked == [["one"], ["three"]] and answers.limits == [2, 2]
-    notes = capsys.readouterr().err.splitlines()
-    assert notes[0] == "(cut off after 2 tokens)"
-    assert notes[1] == "(3 tokens do not fit into the model's context of 3; /clear starts again)"
-
-
-def test_a_message_that_the_template_refuses(monkeypatch, capsys):
-    def encode(messages):
-        if messages[-1]["content"] == "bad":
-            raise BadRecord("the chat template refuses it")
-        return [message["content"] for message in messages]
-
-    answers = Answers(["A"])
-    chat(monkeypatch, "bad\ngood\n", answers, terminal=True, encode=encode)
-    assert answers.asked == [["good"]] and "(the chat template refuses it)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--chat: the chat template refuses it"):
-        chat(monkeypatch, "bad\ngood\n", answers, encode=encode)
-
-
-def test_text_is_printed_piece_by_piece(monkeypatch, capsys):
+def test_text_is_printed_piece_by_piece(capsys):
     seen = []
 
-    class Pieces(Answers):
-        def run(self, requests, on_text, **options):
-            for piece in ("4", ".\n"):
+    class Pieces:
+        def run(self, requests, on_text, pieces):
+            for piece in pieces:
                 on_text(0, piece)
                 seen.append(capsys.readouterr().out)
-            yield Continuation(0, "4.\n", [1, 2], [0.0, 0.0])
+            yield Continuation(0, "".join(pieces), [], [])
 
-    generate._print_one(Pieces(), "2+2=", [1], max_new_tokens=4)
+    generate._print_one(Pieces(), "2+2=", [1], pieces=("4", ".\n"))
     assert seen == ["2+2=4", ".\n"] and capsys.readouterr().out == "\n"
-    generate._print_one(Answers([]), "2+2=", [1], max_new_tokens=4)
+    generate._print_one(Pieces(), "2+2=", [1], pieces=())
     assert capsys.readouterr().out == "2+2=\n"
