@@ -283,7 +283,7 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     assert all(max(item["logprobs"]) <= 0 for item in items)
     assert [item["prompt"] for item in items] == ["Document 1:", "two\nlines"]
     assert done["printed"].stdout == "\n\n".join(item["prompt"] + item["continuation"] for item in items) + "\n"
-    assert done["none"].status == 2 and "give --prompt=TEXT or --prompts=FILE" in done["none"].stderr
+    assert done["none"].status == 2 and "give --prompt=TEXT, --prompts=FILE or --chat" in done["none"].stderr
 
 
 def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference, tmp_path):

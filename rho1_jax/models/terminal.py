@@ -147,7 +147,7 @@ def _read_message(terminal: bool) -> str | None:
 def stream(
     generator: Generator, number: int, prompt: Prompt, show: Callable[[str], None], **options: Any
 ) -> Continuation:
-    """Continues one prompt, and calls `show` with each new piece of text. A terminal shows how long that takes to begin.
+    """Continues one prompt, and calls `show` with each new piece of text. A terminal shows how long the first takes.
 
     Args:
       generator: has one row.
