@@ -179,6 +179,7 @@ class CheckpointConfig:
     keep: NonNegativeInt = 2  # newest checkpoints to keep; 0: all
     keep_every: NonNegativeInt = 0  # also keeps the checkpoint of every K-th step; 0: none
     best: str = ""  # also keeps the checkpoint with the best eval/NAME/loss or eval/NAME/accuracy; "": none
+    patience: NonNegativeInt = 0  # evaluations without a better `best` after which the run ends; 0: never
     grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
     stop_status: ExitStatus = 0  # exit status after such a stop; above 0 where only what fails is started again
 

@@ -36,7 +36,7 @@ from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, check_values, complete
-from rho1_jax.training.pretrained import MODEL_HELP, Pretrained
+from rho1_jax.training.pretrained import Pretrained
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
@@ -178,7 +178,9 @@ def check_settings(output: pathlib.Path, settings: Settings) -> None:
 
 def main() -> None:
     """The command `rho1 evaluate`."""
-    checkpoint = flags.DEFINE_string("checkpoint", None, MODEL_HELP, required=True)
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", None, "A run, one of its checkpoints, or a Hugging Face folder.", required=True
+    )
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
         field.name: define.get(FIELD_TYPES[field.name], flags.DEFINE_multi_string)(

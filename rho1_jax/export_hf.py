@@ -219,7 +219,8 @@ def export_weights(path: str, output: pathlib.Path, dtype: str | None) -> int:
         raise UserError(f"{output} exists; choose another --output")
     trained = open_trained(path)
     tokenizer, described = trained.tokenizer(), read_description(trained.path)
-    count, arrays = param_count(trained.model), {}
+    count = param_count(trained.model)
+    arrays: dict[str, np.ndarray] = {}
     with Progress(f"reading {trained.path.name}", count, unit="params") as progress:
         for shard in shards(trained.path, None, dtype, progress):
             arrays |= shard

@@ -17,7 +17,7 @@ from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path, write_text
-from rho1_jax.training.pretrained import MODEL_HELP, Pretrained, open_pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 
 def compare(
@@ -52,8 +52,12 @@ def compare(
 
 def main() -> None:
     """The command: parses the flags, calls `compare` and writes the page."""
-    policy = flags.DEFINE_string("policy", None, f"The model in training. {MODEL_HELP}", required=True)
-    reference = flags.DEFINE_string("reference", None, f"The reference. {MODEL_HELP}", required=True)
+    policy = flags.DEFINE_string(
+        "policy", None, "The model in training: run, checkpoint or Hugging Face folder.", required=True
+    )
+    reference = flags.DEFINE_string(
+        "reference", None, "The reference: run, checkpoint or Hugging Face folder.", required=True
+    )
     data = flags.DEFINE_string("data", None, "Prepared data set with a split 'eval'.", required=True)
     rows = flags.DEFINE_integer("rows", 16, "Rows to score and show, at most.", lower_bound=1)
     ratio = flags.DEFINE_float(

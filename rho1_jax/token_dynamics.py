@@ -32,7 +32,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, replacing, write_text
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import MODEL_HELP, Pretrained, open_pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 SHOWN_ROWS = 8
 BATCH_ROWS = 32
@@ -188,7 +188,11 @@ def main() -> None:
     workdir = flags.DEFINE_string("run", None, "Run directory.", required=True)
     data = flags.DEFINE_string("data", None, "Prepared data set with a split 'eval'.", required=True)
     rows = flags.DEFINE_integer("rows", 256, "Rows to measure, at most.", lower_bound=1)
-    reference = flags.DEFINE_string("reference", "", f"Adds the losses of selected and unselected tokens. {MODEL_HELP}")
+    reference = flags.DEFINE_string(
+        "reference",
+        "",
+        "Reference (run, checkpoint or Hugging Face folder), for the losses of selected and unselected tokens.",
+    )
     output = flags.DEFINE_string("output", None, "Folder to write. By default, RUN/dynamics.")
 
     def command() -> None:

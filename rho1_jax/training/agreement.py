@@ -9,10 +9,11 @@ import jax
 import ml_collections
 from absl import flags
 
+from rho1_jax.models.hf_folder import is_hugging_face_folder
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.processes import gather_json
+from rho1_jax.training import checkpoint
 from rho1_jax.training.config import as_saved, changes
-from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.setup import TrainingData
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -60,7 +61,7 @@ def _content(path: str, key: str) -> dict[str, str]:
 
     Hidden files are left out, such as the times of a download in .cache.
     """
-    folder = Pretrained.open(path, key).path
+    folder = pathlib.Path(path) if is_hugging_face_folder(path) else checkpoint.find(path, key)
     files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
     return {str(name): _digest(file) for name, file in files.items() if not str(name).startswith(".")}
 

@@ -38,10 +38,11 @@ from rho1_jax.training.checksums import (
 )
 from rho1_jax.training.description import META_FILE, DamagedCheckpoint, Description, Meta, StoredArray, read_description
 from rho1_jax.training.quiet_orbax import hide_complaints, one_line
-from rho1_jax.training.retention import KeepBest, retention_policy
+from rho1_jax.training.retention import KeepBest, best_step, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # WORKDIR/best names the best checkpoint; nothing of that name is written
 
 T = TypeVar("T")
 
@@ -199,18 +200,20 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
-    """The checkpoint directory that a path names: the newest one of a run, or itself.
+    """The checkpoint directory that a path names: the newest or the best one of a run, or itself.
 
     Args:
-      path: WORKDIR or WORKDIR/checkpoints/STEP.
+      path: WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP.
       key: the config key or flag the path came from, for errors.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or the run does not keep the best one.
     """
     directory = local_path(path, key).absolute()
     if (directory / "meta").is_dir():
         return directory
+    if directory.name == BEST and not directory.exists() and steps(workdir := directory.parent):
+        return at(workdir, best_step([read_description(at(workdir, step)) for step in steps(workdir)], f"{key}={path}"))
     saved_steps = steps(directory)
     if not saved_steps:
         kinds = "a run's directory, nor one of its checkpoints, nor a Hugging Face folder with safetensors"

@@ -26,7 +26,6 @@ from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
 from rho1_jax.training.state import TrainState
 
 INIT = "config.init.checkpoint"
-MODEL_HELP = "A run directory, one of its checkpoints, or a Hugging Face folder."  # of flags that take a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +161,7 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
     Raises:
       UserError: a key that was given contradicts the model.
     """
+    contradicting = []
     for field in dataclasses.fields(ModelConfig):
         if field.name in RUN_SETTINGS:
             continue
@@ -170,12 +170,14 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
         if field.name == "context_length":
             config.model.context_length = value if is_given else max(of_model, seq_len)
         elif is_given and value != of_model:
-            raise UserError(
-                f"config.model.{field.name}={value} contradicts {INIT}={initial.path}, which has "
-                f"{field.name}={of_model}; remove it"
-            )
+            contradicting.append(field.name)
         else:
             config.model[field.name] = of_model
+    if contradicting:
+        given_values = ", ".join(f"config.model.{name}={config.model[name]}" for name in contradicting)
+        of_model = ", ".join(f"{name}={getattr(initial.model, name)}" for name in contradicting)
+        verb, them = ("contradicts", "it") if len(contradicting) == 1 else ("contradict", "them")
+        raise UserError(f"{given_values} {verb} {INIT}={initial.path}, which has {of_model}; remove {them}")
 
 
 def open_same_model(

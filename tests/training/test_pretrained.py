@@ -85,8 +85,10 @@ def test_a_key_that_contradicts_the_model_is_refused_by_name(folder, data):
     with pytest.raises(UserError, match=r"config.init.checkpoint=.* has a vocabulary of 304, but .* is 512"):
         open_run(config)
     config = config_from(folder, data)
-    config.model.rope_theta = 7.0
-    with pytest.raises(UserError, match=r"config.model.rope_theta=7.0 contradicts .*; remove it"):
+    config.model.update(rope_theta=7.0, heads=2)
+    with pytest.raises(
+        UserError, match=r"heads=2, config.model.rope_theta=7.0 contradict .* heads=4, rope.*; remove them"
+    ):
         open_run(config)
 
 
