@@ -35,7 +35,8 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes
-from rho1_jax.training.description import Description, StoredArray, read_description
+from rho1_jax.training.description import Description, Meta, StoredArray, read_description
+from rho1_jax.training.health import Health
 from rho1_jax.training.path_kind import Kind, kind_of
 from rho1_jax.training.pretrained import Pretrained
 
@@ -56,7 +57,7 @@ def inspect_path(path: str | pathlib.Path, rows: int = 2, split: str | None = No
     """Describes what a path holds.
 
     Args:
-      path: a run directory, a checkpoint, a Hugging Face folder, a data set or a folder of scores.
+      path: a run directory, RUN/best, a checkpoint, a Hugging Face folder, a data set or a folder of scores.
       rows: rows of a data set to show.
       split: their split; None: the first one.
 
@@ -67,6 +68,8 @@ def inspect_path(path: str | pathlib.Path, rows: int = 2, split: str | None = No
       UserError: the path holds none of these, or something that is damaged.
     """
     folder = local_path(path, "PATH")
+    if folder.name == checkpoint.BEST and checkpoint.steps(folder.parent):
+        folder = checkpoint.find(folder, "PATH")
     kind = kind_of(folder)
     if kind is None:
         problem = "not a folder that rho1 knows" if folder.exists() else "no such folder"
@@ -98,7 +101,7 @@ def _run(workdir: pathlib.Path, folder: pathlib.Path | None = None) -> Report:
         "checkpoint": str(folder),
         "step": meta.step,
         "steps_of_run": meta.config["steps"],
-        "finished": meta.step >= meta.config["steps"] and meta.pending is None,
+        "finished": _is_finished(meta),
         "tokens_seen": meta.tokens_seen,
         "tokens_selected": meta.tokens_selected,
         "checkpoints": saved_steps,
@@ -124,6 +127,13 @@ def _run(workdir: pathlib.Path, folder: pathlib.Path | None = None) -> Report:
             for name, array in sorted(params.items())
         ],
     }
+
+
+def _is_finished(meta: Meta) -> bool:
+    """True if no step is left, or if config.checkpoint.patience ended the run."""
+    settings, health = meta.config["checkpoint"], Health(**meta.health or {})
+    spent = health.metric == settings["best"] and 0 < settings["patience"] <= health.evaluations_since_best
+    return meta.pending is None and (spent or meta.step >= meta.config["steps"])
 
 
 def _config(description: Description) -> list[Report]:

@@ -56,11 +56,29 @@ def test_one_checkpoint_of_a_run_that_has_not_finished(reference, tmp_path):
     report = inspect_path(older)
     assert (report["kind"], report["step"], report["finished"]) == ("checkpoint", 8, False)
     assert report["checkpoints"] == [8] and report["damaged"] == ["12.damaged"]
+    with pytest.raises(UserError, match="trained without config.checkpoint.best"):
+        inspect_path(tmp_path / "run" / "best")
     (tmp_path / "run" / "tokenizer" / "tokenizer.model").unlink()
     assert inspect_path(older)["tokenizer"].startswith("refused: ")
     (older / META_FILE).write_text("{")
     with pytest.raises(UserError, match="8 is damaged"):
         inspect_path(older)
+
+
+def test_the_best_checkpoint_and_a_run_out_of_patience(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    metric = "eval/held_out/loss"
+    for step, loss, since in ((8, 1.0, 0), (12, 2.0, 2)):
+        folder = checkpoint.at(tmp_path / "run", step)
+        described = read_description(folder)
+        config = described.meta.config | {"steps": 100}
+        config["checkpoint"] = config["checkpoint"] | {"best": metric, "patience": 2}
+        health = described.meta.health | {"metric": metric, "evaluations_since_best": since}
+        edited = described._replace(meta=described.meta._replace(config=config, health=health), metrics={metric: loss})
+        (folder / META_FILE).write_text(json.dumps(edited.as_json()))
+    assert inspect_path(tmp_path / "run")["finished"]
+    best = inspect_path(tmp_path / "run" / "best")
+    assert (best["kind"], best["step"], best["finished"]) == ("checkpoint", 8, False)
 
 
 def test_weights_are_not_read(reference, tmp_path):
