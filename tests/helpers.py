@@ -115,6 +115,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, **cache, "PYTHONPATH": str(root())}
 
 
-def run_command(module, *arguments, seconds=300):
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=seconds)
+def run_command(module, *arguments, seconds=300, stdin=None):
+    command, options = [sys.executable, "-m", module, *arguments], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=root(), env=environment(), timeout=seconds, input=stdin, **options)

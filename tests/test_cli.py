@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from forks import run_all
 from helpers import config_of, edit_manifest, environment
 
 import rho1_jax
@@ -25,60 +26,6 @@ from rho1_jax.runtime.errors import UserError
 
 REMOTE = "gs://bucket/x"
 REFUSED = "rho1 reads and writes local files only; mount the bucket, for example with gcsfuse"
-
-# Imports every command once, then runs each command line in a fork, from an empty folder of its own.
-FORKS = """
-import importlib, json, os, sys, traceback
-from rho1_jax import cli
-for module, _ in cli.COMMANDS.values():
-    importlib.import_module(f"rho1_jax.{module}")
-for name, arguments in json.load(sys.stdin).items():
-    os.makedirs(f"{name}/cwd")
-    child = os.fork()
-    if not child:
-        os.chdir(f"{name}/cwd")
-        for stream, file in ((1, "../stdout"), (2, "../stderr")):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-        status = 0
-        try:
-            sys.argv = ["rho1", *arguments]
-            cli.main()
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with open(f"{name}/status", "w") as file:
-        file.write(str(status))
-"""
-
-
-class Done:
-    """What a command left: status, output, and the names of the files it created."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.status = int((folder / "status").read_text())
-        self.stdout, self.stderr = ((folder / name).read_text() for name in ("stdout", "stderr"))
-        self.created = [path.name for path in (folder / "cwd").iterdir()]
-
-
-def run_all(commands: dict[str, list[str]], folder: pathlib.Path, make: bool = False) -> dict[str, Done]:
-    if make:
-        folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS],
-        input=json.dumps(commands),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: Done(folder / name) for name in commands}
 
 
 def rho1(*arguments, code="from rho1_jax.cli import main; main()", cwd=None):
@@ -336,7 +283,7 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     assert all(max(item["logprobs"]) <= 0 for item in items)
     assert [item["prompt"] for item in items] == ["Document 1:", "two\nlines"]
     assert done["printed"].stdout == "\n\n".join(item["prompt"] + item["continuation"] for item in items) + "\n"
-    assert done["none"].status == 2 and "give --prompt=TEXT or --prompts=FILE" in done["none"].stderr
+    assert done["none"].status == 2 and "give --prompt=TEXT, --prompts=FILE or --chat" in done["none"].stderr
 
 
 def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference, tmp_path):

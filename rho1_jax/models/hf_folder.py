@@ -130,6 +130,11 @@ class HuggingFaceFolder:
             if not name.endswith(_IGNORED) and (name not in self._stored or self._stored[name].file.name != file_name):
                 raise UserError(f"{self.path / INDEX_FILE}: {_shown(name)} is not in {file_name}")
 
+    @property
+    def stored(self) -> list[_Stored]:
+        """The file, name, shape and dtype of each tensor."""
+        return list(self._stored.values())
+
     def _open(self, path: pathlib.Path):
         try:
             return safe_open(path, "np")

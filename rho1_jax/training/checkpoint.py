@@ -256,7 +256,7 @@ def _check_resumable(checkpoint: pathlib.Path) -> None:
         )
 
 
-def _stored_arrays(
+def stored_arrays(
     checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None, item: str
 ) -> dict[str, StoredArray]:
     """The arrays of an item, by path. Before format 3, as Orbax describes them."""
@@ -273,7 +273,7 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
       DamagedCheckpoint: it cannot be read, or an array does not match its checksum.
       UserError: its arrays are not those of the abstract tree.
     """
-    stored, wanted = _stored_arrays(checkpoint, arrays, item), named_leaves(abstract)
+    stored, wanted = stored_arrays(checkpoint, arrays, item), named_leaves(abstract)
     for name in sorted(stored.keys() | wanted.keys()):
         there = shape_text("", stored[name].shape) if name in stored else "missing"
         here = shape_text("", wanted[name].shape) if name in wanted else "missing"
@@ -353,7 +353,7 @@ def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]
       UserError: an array is damaged, or contains NaN or infinity.
     """
     handler, directory = ocp.PyTreeCheckpointHandler(), checkpoint.absolute() / "params"
-    for name, stored in _stored_arrays(checkpoint, read_description(checkpoint).arrays, "params").items():
+    for name, stored in stored_arrays(checkpoint, read_description(checkpoint).arrays, "params").items():
         only_this: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for key in reversed(name.split("/")):
             only_this = {key: only_this}
@@ -386,7 +386,7 @@ def verify(checkpoint: pathlib.Path) -> int:
         arguments = ocp.args.PyTreeRestore(restore_args=as_numpy)
         tree = _read(checkpoint, item, functools.partial(handler.restore, directory, args=arguments))
         leaves = named_leaves(tree)
-        for name, array in _stored_arrays(checkpoint, arrays, item).items():
+        for name, array in stored_arrays(checkpoint, arrays, item).items():
             if name not in leaves or numpy_checksum(np.asarray(leaves[name])) != array.checksum:
                 raise DamagedCheckpoint(checkpoint, f"{item}/{name} does not match its checksum")
     return len(arrays)
