@@ -67,6 +67,7 @@ class ModelConfig:
     context_length: NonNegativeInt = 0  # longest row the model is built for; 0: the data's
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary frequencies
     rope_factor: PositiveFloat = 1.0  # stretches the slow rotary waves, as Llama 3.1 does with 8; 1: no stretching
+    rope_scaling: Literal["llama3", "linear"] = "llama3"  # which waves rope_factor stretches: slow ones, or all alike
     rope_low_frequency_factor: PositiveFloat = 1.0  # turns in the original length below which a wave is fully stretched
     rope_high_frequency_factor: PositiveFloat = 4.0  # turns above which a wave is left alone
     rope_original_length: PositiveInt = 8192  # context length before the stretching

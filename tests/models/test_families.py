@@ -24,6 +24,7 @@ from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import FAMILIES, family_of, register_family
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
+from rho1_jax.models.rope import Rope
 from rho1_jax.models.structure import Structure, soft_cap
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
@@ -201,11 +202,12 @@ def test_norms_are_where_the_structure_says(family_with, placement):
         scale = 1 + sorted(names).index(name)
         return scale * x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
 
-    attended = layer.attention(normed(x, "attention_norm"), positions, mix, decoding=False)
+    rope = Rope.of(config)
+    attended = layer.attention(normed(x, "attention_norm"), positions, rope, mix, decoding=False)
     middle = x + normed(attended, "attention_post_norm")
     fed = layer.feed_forward(normed(middle, "feed_forward_norm"), decoding=False)
     expected = middle + normed(fed, "feed_forward_post_norm")
-    np.testing.assert_allclose(layer(x, positions, mix, decoding=False), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer(x, positions, rope, mix, decoding=False), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
