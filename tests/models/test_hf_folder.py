@@ -201,7 +201,7 @@ def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_written(copy,
 
 
 def test_a_model_that_its_family_cannot_express_is_not_exported():
-    with pytest.raises(UserError, match="sliding_window: Llama has none"):
+    with pytest.raises(UserError, match="sliding_window: the family llama has none"):
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 
