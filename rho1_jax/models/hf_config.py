@@ -70,8 +70,11 @@ class HfConfigJson(TypedDict, total=False):
     use_bidirectional_attention: bool | None
     no_rope_layers: list[int] | None
     no_rope_layer_interval: Period
+    text_config: "HfConfigJson"
 
 
+# Models of text and images: architecture -> architecture of its text model, and the prefix of its tensors' names.
+TEXT_MODELS = {"Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "language_model.")}
 # Key of config.json -> our field.
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -97,6 +100,21 @@ ROPE_FIELDS = {
 }
 SCALINGS = {"llama3": tuple(ROPE_FIELDS), "linear": ("factor",)}  # the keys of each rope_type
 DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
+
+
+def text_model(hf_config: HfConfigJson, path: str) -> tuple[HfConfigJson, str]:
+    """The config.json of the text model, and the prefix of its tensors' names; any other model as it is.
+
+    Raises:
+      UserError: the config.json of a model of text and images lacks text_config.
+    """
+    architecture = (hf_config.get("architectures") or [""])[0]
+    if architecture not in TEXT_MODELS:
+        return hf_config, ""
+    if "text_config" not in hf_config:
+        raise UserError(f"{path}: lacks text_config, which describes the text model of {architecture}")
+    text_architecture, prefix = TEXT_MODELS[architecture]
+    return {**hf_config, **hf_config["text_config"], "architectures": [text_architecture]}, prefix
 
 
 def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> ModelConfig:
