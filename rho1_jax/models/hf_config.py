@@ -106,15 +106,21 @@ def text_model(hf_config: HfConfigJson, path: str) -> tuple[HfConfigJson, str]:
     """The config.json of the text model, and the prefix of its tensors' names; any other model as it is.
 
     Raises:
-      UserError: the config.json of a model of text and images lacks text_config.
+      UserError: the config.json of a model of text and images lacks text_config, or has a soft cap that Transformers
+        would not apply.
     """
     architecture = (hf_config.get("architectures") or [""])[0]
     if architecture not in TEXT_MODELS:
         return hf_config, ""
     if "text_config" not in hf_config:
         raise UserError(f"{path}: lacks text_config, which describes the text model of {architecture}")
-    text_architecture, prefix = TEXT_MODELS[architecture]
-    return {**hf_config, **hf_config["text_config"], "architectures": [text_architecture]}, prefix
+    (text_architecture, prefix), text = TEXT_MODELS[architecture], hf_config["text_config"]
+    cap = text.get("final_logit_softcapping")
+    if cap is not None:
+        raise UserError(
+            f"{path}: text_config.final_logit_softcapping={cap}: {architecture} does not apply it; remove it"
+        )
+    return {**hf_config, **text, "architectures": [text_architecture]}, prefix
 
 
 def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> ModelConfig:

@@ -107,5 +107,7 @@ def test_the_text_config_of_gemma_3():
     kinds = family_of(model).structure(model).kinds(model)
     assert kinds == [(1024, Rope(10_000.0))] * 5 + [(None, Rope(1e6, "linear", 8.0))]
     assert model.tied_embeddings and model.context_length == 131_072
+    with pytest.raises(UserError, match="here: text_config.final_logit_softcapping=3.0: .* does not apply it"):
+        hf_config.text_model({**described, "text_config": {"final_logit_softcapping": 3.0}}, "here")
     with pytest.raises(UserError, match="here: lacks text_config"):
         hf_config.text_model(described, "here")

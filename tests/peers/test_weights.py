@@ -61,7 +61,7 @@ def test_logits_gradients_and_generations(case, small_tokenizer, tmp_path):
     assert logprob_difference < LARGEST
 
 
-ON_EIGHT = ["Qwen3, q/k norm", "Gemma 2", "Gemma 3, rope scaling, soft cap", "OLMo 2, K < H", "SmolLM3"]
+ON_EIGHT = ["Gemma 2", "Gemma 3, rope scaling, soft cap", "OLMo 2, K < H", "SmolLM3"]
 
 
 @pytest.mark.parametrize("name", ON_EIGHT)
@@ -200,7 +200,7 @@ def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer,
 def test_the_text_model_of_a_model_of_text_and_images(small_tokenizer, tmp_path):
     """A folder like that of google/gemma-3-4b-it. Its text model is read, and exported on its own."""
     case = CASES["Gemma 3, rope scaling, soft cap"]
-    text = build(case).config.to_dict()
+    text = build(case).config.to_dict() | {"final_logit_softcapping": None}  # which this class ignores
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     config.text_config._attn_implementation = "eager"
