@@ -100,8 +100,8 @@ class Program:
         Args:
           text: the optimized program, from `jax.stages.Compiled.as_text()`.
           dynamic_trips: maps a loop's op_name to its number of iterations, for loops whose count is not in the text.
-          sliding_windows: the window of each layer's attention, in tokens; None for full causal attention. The text does
-            not say which kernel has which window, so each one counts as the mean of all.
+          sliding_windows: the window of each layer's attention, in tokens; None for full causal attention. Every
+            attention kernel counts as the mean over the layers, because the text does not say which layers use it.
         """
         self._dynamic_trips, self._windows = dynamic_trips, sliding_windows
         self._computations: dict[str, dict[str, Instruction]] = {}
