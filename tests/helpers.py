@@ -44,6 +44,34 @@ def selection_of(**changes) -> Selection:
     return Selection(**changes)
 
 
+# A small model of each family with switches of its own. Patterns over the layers end in the middle.
+MODELS = {
+    "gemma2": tiny(
+        family="gemma2",
+        layers=3,
+        sliding_window=3,
+        global_every=2,
+        query_scalar=5,
+        attention_soft_cap=2.0,
+        logit_soft_cap=4.0,
+    ),
+    "gemma3": tiny(
+        family="gemma3",
+        layers=5,
+        sliding_window=3,
+        global_every=2,
+        query_scalar=8,
+        rope_local_theta=100.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        logit_soft_cap=5.0,
+    ),
+    "olmo2": tiny(family="olmo2", layers=2, tied_embeddings=False),
+    "smollm3": tiny(family="smollm3", layers=5, no_rope_every=2),
+}
+RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
+
+
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:
     """Random tokens [rows, length + 1] in documents of random lengths. Every third row ends in padding."""
     rng = np.random.default_rng(seed)

@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.attention import attention
 from rho1_jax.models.families import family_of
-from rho1_jax.models.structure import ACTIVATIONS, Structure, soft_cap
+from rho1_jax.models.rope import Rope, rotate
+from rho1_jax.models.structure import ACTIVATIONS, LayerKind, Structure, soft_cap
 from rho1_jax.runtime.sharding import shard_activations
 
 Params = dict  # nested: parameter name -> array; layers are stacked along a leading axis N
@@ -43,7 +43,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, eps: float, offset: float = 0.0):
-        self.eps, self.offset = eps, offset
+        self.size, self.eps, self.offset = size, eps, offset
         self.scale = nnx.Param(jnp.full(size, 1 - offset, jnp.float32))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -54,27 +54,9 @@ class RMSNorm(nnx.Module):
         return (x * scale).astype(hidden.dtype)
 
 
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Frequencies [C / 2] of the rotary positions (arXiv 2104.09864), in radians per position.
-
-    A `rope_factor` above 1 scales them like Llama 3.1. Waves with fewer than `rope_low_frequency_factor` turns in the
-    original length are stretched by the factor; waves with more than `rope_high_frequency_factor` turns are unchanged.
-    Between the two, the scaling is interpolated linearly.
-    """
-    half = config.head_width // 2
-    frequencies = config.rope_theta ** (-np.arange(half) / half)
-    turns = config.rope_original_length * frequencies / (2 * np.pi)
-    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / config.rope_factor)
-
-
-def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotates each pair by position times frequency. Pairs join the two halves of a head, as in Llama."""
-    angles_BL1c = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    sin, cos = jnp.sin(angles_BL1c), jnp.cos(angles_BL1c)
-    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+def _normed(norm: RMSNorm, x_BLHC: jax.Array) -> jax.Array:
+    """Normalizes each head, or all heads together if the norm has their size."""
+    return norm(x_BLHC.reshape(*x_BLHC.shape[:2], -1, norm.size)).reshape(x_BLHC.shape)
 
 
 def _project(x: jax.Array, kernel: jax.Array, decoding: bool, contracted: int = 1) -> jax.Array:
@@ -122,10 +104,13 @@ class Attention(nnx.Module):
             self.k_bias = nnx.Param(jnp.zeros((K, C)))
             self.v_bias = nnx.Param(jnp.zeros((K, C)))
         if structure.qk_norm:
-            self.q_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
-            self.k_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
+            q_size, k_size = (C, C) if structure.qk_norm_over == "head" else (H * C, K * C)
+            self.q_norm = RMSNorm(q_size, config.norm_eps, structure.norm_offset)
+            self.k_norm = RMSNorm(k_size, config.norm_eps, structure.norm_offset)
 
-    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix, decoding: bool) -> jax.Array:
+    def __call__(
+        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rope: Rope | None, mix: Mix, decoding: bool
+    ) -> jax.Array:
         """The output [B, L, D] of attention, to be added to the hidden states."""
         q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...], decoding) for kernel in (self.q, self.k, self.v))
         if self.structure.qkv_bias:
@@ -133,9 +118,10 @@ class Attention(nnx.Module):
             k_BLKC += self.k_bias[...].astype(k_BLKC.dtype)
             v_BLKC += self.v_bias[...].astype(v_BLKC.dtype)
         if self.structure.qk_norm:
-            q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
-        frequencies = rotary_frequencies(self.config)
-        q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
+            q_BLHC, k_BLKC = _normed(self.q_norm, q_BLHC), _normed(self.k_norm, k_BLKC)
+        if rope is not None:
+            frequencies = rope.frequencies(self.config.head_width)
+            q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
         return _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], decoding, contracted=2)
 
 
@@ -168,10 +154,12 @@ class Layer(nnx.Module):
         if self.post_norm:
             self.attention_post_norm, self.feed_forward_post_norm = norm(), norm()
 
-    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix, decoding: bool) -> jax.Array:
+    def __call__(
+        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rope: Rope | None, mix: Mix, decoding: bool
+    ) -> jax.Array:
         """The hidden states [B, L, D] after the layer."""
         x_BLD = self.attention_norm(hidden_BLD) if self.pre_norm else hidden_BLD
-        x_BLD = self.attention(x_BLD, positions_BL, mix, decoding)
+        x_BLD = self.attention(x_BLD, positions_BL, rope, mix, decoding)
         hidden_BLD = hidden_BLD + (self.attention_post_norm(x_BLD) if self.post_norm else x_BLD)
         hidden_BLD = shard_activations(hidden_BLD, decoding)
         x_BLD = self.feed_forward_norm(hidden_BLD) if self.pre_norm else hidden_BLD
@@ -221,18 +209,18 @@ class Decoder(nnx.Module):
         Returns:
           [B, L, D] hidden states after the last norm, in the compute dtype.
         """
-        positions_BL, windows = segment_positions(segment_ids_BL), self.structure.windows
+        positions_BL = segment_positions(segment_ids_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer_with(window: int | None) -> Callable:
-            mix = self.mix_within(segment_ids_BL, window)
+        def layer_of(kind: LayerKind) -> Callable:
+            mix = self.mix_within(segment_ids_BL, kind.window)
 
             def layer(hidden_BLD, params):
-                return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mix, decoding=False), None
+                return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, kind.rope, mix, decoding=False), None
 
             return layer if self.config.remat == "none" else jax.checkpoint(layer, policy=REMAT[self.config.remat])
 
-        layers = [layer_with(window) for window in windows]
+        layers = [layer_of(kind) for kind in self.structure.kinds(self.config)]
         hidden_BLD = _scan_layers(layers, self._embed(tokens_BL, decoding=False), stacked, self.config.unroll)
         return self.norm(hidden_BLD)
 
@@ -269,7 +257,8 @@ class Decoder(nnx.Module):
         """
         graphdef, hidden_BLD = nnx.split(self.layers)[0], self._embed(tokens_BL, decoding)
         for n, params in enumerate(layers):
-            hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, partial(mix, n), decoding)
+            rope = self.structure.kind(self.config, n).rope
+            hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, rope, partial(mix, n), decoding)
         return self.norm(hidden_BLD)
 
     def _embed(self, tokens_BL: jax.Array, decoding: bool) -> jax.Array:

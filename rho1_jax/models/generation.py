@@ -121,7 +121,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
     def mix(n, q_PLHC, k_PLKC, v_PLKC):
         k_BKCS, v_BKSC = caches[n]
         caches[n] = written(k_BKCS, k_PLKC, (0, 2, 3, 1)), written(v_BKSC, v_PLKC, (0, 2, 1, 3))
-        return model.mix_within(segment_ids_PL, model.structure.window(n))(q_PLHC, k_PLKC, v_PLKC)
+        return model.mix_within(segment_ids_PL, model.structure.kind(model.config, n).window)(q_PLHC, k_PLKC, v_PLKC)
 
     positions_PL = segment_positions(segment_ids_PL)
     hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, mix, decoding=False)
@@ -184,7 +184,7 @@ def decode(
             k_BKCS = jax.lax.dynamic_update_slice_in_dim(k_BKCS, k_B1KC.transpose(0, 2, 3, 1), state.next, axis=3)
             v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_B1KC.swapaxes(1, 2), state.next, axis=2)
             caches[n] = shard_cache(k_BKCS), shard_cache(v_BKSC)
-            visible_BS = visible_by_window[structure.window(n)]
+            visible_BS = visible_by_window[structure.kind(model.config, n).window]
             scale, soft_cap = structure.query_scale, structure.attention_soft_cap
             return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS, scale, soft_cap)[:, None]
 

@@ -208,7 +208,7 @@ def test_exporting_a_folder_says_that_it_already_is_one(folder, tmp_path, export
 
 
 def test_a_model_that_its_family_cannot_express_is_not_exported():
-    with pytest.raises(UserError, match="sliding_window: Llama has none"):
+    with pytest.raises(UserError, match="sliding_window: the family llama has none"):
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 
