@@ -22,7 +22,7 @@ from rho1_jax.method.selection import Selection
 from rho1_jax.models import hf_config
 from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.generation import Generator
-from rho1_jax.models.hf_folder import named_tensors
+from rho1_jax.models.hf_tensors import named_tensors
 from rho1_jax.runtime.sharding import path_name
 
 # The small model of the tests. Other keys have their defaults.
@@ -58,8 +58,8 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) ->
 
 def tensors(tree, family="llama") -> dict[str, np.ndarray]:
     """Parameters or their gradients, under Hugging Face's names and in its shapes."""
-    leaves, table = jax.tree_util.tree_flatten_with_path(tree)[0], FAMILIES[family].tensors
-    return dict(pair for path, leaf in leaves for pair in named_tensors(table[path_name(path)], np.asarray(leaf)))
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(named_tensors(FAMILIES[family].tensors, {path_name(path): np.asarray(leaf) for path, leaf in leaves}))
 
 
 def write_hf_folder(path, config: ModelConfig, params, tokenizer):

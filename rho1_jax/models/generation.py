@@ -60,6 +60,7 @@ class State(NamedTuple):
     token_B: jax.Array  # newest token, which is not in the cache yet
     logprob_B: jax.Array  # its log-probability
     length_B: jax.Array  # number of tokens in the cache
+    limit_B: jax.Array  # number of tokens that prompt and continuation may have together
     number_B: jax.Array  # number of the request; seeds draws that do not depend on the rest of the batch
     next: jax.Array  # position of the ring that all rows write next
 
@@ -101,7 +102,7 @@ def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
     keys = [shard_cache(jnp.zeros(shape, config.compute_dtype)) for _ in range(config.layers)]
     none_B = jnp.zeros(rows, jnp.int32)
     caches = [(k, k.swapaxes(2, 3)) for k in keys]
-    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, jnp.int32(0))
+    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, none_B, jnp.int32(0))
 
 
 def _next_token(model: Decoder, hidden_BD, number_B, length_B, key, temperature: float) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +122,7 @@ def _next_token(model: Decoder, hidden_BD, number_B, length_B, key, temperature:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
-def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, key, *, temperature):
+def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, limit_P, key, *, temperature):
     """Writes prompts into the rows `slot_P` of the cache. A prompt whose row does not exist is dropped."""
     outer, layers = params
     model, caches = nnx.merge(graphdef, outer), list(state.caches)
@@ -138,7 +139,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
         return model.mix_within(segment_ids_PL, model.structure.kind(model.config, n).window)(q_PLHC, k_PLKC, v_PLKC)
 
     positions_PL = segment_positions(segment_ids_PL)
-    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, mix, decoding=False)
+    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, limit_P, mix, decoding=False)
     length_P = segment_ids_PL.sum(axis=1)
     token_P, logprob_P = _next_token(model, hidden_PLD[:, -1], number_P, length_P, key, temperature)
 
@@ -150,6 +151,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
         filled(state.token_B, token_P),
         filled(state.logprob_B, logprob_P),
         filled(state.length_B, length_P),
+        filled(state.limit_B, limit_P),
         filled(state.number_B, number_P),
         state.next,
     )
@@ -193,10 +195,10 @@ def decode(
             return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS, scale, soft_cap)[:, None]
 
         token_B1, length_B1 = state.token_B[:, None], state.length_B[:, None]
-        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, mix, decoding=True)
+        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, state.limit_B, mix, decoding=True)
         length_B, number_B, last = state.length_B + 1, state.number_B, (state.token_B, state.logprob_B)
         token_B, logprob_B = _next_token(model, hidden_B1D[:, 0], number_B, length_B, key, temperature)
-        return State(caches, token_B, logprob_B, length_B, number_B, (state.next + 1) % S), last
+        return State(caches, token_B, logprob_B, length_B, state.limit_B, number_B, (state.next + 1) % S), last
 
     state, (tokens_TB, logprobs_TB) = jax.lax.scan(decode_token, state, length=STRETCH)
     return state, replicate(tokens_TB.T), replicate(logprobs_TB.T)
@@ -289,7 +291,7 @@ class Generator:
                         raise UserError(f"prompt {number} is empty: there is nothing to continue")
                     new.append(_Row(number, ids))
                 slots, free = free[: len(new)], free[len(new) :]
-                state = self._read(state, new, slots, width, room, key, temperature)
+                state = self._read(state, new, slots, width, max_new_tokens, key, temperature)
                 for slot, added in zip(slots, new):
                     rows[slot] = added
             state, *stretch = decode(self._graphdef, self._params, state, key, temperature=temperature)
@@ -303,18 +305,19 @@ class Generator:
                         rows[slot] = None
                         yield Continuation(row.number, text, row.new_ids, row.logprobs[: len(row.new_ids)])
 
-    def _read(self, state, new, slots, width, room, key, temperature) -> State:
+    def _read(self, state, new, slots, width, max_new_tokens, key, temperature) -> State:
         """The state with new requests in free slots."""
-        L = bucket(max(len(row.ids) for row in new))
+        L, room = bucket(max(len(row.ids) for row in new)), _up(max_new_tokens, STRETCH)
         if bucket(L + room) > state.positions:
             state = _grow(state, positions=bucket(L + room))
         tokens_PL, segment_ids_PL = np.zeros((2, width, L), np.int32)
-        slot_P, number_P = np.full(width, self._rows, np.int32), np.zeros(width, np.int32)
+        slot_P = np.full(width, self._rows, np.int32)
+        number_P, limit_P = np.zeros((2, width), np.int32)
         for index, (row, slot) in enumerate(zip(new, slots)):
             tokens_PL[index, L - len(row.ids) :] = row.ids
             segment_ids_PL[index, L - len(row.ids) :] = 1
-            slot_P[index], number_P[index] = slot, row.number
-        arrays = tokens_PL, segment_ids_PL, slot_P, number_P
+            slot_P[index], number_P[index], limit_P[index] = slot, row.number, len(row.ids) + max_new_tokens
+        arrays = tokens_PL, segment_ids_PL, slot_P, number_P, limit_P
         return _prefill(self._graphdef, self._params, state, *arrays, key, temperature=temperature)
 
     def _extend(self, row, tokens, logprobs, max_new_tokens, stops) -> tuple[str, bool]:
