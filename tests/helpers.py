@@ -39,6 +39,34 @@ def tiny(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 
 
+# Models with biases, multipliers, fused tensors and other rotary positions, for the vocabulary of the test tokenizer.
+SWITCHED = {
+    "gpt_neox": tiny(family="gpt_neox", vocab_size=300, kv_heads=4, rope_fraction=0.5, tied_embeddings=False),
+    "gpt_neox, sequential": tiny(
+        family="gpt_neox", vocab_size=300, kv_heads=4, rope_fraction=0.25, parallel_residual=False
+    ),
+    "granite": tiny(
+        family="granite",
+        vocab_size=300,
+        embedding_scale=12.0,
+        residual_scale=0.22,
+        query_scale=0.25,
+        logit_divisor=7.0,
+    ),
+    "phi3": tiny(
+        family="phi3",
+        vocab_size=300,
+        sliding_window=9,
+        rope_fraction=0.5,
+        rope_scaling="long",
+        rope_short_factors=(1.0, 1.5),
+        rope_long_factors=(2.0, 30.0),
+        rope_original_length=32,
+        rope_attention_factor=1.2,
+    ),
+}
+
+
 def selection_of(**changes) -> Selection:
     """The default selection rule, with changes."""
     return Selection(**changes)

@@ -43,7 +43,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, eps: float, offset: float = 0.0):
-        self.eps, self.offset = eps, offset
+        self.size, self.eps, self.offset = size, eps, offset
         self.scale = nnx.Param(jnp.full(size, 1 - offset, jnp.float32))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -74,6 +74,11 @@ def _norm(config: ModelConfig, structure: Structure) -> RMSNorm | LayerNorm:
     """A norm of hidden states."""
     norm = LayerNorm if structure.norm == "layer" else RMSNorm
     return norm(config.width, config.norm_eps, structure.norm_offset)
+
+
+def _normed(norm: RMSNorm, x_BLHC: jax.Array) -> jax.Array:
+    """Normalizes each head, or all heads together if the norm has their size."""
+    return norm(x_BLHC.reshape(*x_BLHC.shape[:2], -1, norm.size)).reshape(x_BLHC.shape)
 
 
 def _project(x: jax.Array, kernel: jax.Array, decoding: bool, contracted: int = 1) -> jax.Array:
@@ -123,8 +128,9 @@ class Attention(nnx.Module):
         if structure.output_bias:
             self.o_bias = nnx.Param(jnp.zeros(D))
         if structure.qk_norm:
-            self.q_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
-            self.k_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
+            q_size, k_size = (C, C) if structure.qk_norm_over == "head" else (H * C, K * C)
+            self.q_norm = RMSNorm(q_size, config.norm_eps, structure.norm_offset)
+            self.k_norm = RMSNorm(k_size, config.norm_eps, structure.norm_offset)
 
     def __call__(
         self, hidden_BLD: jax.Array, positions_BL: jax.Array, rotation: Rotation | None, mix: Mix, decoding: bool
@@ -136,7 +142,7 @@ class Attention(nnx.Module):
             k_BLKC += self.k_bias[...].astype(k_BLKC.dtype)
             v_BLKC += self.v_bias[...].astype(v_BLKC.dtype)
         if self.structure.qk_norm:
-            q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
+            q_BLHC, k_BLKC = _normed(self.q_norm, q_BLHC), _normed(self.k_norm, k_BLKC)
         if rotation is not None:
             q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, rotation), rotate(k_BLKC, positions_BL, rotation)
         mixed_BLD = _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], decoding, contracted=2)

@@ -20,10 +20,11 @@ from rho1_jax.runtime.errors import UserError
 Size = Annotated[int, Field(gt=0, lt=2**31)]  # JAX counts elements along an axis in int32
 Positive = Annotated[pydantic.FiniteFloat, Field(gt=0)]
 Fraction = Annotated[pydantic.FiniteFloat, Field(gt=0, le=1)]
+Period = Annotated[int, Field(gt=0, le=1024)]  # of a pattern over the layers
 
 
-class RopeJson(TypedDict, total=False):
-    """Rotary positions in config.json."""
+class LayerRopeJson(TypedDict, total=False):
+    """Rotary positions of one kind of layer in config.json."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
     rope_type: str
@@ -37,6 +38,13 @@ class RopeJson(TypedDict, total=False):
     short_factor: list[Positive]
     long_factor: list[Positive]
     attention_factor: Positive | None
+
+
+class RopeJson(LayerRopeJson, total=False):
+    """Rotary positions in config.json: those of all layers, or those of each kind of layer."""
+
+    full_attention: LayerRopeJson
+    sliding_attention: LayerRopeJson
 
 
 class HfConfigJson(TypedDict, total=False):
@@ -71,6 +79,14 @@ class HfConfigJson(TypedDict, total=False):
     attention_multiplier: Positive
     residual_multiplier: Positive
     logits_scaling: Positive
+    sliding_window_pattern: Period
+    rope_local_base_freq: Positive
+    query_pre_attn_scalar: Size
+    attn_logit_softcapping: Positive | None
+    final_logit_softcapping: Positive | None
+    use_bidirectional_attention: bool | None
+    no_rope_layers: list[int] | None
+    no_rope_layer_interval: Period
 
 
 # Key of config.json -> our field.
@@ -95,6 +111,7 @@ ROPE_FIELDS = {
     "high_freq_factor": "rope_high_frequency_factor",
     "original_max_position_embeddings": "rope_original_length",
 }
+SCALINGS = {"llama3": tuple(ROPE_FIELDS), "linear": ("factor",)}  # the keys of each rope_type
 LONG_ROPE = ("longrope", "su")  # rope_type, by its name of today and its first one
 DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
 
@@ -168,32 +185,53 @@ def _check_heads(model: ModelConfig, hf_config: ConfigJson, path: str) -> None:
 
 def _rope(hf_config: ConfigJson, path: str, family: Family) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fraction = rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0
-    if fraction != 1 and "rope_fraction" not in family.optional_keys:
+    rope: ConfigJson = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    theta, fraction = hf_config.get("rope_theta"), hf_config.get("partial_rotary_factor") or 1.0
+    if "rope_fraction" in family.optional_keys:
+        fraction = rope.get("partial_rotary_factor") or fraction
+        rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    elif fraction != 1:
         raise UserError(f"{path}: partial_rotary_factor={fraction!r} is not supported, only 1.0")
+    partial = {"rope_fraction": float(fraction)}
+    if "rope_long_factors" in family.optional_keys and _rope_type(rope) in LONG_ROPE:
+        return _layer_rope({**rope, "rope_type": "default"}, theta, path) | _long_rope(rope, hf_config, path) | partial
+    if "rope_local_theta" not in family.optional_keys:
+        return _layer_rope(rope, theta, path) | partial
+    # Transformers 5 stores two dicts in rope_parameters; earlier versions store rope_local_base_freq beside rope_theta.
+    local_rope, local_theta = rope.get("sliding_attention", {}), hf_config.get("rope_local_base_freq")
+    local = _layer_rope(local_rope, local_theta, f"{path}: rope_parameters.sliding_attention")
+    if "rope_factor" in local:
+        raise UserError(f"{path}: rope_parameters.sliding_attention: rope scaling is not supported here")
+    shared = {key: value for key, value in rope.items() if key not in ("full_attention", "sliding_attention")}
+    fields = _layer_rope({**shared, **rope.get("full_attention", {})}, theta, path)
+    return {**fields, "rope_local_theta": local["rope_theta"]}
+
+
+def _rope_type(rope: ConfigJson) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _layer_rope(rope: ConfigJson, theta: float | None, path: str) -> dict[str, Any]:
+    kind = _rope_type(rope)
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rotary positions that differ between layers are not supported")
-    fields: dict[str, Any] = {
-        "rope_theta": float(rope.get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_THETA),
-        "rope_fraction": float(fraction),
-    }
-    if kind in LONG_ROPE and "rope_long_factors" in family.optional_keys:
-        return fields | _long_rope(rope, hf_config, path)
-    if kind == "llama3":
-        missing = [key for key in ROPE_FIELDS if key not in rope]
-        if missing:
-            raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
-        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
-            raise UserError(
-                f"{path}: low_freq_factor={rope['low_freq_factor']} must be below "
-                f"high_freq_factor={rope['high_freq_factor']}"
-            )
-        fields |= {field: rope[key] for key, field in ROPE_FIELDS.items()}
-    elif kind != "default":
-        raise UserError(f"{path}: rope_type {reprlib.repr(kind)} is not supported, only 'default' and 'llama3'")
-    return fields
+    fields: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or theta or DEFAULT_THETA)}
+    if kind == "default":
+        return fields
+    if kind not in SCALINGS:
+        names = ", ".join(map(repr, SCALINGS))
+        raise UserError(f"{path}: rope_type {reprlib.repr(kind)} is not supported, only 'default', {names}")
+    missing = [key for key in SCALINGS[kind] if key not in rope]
+    if missing:
+        raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(
+            f"{path}: low_freq_factor={rope['low_freq_factor']} must be below "
+            f"high_freq_factor={rope['high_freq_factor']}"
+        )
+    return fields | {"rope_scaling": kind} | {ROPE_FIELDS[key]: rope[key] for key in SCALINGS[kind]}
 
 
 def _long_rope(rope: ConfigJson, hf_config: ConfigJson, path: str) -> dict[str, Any]:
@@ -238,8 +276,8 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
         **{key: getattr(model, field) for key, field in FIELDS.items()},
     }
     if model.rope_factor != 1:
-        scaling = {key: getattr(model, field) for key, field in ROPE_FIELDS.items()}
-        hf_config["rope_scaling"] = {"rope_type": "llama3", **scaling}
+        scaling = {key: getattr(model, ROPE_FIELDS[key]) for key in SCALINGS[model.rope_scaling]}
+        hf_config["rope_scaling"] = {"rope_type": model.rope_scaling, **scaling}
     if "rope_fraction" in family.optional_keys:
         hf_config["partial_rotary_factor"] = model.rope_fraction
     if model.rope_scaling == "long":

@@ -134,7 +134,7 @@ def named_tensors(tensors: Mapping[str, Tensor], params: Mapping[str, np.ndarray
 
 
 def _fuse(parts: list[tuple[Tensor, np.ndarray]]) -> np.ndarray:
-    """The tensor that stores these parameters of one layer."""
+    """The tensor that stores these parameters of one layer, in C order, the only one safetensors writes."""
     tensor, array = parts[0]
     axis, arrays = fused_axis(tensor), [to_hf_axes(tensor, array) for tensor, array in parts]
     if axis is None:
@@ -143,4 +143,4 @@ def _fuse(parts: list[tuple[Tensor, np.ndarray]]) -> np.ndarray:
     repeats = _size(before, dict(zip(tensor.axes, array.shape)))
     outer, inner = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
     split = [array.reshape(*outer, repeats, -1, *inner) for array in arrays]
-    return np.concatenate(split, axis + 1).reshape(*outer, -1, *inner)
+    return np.ascontiguousarray(np.concatenate(split, axis + 1).reshape(*outer, -1, *inner))

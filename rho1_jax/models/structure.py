@@ -49,7 +49,8 @@ class Structure:
       qkv_bias: biases on the query, key and value projections.
       output_bias: a bias on the output projection of attention.
       feed_forward_bias: biases on the projections of the feed-forward.
-      qk_norm: an RMSNorm over the head width on queries and keys, before the rotary positions.
+      qk_norm: an RMSNorm on queries and keys, before the rotary positions.
+      qk_norm_over: what each of these norms covers: a "head", or the whole "projection", which is all heads together.
       windows: sliding windows by layer, repeated over the layers: how many keys a query sees, itself included, or None
         for all of them. (4096, None) alternates between local and global attention.
       ropes: rotary positions by layer, repeated over the layers; an entry of None is a layer without them. None instead
@@ -72,6 +73,7 @@ class Structure:
     output_bias: bool = False
     feed_forward_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
     windows: tuple[int | None, ...] = (None,)
     ropes: tuple[Rope | None, ...] | None = None
     embedding_scale: float = 1.0
@@ -86,6 +88,7 @@ class Structure:
             ("norm", self.norm, NORMS),
             ("norm_placement", self.norm_placement, NORM_PLACEMENTS),
             ("activation", self.activation, ACTIVATIONS),
+            ("qk_norm_over", self.qk_norm_over, ("head", "projection")),
         ):
             if value not in values:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(values)}")

@@ -157,7 +157,15 @@ SWITCHES = [
     {"norm_placement": "post"},
     {"norm_placement": "both"},
     {"norm_offset": 1.0},
+    {"norm": "layer"},
+    {"parallel_residual": True},
+    {"gated": False},
+    {"activation": "gelu"},
     {"activation": "gelu_tanh"},
+    {"output_bias": True},
+    {"feed_forward_bias": True},
+    {"residual_scale": 0.5},
+    {"logit_divisor": 2.0},
     {"qkv_bias": True},
     {"qk_norm": True},
     {"windows": (3,)},
@@ -202,12 +210,12 @@ def test_norms_are_where_the_structure_says(family_with, placement):
         scale = 1 + sorted(names).index(name)
         return scale * x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
 
-    rope = Rope.of(config)
-    attended = layer.attention(normed(x, "attention_norm"), positions, rope, mix, decoding=False)
+    rotation = Rope.of(config).rotation(config.head_width, 3)
+    attended = layer.attention(normed(x, "attention_norm"), positions, rotation, mix, decoding=False)
     middle = x + normed(attended, "attention_post_norm")
     fed = layer.feed_forward(normed(middle, "feed_forward_norm"), decoding=False)
     expected = middle + normed(fed, "feed_forward_post_norm")
-    np.testing.assert_allclose(layer(x, positions, rope, mix, decoding=False), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer(x, positions, rotation, mix, decoding=False), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +242,8 @@ def test_a_pattern_of_windows_equals_each_layer_in_turn(family_with, windows, ch
         def mix(n, q, k, v):
             return model.mix_within(segments, windows[n % len(windows)])(q, k, v)
 
-        return model.layer_by_layer(layers, tokens, decoder.segment_positions(segments), mix, decoding=False)
+        positions, lengths = decoder.segment_positions(segments), jnp.full(2, 24)
+        return model.layer_by_layer(layers, tokens, positions, lengths, mix, decoding=False)
 
     def scanned(params):
         return nnx.merge(graphdef, params)(tokens, segments)
@@ -276,7 +285,7 @@ def test_soft_cap():
     np.testing.assert_allclose(soft_cap(logits, 5.0), [-5.0, -5 * np.tanh(0.2), 0.0, 0.01, 5.0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"activation": "relu"}, {"norm_placement": "none"}], ids=str)
+@pytest.mark.parametrize("changes", [{"norm": "batch"}, {"activation": "relu"}, {"norm_placement": "none"}], ids=str)
 def test_a_structure_with_an_unknown_switch_is_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name}=.* is not one of"):

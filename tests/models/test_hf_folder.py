@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, config_of, run_command, tiny, write_hf_folder
+from helpers import SWITCHED, TINY, config_of, run_command, tiny, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ FAMILIES = {
     "mistral": tiny(family="mistral", sliding_window=8, head_width=16, vocab_size=300),
     "qwen2": tiny(family="qwen2", vocab_size=300),
     "qwen3": tiny(family="qwen3", vocab_size=300, rope_factor=8.0, rope_original_length=32),
+    **SWITCHED,
 }
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 
@@ -201,7 +202,7 @@ def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_written(copy,
 
 
 def test_a_model_that_its_family_cannot_express_is_not_exported():
-    with pytest.raises(UserError, match="sliding_window: Llama has none"):
+    with pytest.raises(UserError, match="sliding_window: the family llama has none"):
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 

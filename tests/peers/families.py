@@ -15,7 +15,6 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import gemma2  # noqa: F401 (registers the family)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,11 +119,39 @@ CASES = {
             ),
         },
     ),
-    "Gemma 2, a family outside the package": Case(
+    "Gemma 2": Case(
         transformers.Gemma2Config,
         {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7},
         norm_mean=0.0,  # stored without the offset of 1
     ),
+    "Gemma 2, no soft caps": Case(
+        transformers.Gemma2Config,
+        {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 7},
+        norm_mean=0.0,
+    ),
+    "Gemma 3": Case(
+        transformers.Gemma3TextConfig,
+        {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7, "num_hidden_layers": 7},
+        norm_mean=0.0,
+    ),
+    "Gemma 3, rope scaling, soft cap": Case(
+        transformers.Gemma3TextConfig,
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+            },
+        },
+        norm_mean=0.0,
+    ),
+    "OLMo 2, K = H": Case(transformers.Olmo2Config, {"num_key_value_heads": 4, **_rope(500_000.0)}),
+    "OLMo 2, K < H": Case(transformers.Olmo2Config, {"rms_norm_eps": 1e-6}),
+    "SmolLM3": Case(transformers.SmolLM3Config, {"num_hidden_layers": 5, **_rope(5_000_000.0)}),
+    "SmolLM3, untied": Case(transformers.SmolLM3Config, {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
 }
 
 

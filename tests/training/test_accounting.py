@@ -19,13 +19,20 @@ from rho1_jax.training import accounting
 from rho1_jax.training.accounting import ForwardFlops, training_flops
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_forward_flops_match_the_compiled_program(tied):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tied_embeddings": True},
+        {"tied_embeddings": False},
+        {"family": "gpt_neox", "kv_heads": 4},
+        {"family": "granite"},
+    ],
+    ids=str,
+)
+def test_forward_flops_match_the_compiled_program(changes):
     # One layer, because XLA counts the body of a scan once. The width makes norms and softmax negligible.
     length = 128
-    config = tiny(
-        width=256, layers=1, heads=4, head_width=64, ff_width=1024, vocab_size=512, tied_embeddings=tied, loss_chunk=128
-    )
+    config = tiny(width=256, layers=1, heads=4, head_width=64, ff_width=1024, vocab_size=512, loss_chunk=128, **changes)
     params = decoder.init_params(config, 0)
     losses = make_token_losses(decoder.build(config), document_mask=True)
     compiled = jax.jit(losses).lower(params, jax.tree.map(jnp.asarray, random_batch(1, length))).compile()

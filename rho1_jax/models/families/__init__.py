@@ -1,8 +1,20 @@
 """The registry of model families. docs/guides/add_family.md adds one, step by step, without changing this package."""
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.models.families import gpt_neox, granite, llama, mistral, phi3, qwen2, qwen3
-from rho1_jax.models.families.family import ConfigJson, Family, Tensor
+from rho1_jax.models.families import (
+    gemma2,
+    gemma3,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from rho1_jax.models.families.family import OPTIONAL_KEYS, ConfigJson, Family, Tensor
 from rho1_jax.runtime.errors import UserError
 
 __all__ = ["FAMILIES", "ConfigJson", "Family", "Tensor", "family_of", "register_family"]
@@ -12,6 +24,10 @@ BUILT_IN = (
     mistral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    olmo2.FAMILY,
+    smollm3.FAMILY,
     gpt_neox.FAMILY,
     granite.FAMILY,
     phi3.FAMILY,
@@ -37,7 +53,7 @@ def family_of(model: ModelConfig) -> Family:
     """The family of a model.
 
     Raises:
-      UserError: no family of that name is registered, or a key has a value that the family would not read.
+      UserError: no family of that name is registered, or the model sets a key that the family does not read.
     """
     if model.family not in FAMILIES:
         raise UserError(
@@ -45,10 +61,8 @@ def family_of(model: ModelConfig) -> Family:
             "load your own with --plugin=FILE.py"
         )
     family = FAMILIES[model.family]
-    for key in sorted({key for other in FAMILIES.values() for key in other.optional_keys} - set(family.optional_keys)):
-        value, default = getattr(model, key), getattr(DEFAULTS, key)
-        if value != default:
-            raise UserError(
-                f"config.model.{key}={value!r}: the family {family.name} has no such switch, only {default!r}"
-            )
+    for key in OPTIONAL_KEYS:
+        value = getattr(model, key)
+        if key not in family.optional_keys and value and value != getattr(DEFAULTS, key):
+            raise UserError(f"config.model.{key}={value}: the family {family.name} does not use this key")
     return family

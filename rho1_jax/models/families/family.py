@@ -1,13 +1,31 @@
 """What a model family is: its structure, its config.json, and its tensors in a Hugging Face folder."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.structure import Structure
 
 ConfigJson = Mapping[str, Any]
+# Keys of ModelConfig that only some families read. The others refuse them.
+OPTIONAL_KEYS = (
+    "global_every",
+    "rope_local_theta",
+    "no_rope_every",
+    "query_scalar",
+    "attention_soft_cap",
+    "logit_soft_cap",
+    "rope_short_factors",
+    "rope_long_factors",
+    "rope_attention_factor",
+    "rope_fraction",
+    "parallel_residual",
+    "embedding_scale",
+    "residual_scale",
+    "query_scale",
+    "logit_divisor",
+)
 
 
 class Tensor(NamedTuple):
@@ -52,7 +70,7 @@ class Family:
         missing key is not ours.
       defaults: Transformers' defaults for keys that config.json may lack, where they are not ours.
       renamed: common keys of config.json -> the family's own names for them.
-      optional_keys: keys of config.model that only some families read, and this one does.
+      optional_keys: those of OPTIONAL_KEYS that the family reads.
     """
 
     name: str
@@ -67,3 +85,25 @@ class Family:
     defaults: ConfigJson = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional_keys: tuple[str, ...] = ()
+
+
+T = TypeVar("T")
+
+
+def every_nth(period: int, layers: int, other: T, nth: T) -> tuple[T, ...]:
+    """A pattern over the layers: `nth` for one layer in `period`, the last of them, and `other` for the rest."""
+    return (other,) * (period - 1) + (nth,) if period <= layers else (other,)
+
+
+def period_of(is_nth: Sequence[bool], default: int) -> int | None:
+    """The period with which a list by layer is True, as in `every_nth`.
+
+    Args:
+      is_nth: True for the layers that differ from the others.
+      default: the period to return, if it is longer than the list, for a list without True.
+
+    Returns:
+      The period; None if the list is not periodic in this way.
+    """
+    period = is_nth.index(True) + 1 if True in is_nth else max(default, len(is_nth) + 1)
+    return period if all(value == ((n + 1) % period == 0) for n, value in enumerate(is_nth)) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import ConfigJson, Family, Tensor
+from rho1_jax.models.families.llama import refuse_window
 from rho1_jax.models.structure import Structure
 from rho1_jax.runtime.errors import UserError
 
@@ -63,8 +64,7 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    if model.sliding_window is not None:
-        raise UserError("config.model.sliding_window: GPT-NeoX has none; leave it at None")
+    refuse_window(model)
     if model.kv_heads != model.heads:
         raise UserError(f"config.model.kv_heads={model.kv_heads}: GPT-NeoX needs as many as heads={model.heads}")
     if model.width != model.heads * model.head_width:

@@ -4,9 +4,8 @@ from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import ConfigJson, Family
-from rho1_jax.models.families.llama import TENSORS
+from rho1_jax.models.families.llama import TENSORS, refuse_window
 from rho1_jax.models.structure import Structure
-from rho1_jax.runtime.errors import UserError
 
 # Key of config.json -> our field. Transformers' default for all of them is 1.
 MULTIPLIERS = {
@@ -29,8 +28,7 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    if model.sliding_window is not None:
-        raise UserError("config.model.sliding_window: Granite has none; leave it at None")
+    refuse_window(model)
     multipliers = {key: getattr(model, field) for key, field in MULTIPLIERS.items()}
     if model.query_scale is None:
         multipliers["attention_multiplier"] = model.head_width**-0.5
