@@ -39,37 +39,49 @@ def tiny(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 
 
-# Models with biases, multipliers, fused tensors and other rotary positions, for the vocabulary of the test tokenizer.
-SWITCHED = {
-    "gpt_neox": tiny(family="gpt_neox", vocab_size=300, kv_heads=4, rope_fraction=0.5, tied_embeddings=False),
-    "gpt_neox, sequential": tiny(
-        family="gpt_neox", vocab_size=300, kv_heads=4, rope_fraction=0.25, parallel_residual=False
+def selection_of(**changes) -> Selection:
+    """The default selection rule, with changes."""
+    return Selection(**changes)
+
+
+# A small model of each family with switches of its own. Patterns over the layers end in the middle.
+MODELS = {
+    "gemma2": tiny(
+        family="gemma2",
+        layers=3,
+        sliding_window=3,
+        global_every=2,
+        query_scalar=5,
+        attention_soft_cap=2.0,
+        logit_soft_cap=4.0,
     ),
-    "granite": tiny(
-        family="granite",
-        vocab_size=300,
-        embedding_scale=12.0,
-        residual_scale=0.22,
-        query_scale=0.25,
-        logit_divisor=7.0,
+    "gemma3": tiny(
+        family="gemma3",
+        layers=5,
+        sliding_window=3,
+        global_every=2,
+        query_scalar=8,
+        rope_local_theta=100.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        logit_soft_cap=5.0,
     ),
+    "olmo2": tiny(family="olmo2", layers=2, tied_embeddings=False),
+    "smollm3": tiny(family="smollm3", layers=5, no_rope_every=2),
+    "gpt_neox": tiny(family="gpt_neox", kv_heads=4, rope_fraction=0.5, tied_embeddings=False),
+    "granite": tiny(family="granite", embedding_scale=12.0, residual_scale=0.22, query_scale=0.25, logit_divisor=5.0),
     "phi3": tiny(
         family="phi3",
-        vocab_size=300,
         sliding_window=9,
         rope_fraction=0.5,
         rope_scaling="long",
         rope_short_factors=(1.0, 1.5),
         rope_long_factors=(2.0, 30.0),
-        rope_original_length=32,
+        rope_original_length=8,
         rope_attention_factor=1.2,
     ),
 }
-
-
-def selection_of(**changes) -> Selection:
-    """The default selection rule, with changes."""
-    return Selection(**changes)
+RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 
 
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:

@@ -87,8 +87,11 @@ class HfConfigJson(TypedDict, total=False):
     use_bidirectional_attention: bool | None
     no_rope_layers: list[int] | None
     no_rope_layer_interval: Period
+    text_config: "HfConfigJson"
 
 
+# Models of text and images: architecture -> architecture of its text model, and the prefix of its tensors' names.
+TEXT_MODELS = {"Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "language_model.")}
 # Key of config.json -> our field.
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -114,6 +117,27 @@ ROPE_FIELDS = {
 SCALINGS = {"llama3": tuple(ROPE_FIELDS), "linear": ("factor",)}  # the keys of each rope_type
 LONG_ROPE = ("longrope", "su")  # rope_type, by its name of today and its first one
 DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
+
+
+def text_model(hf_config: HfConfigJson, path: str) -> tuple[HfConfigJson, str]:
+    """The config.json of the text model, and the prefix of its tensors' names; any other model as it is.
+
+    Raises:
+      UserError: the config.json of a model of text and images lacks text_config, or has a soft cap that Transformers
+        would not apply.
+    """
+    architecture = (hf_config.get("architectures") or [""])[0]
+    if architecture not in TEXT_MODELS:
+        return hf_config, ""
+    if "text_config" not in hf_config:
+        raise UserError(f"{path}: lacks text_config, which describes the text model of {architecture}")
+    (text_architecture, prefix), text = TEXT_MODELS[architecture], hf_config["text_config"]
+    cap = text.get("final_logit_softcapping")
+    if cap is not None:
+        raise UserError(
+            f"{path}: text_config.final_logit_softcapping={cap}: {architecture} does not apply it; remove it"
+        )
+    return {**hf_config, **text, "architectures": [text_architecture]}, prefix
 
 
 def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> ModelConfig:

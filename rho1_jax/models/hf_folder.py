@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
 from rho1_jax.models.families import Tensor, family_of
-from rho1_jax.models.hf_config import HfConfigJson
+from rho1_jax.models.hf_config import HfConfigJson, text_model
 from rho1_jax.models.hf_tensors import Place, from_hf_axes, fused_axis, places
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
@@ -71,13 +71,14 @@ class HuggingFaceFolder:
 
     Attributes:
       path: the folder.
-      config: content of its config.json.
+      config: content of its config.json. For a model of text and images, that of its text model.
     """
 
     def __init__(self, path: str | pathlib.Path):
         """Raises UserError if the folder has no config.json or no safetensors, or if one of its files is damaged."""
         self.path = local_path(path, "Hugging Face folder")
-        self.config: HfConfigJson = read_json(self.path / "config.json", HfConfigJson)
+        config_file = self.path / "config.json"
+        self.config, prefix = text_model(read_json(config_file, HfConfigJson), str(config_file))
         weight_map: dict[str, str] = {}
         if (self.path / INDEX_FILE).is_file():
             weight_map = read_json(self.path / INDEX_FILE, Index).weight_map
@@ -92,11 +93,15 @@ class HuggingFaceFolder:
         for file in (self.path / name for name in files):
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if not name.endswith(_IGNORED):
+                    if name.startswith(prefix) and not name.endswith(_IGNORED):
                         view = opened.get_slice(name)
-                        self._stored[name] = _Stored(file, name, tuple(view.get_shape()), view.get_dtype())
+                        self._stored[name.removeprefix(prefix)] = _Stored(
+                            file, name, tuple(view.get_shape()), view.get_dtype()
+                        )
         for name, file_name in weight_map.items():
-            if not name.endswith(_IGNORED) and (name not in self._stored or self._stored[name].file.name != file_name):
+            stored = self._stored.get(name.removeprefix(prefix))
+            expected = name.startswith(prefix) and not name.endswith(_IGNORED)
+            if expected and (stored is None or stored.file.name != file_name):
                 raise UserError(f"{self.path / INDEX_FILE}: {_shown(name)} is not in {file_name}")
 
     def _open(self, path: pathlib.Path):

@@ -124,7 +124,7 @@ def test_decoding_gathers_no_weights(setup, tokenizer):
         state = generation.empty_state(generator._config, 8, 64)
         arguments = setup[0], generator._params, state, jax.random.key(0)
         compiled = generation.decode.lower(*arguments, temperature=0.0).compile()
-    cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, None).cost()
+    cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, [None]).cost()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert 0 < cost.collective_bytes / generation.STRETCH < weights / 4
     keys = generation.decode(*arguments, temperature=0.0)[0].caches[0][0]

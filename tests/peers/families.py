@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent.parent
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    os.environ |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,12 @@ import torch
 import transformers
 from flax import nnx
 from helpers import tensors
+from safetensors import safe_open
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.export_hf import export_hf
+from rho1_jax.import_hf import import_hf
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
@@ -155,6 +160,11 @@ CASES = {
 }
 
 
+def byte_level(case: Case) -> bool:
+    """True if Transformers reads a folder of this model with a byte-level tokenizer, regardless of its files."""
+    return case.config is transformers.Qwen2Config
+
+
 def build(case: Case, seed: int = 0) -> transformers.PreTrainedModel:
     """The model with random weights, including norms and biases, which Transformers sets to ones and zeros."""
     config = case.config(
@@ -187,13 +197,17 @@ def save(peer: transformers.PreTrainedModel, tokenizer: Tokenizer, directory: pa
     tokenizer.save(directory)
 
 
-def load(directory: pathlib.Path, dtype: str | None = "float32"):
-    """Reads the folder as our model: structure and parameters."""
+def load(directory: pathlib.Path, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None):
+    """Reads the folder as our model: structure and parameters, on one device if no mesh is given."""
     folder = HuggingFaceFolder(directory)
     config = hf_config.from_hf(folder.config, str(directory), RUN_SETTINGS)
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
-    one_device = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
-    return decoder.build(config), folder.load(config, one_device, dtype)
+    mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return decoder.build(config), folder.load(config, mesh, dtype)
+
+
+def eight_devices(peer: transformers.PreTrainedModel) -> jax.sharding.Mesh:
+    """A mesh that uses all three axes, or only two if the model has a single key/value head."""
+    return sharding.make_mesh(2, 2, 2) if peer.config.num_key_value_heads % 2 == 0 else sharding.make_mesh(2, 4, 1)
 
 
 @jax.jit(static_argnums=0)
@@ -203,7 +217,7 @@ def our_logits(graphdef, params, ids_BL):
     return soft_cap(jnp.einsum("BLD,VD->BLV", hidden_BLD, decoder.output_VD()), decoder.structure.logit_soft_cap)
 
 
-def random_ids(rows: int = 2, seed: int = 0) -> np.ndarray:
+def random_ids(rows: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
 
 
@@ -219,7 +233,7 @@ def gradient_difference(graphdef, params, peer) -> float:
     """Largest relative difference, in norm, between gradients of the mean loss with respect to a parameter."""
     ids = random_ids(seed=1)
     losses = make_token_losses(graphdef, document_mask=True)
-    gradient = jax.grad(lambda p: losses(p, Batch(ids, np.ones_like(ids)))[0].mean())(params)
+    gradient = jax.jit(jax.grad(lambda p: losses(p, Batch(ids, np.ones_like(ids)))[0].mean()))(params)
     ours = tensors(gradient, nnx.merge(graphdef, params).config.family)
     peer.zero_grad()
     logits = peer(torch.from_numpy(ids[:, :-1]).long()).logits
@@ -259,6 +273,24 @@ def generations(
     return [continuation.text for continuation in ours], theirs, float(max(differences))
 
 
+def stored(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
+    """Type and bytes of every tensor in a folder."""
+    contents = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                contents[name] = (opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes())
+    return contents
+
+
+def export_again(directory: pathlib.Path) -> pathlib.Path:
+    """Imports a folder and exports it again, beside it."""
+    imported, exported = directory.with_name("imported"), directory.with_name("exported")
+    import_hf(directory, imported, dtype=None)
+    export_hf(str(imported), exported, dtype=None)
+    return exported
+
+
 def make_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """Trains a small SentencePiece model with VOCAB pieces."""
     text = directory / "corpus.jsonl"
@@ -287,18 +319,24 @@ def make_byte_level_tokenizer(directory: pathlib.Path) -> Tokenizer:
 
 
 def main() -> None:
-    """Prints a Markdown table of the largest differences."""
-    print("| family | logits, absolute | gradients, relative | greedy generation |\n| --- | --- | --- | --- |")
+    """Prints a Markdown table of the largest differences, on one device / on eight."""
+    print("| family | logits, absolute | gradients, relative | greedy generation | out and back |")
+    print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = make_tokenizer(pathlib.Path(scratch))
         for number, (name, case) in enumerate(CASES.items()):
-            peer, directory = build(case), pathlib.Path(scratch) / str(number)
-            save(peer, tokenizer, directory)
-            graphdef, params = load(directory)
-            ours, theirs, _ = generations(graphdef, params, peer, tokenizer)
-            same = "equal" if ours == theirs else "DIFFERS"
-            logits = logits_difference(graphdef, params, peer)
-            print(f"| {name} | {logits:.1e} | {gradient_difference(graphdef, params, peer):.1e} | {same} |", flush=True)
+            peer, directory = build(case), pathlib.Path(scratch) / str(number) / "hf"
+            save(peer, make_byte_level_tokenizer(pathlib.Path(scratch)) if byte_level(case) else tokenizer, directory)
+            cells: list[list[str]] = [[], [], []]
+            for mesh in (sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), eight_devices(peer)):
+                with jax.set_mesh(mesh):
+                    graphdef, params = load(directory, mesh=mesh)
+                    ours, theirs, _ = generations(graphdef, params, peer, tokenizer)
+                    cells[0].append(f"{logits_difference(graphdef, params, peer):.1e}")
+                    cells[1].append(f"{gradient_difference(graphdef, params, peer):.1e}")
+                    cells[2].append("equal" if ours == theirs else "DIFFERS")
+            same = "equal" if stored(export_again(directory)) == stored(directory) else "DIFFERS"
+            print(f"| {name} | {' | '.join(map(' / '.join, cells))} | {same} |", flush=True)
 
 
 if __name__ == "__main__":

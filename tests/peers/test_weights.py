@@ -15,9 +15,8 @@ import optax
 import pytest
 import torch
 import transformers
-from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
+from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save, stored
 from helpers import config_of, selection_of, tensors
-from safetensors import safe_open
 
 from rho1_jax.data import transcripts
 from rho1_jax.data.packing import Batch, Documents, pack_whole
@@ -62,25 +61,27 @@ def test_logits_gradients_and_generations(case, small_tokenizer, tmp_path):
     assert logprob_difference < LARGEST
 
 
-def stored(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
-    """Type and bytes of every tensor in a folder."""
-    contents = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "np") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                contents[name] = (opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes())
-    return contents
+ON_EIGHT = ["Gemma 2", "Gemma 3, rope scaling, soft cap", "OLMo 2, K < H", "SmolLM3"]
+
+
+@pytest.mark.parametrize("name", ON_EIGHT)
+def test_logits_and_gradients_on_eight_devices(name, small_tokenizer, tmp_path):
+    peer = build(CASES[name])
+    save(peer, small_tokenizer, tmp_path)
+    mesh = families.eight_devices(peer)
+    with jax.set_mesh(mesh):
+        graphdef, params = load(tmp_path, mesh=mesh)
+        assert logits_difference(graphdef, params, peer) < LARGEST
+        assert gradient_difference(graphdef, params, peer) < LARGEST
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_tokenizer, tmp_path):
     peer = build(case).to(getattr(torch, dtype))
-    # Transformers reads each Qwen2 folder with a byte-level tokenizer.
-    tokenizer = byte_level_tokenizer if case.config is transformers.Qwen2Config else small_tokenizer
+    tokenizer = byte_level_tokenizer if families.byte_level(case) else small_tokenizer
     save(peer, tokenizer, tmp_path / "hf", max_shard_size="40KB")
-    import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
-    export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None)
+    families.export_again(tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "exported")
     assert before.keys() == after.keys()
@@ -96,7 +97,8 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_
 
 
 NAMES = ["Llama 2 (TinyLlama), K < H", "Mistral 0.1, sliding window", "Qwen2.5, biases", "Qwen3, tied"]
-NAMES += ["Gemma 2", "Pythia, parallel residual", "Granite 3, tied", "Phi-3, sliding window"]
+NAMES += ["Gemma 2", "Gemma 3", "OLMo 2, K < H", "SmolLM3"]
+NAMES += ["Pythia, parallel residual", "Granite 3, tied", "Phi-3, sliding window"]
 
 
 @pytest.mark.parametrize("kind", ["small", "published", "byte level"])
@@ -109,7 +111,7 @@ def test_transformers_tokenizes_an_exported_folder_as_we_do(
     case = dataclasses.replace(CASES[name], changes=CASES[name].changes | {"vocab_size": tokenizer.vocab_size})
     save(build(case), tokenizer, tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
-    if case.config is transformers.Qwen2Config and kind != "byte level":
+    if families.byte_level(case) and kind != "byte level":
         with pytest.raises(UserError, match="cannot export tokenizer.model with a qwen2 model"):
             export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
         assert not (tmp_path / "exported").exists() and not (tmp_path / "exported.partial").exists()
@@ -194,6 +196,31 @@ def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer,
     wrong = dataclasses.replace(config, rope_theta=1000.0)
     _, logits, losses = verify(folder, wrong, text)
     assert difference(logits) > 100 * LARGEST and "at position" in losses
+
+
+def test_the_text_model_of_a_model_of_text_and_images(small_tokenizer, tmp_path):
+    """A folder like that of google/gemma-3-4b-it. Its text model is read, and exported on its own."""
+    case = CASES["Gemma 3, rope scaling, soft cap"]
+    text = build(case).config.to_dict() | {"final_logit_softcapping": None}  # which this class ignores
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config.text_config._attn_implementation = "eager"
+    peer = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    save(peer, small_tokenizer, tmp_path / "hf", max_shard_size="40KB")
+    assert {"language_model", "vision_tower"} <= {name.split(".")[0] for name in stored(tmp_path / "hf")}
+    graphdef, params = load(tmp_path / "hf")
+    assert logits_difference(graphdef, params, peer) < LARGEST
+    exported = families.export_again(tmp_path / "hf")
+    before = {name.removeprefix("language_model."): value for name, value in stored(tmp_path / "hf").items()}
+    after = stored(exported)
+    assert after.keys() == {name for name in before if name.startswith("model.")}
+    assert all(before[name] == value for name, value in after.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager")
+    assert type(again) is transformers.Gemma3ForCausalLM
+    assert logits_difference(graphdef, params, again) < LARGEST
 
 
 def difference(line: str) -> float:

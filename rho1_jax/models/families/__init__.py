@@ -63,6 +63,6 @@ def family_of(model: ModelConfig) -> Family:
     family = FAMILIES[model.family]
     for key in OPTIONAL_KEYS:
         value = getattr(model, key)
-        if key not in family.optional_keys and value and value != getattr(DEFAULTS, key):
+        if key not in family.optional_keys and value != getattr(DEFAULTS, key):
             raise UserError(f"config.model.{key}={value}: the family {family.name} does not use this key")
     return family
