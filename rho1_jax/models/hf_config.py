@@ -30,7 +30,7 @@ class LayerRopeJson(TypedDict, total=False):
     rope_type: str
     type: str  # the name of `rope_type` in older files
     rope_theta: Positive | None
-    factor: Positive | None
+    factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
     original_max_position_embeddings: Size
@@ -299,7 +299,7 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
         "rope_theta": model.rope_theta,
         **{key: getattr(model, field) for key, field in FIELDS.items()},
     }
-    if model.rope_factor != 1:
+    if model.rope_factor != 1 and model.rope_scaling in SCALINGS:
         scaling = {key: getattr(model, ROPE_FIELDS[key]) for key in SCALINGS[model.rope_scaling]}
         hf_config["rope_scaling"] = {"rope_type": model.rope_scaling, **scaling}
     if "rope_fraction" in family.optional_keys:
