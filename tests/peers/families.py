@@ -1,6 +1,6 @@
 """Tiny random models of every family, made by Transformers, and how much our decoder differs from them.
 
-`python tests/peers/families.py` prints the table of differences.
+`python tests/peers/families.py [WORD ...]` prints the table of differences, or its rows with one of the words.
 """
 
 import dataclasses
@@ -74,6 +74,7 @@ CASES = {
     "Llama 3.2, rope scaling, tied": Case(
         transformers.LlamaConfig, {"tie_word_embeddings": True, **_rope(500_000.0, **LLAMA3 | {"factor": 32.0})}
     ),
+    "Llama 2, linear rope scaling": Case(transformers.LlamaConfig, _rope(10_000.0, rope_type="linear", factor=4.0)),
     "Mistral 0.1, sliding window": Case(transformers.MistralConfig, {"sliding_window": 7}),
     "Mistral 0.3, explicit head_dim": Case(
         transformers.MistralConfig, {"sliding_window": None, "head_dim": 16, **_rope(1_000_000.0)}
@@ -325,6 +326,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = make_tokenizer(pathlib.Path(scratch))
         for number, (name, case) in enumerate(CASES.items()):
+            if not any(word in name for word in sys.argv[1:] or [""]):
+                continue
             peer, directory = build(case), pathlib.Path(scratch) / str(number) / "hf"
             save(peer, make_byte_level_tokenizer(pathlib.Path(scratch)) if byte_level(case) else tokenizer, directory)
             cells: list[list[str]] = [[], [], []]

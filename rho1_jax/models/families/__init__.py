@@ -14,10 +14,10 @@ from rho1_jax.models.families import (
     qwen3,
     smollm3,
 )
-from rho1_jax.models.families.family import OPTIONAL_KEYS, ConfigJson, Family, Tensor
+from rho1_jax.models.families.family import OPTIONAL_KEYS, ConfigJson, Family, Tensor, every_nth
 from rho1_jax.runtime.errors import UserError
 
-__all__ = ["FAMILIES", "ConfigJson", "Family", "Tensor", "family_of", "register_family"]
+__all__ = ["FAMILIES", "ConfigJson", "Family", "Tensor", "every_nth", "family_of", "register_family"]
 
 BUILT_IN = (
     llama.FAMILY,
