@@ -26,7 +26,8 @@ from rho1_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from rho1_jax.models import hf_config
 from rho1_jax.models.decoder import param_count
 from rho1_jax.models.families import Family, family_of
-from rho1_jax.models.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE, named_tensors
+from rho1_jax.models.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
+from rho1_jax.models.hf_tensors import fused_with, named_tensors
 from rho1_jax.models.verify_hf import verify_tokens
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -49,18 +50,25 @@ def shards(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named tensors of a checkpoint, SHARD_BYTES or all layers of one parameter at a time.
 
+    The parts of a fused tensor wait in memory until all of them have been read.
+
     Without a family, tensors are the parameters under their own names.
 
     Raises:
       UserError: a finite value of the checkpoint is not finite in the dtype.
     """
     shard: dict[str, np.ndarray] = {}
+    parts: dict[str, np.ndarray] = {}
     for path, array in checkpoint.iterate_params(directory):
         with np.errstate(over="ignore"):
             cast = array.astype(jnp.dtype(dtype or array.dtype), copy=False)
         if not np.isfinite(cast.astype(np.float32, copy=False)).all():
             raise UserError(f"{path} has values too large for {dtype}; choose another --dtype")
-        shard |= named_tensors(family.tensors[path], cast) if family else {path: cast}
+        parts[path] = cast
+        complete = fused_with(family.tensors, path) if family else {path}
+        if complete <= parts.keys():
+            whole = {name: parts.pop(name) for name in complete}
+            shard |= named_tensors(family.tensors, whole) if family else whole
         progress.advance(array.size)
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             yield shard

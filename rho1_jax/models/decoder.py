@@ -1,4 +1,4 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, a gated feed-forward.
+"""A decoder-only transformer: norms, rotary positions, grouped-query attention, a feed-forward.
 
 What else it computes is up to the `Structure` of the model's family.
 
@@ -18,7 +18,7 @@ from flax import nnx
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.attention import attention
 from rho1_jax.models.families import family_of
-from rho1_jax.models.rope import Rope, rotate
+from rho1_jax.models.rope import Rotation, rotate
 from rho1_jax.models.structure import ACTIVATIONS, LayerKind, Structure, soft_cap
 from rho1_jax.runtime.sharding import shard_activations
 
@@ -52,6 +52,28 @@ class RMSNorm(nnx.Module):
         x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
         scale = self.offset + self.scale[...] if self.offset else self.scale[...]
         return (x * scale).astype(hidden.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Scales and shifts each vector along the last axis to mean 0 and variance 1 (arXiv 1607.06450), in float32."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full(size, 1 - offset, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Normalizes vectors [..., size] and keeps their dtype."""
+        x = hidden.astype(jnp.float32)
+        x -= jnp.mean(x, axis=-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
+        return (x * (self.offset + self.scale[...]) + self.bias[...]).astype(hidden.dtype)
+
+
+def _norm(config: ModelConfig, structure: Structure) -> RMSNorm | LayerNorm:
+    """A norm of hidden states."""
+    norm = LayerNorm if structure.norm == "layer" else RMSNorm
+    return norm(config.width, config.norm_eps, structure.norm_offset)
 
 
 def _normed(norm: RMSNorm, x_BLHC: jax.Array) -> jax.Array:
@@ -103,13 +125,15 @@ class Attention(nnx.Module):
             self.q_bias = nnx.Param(jnp.zeros((H, C)))
             self.k_bias = nnx.Param(jnp.zeros((K, C)))
             self.v_bias = nnx.Param(jnp.zeros((K, C)))
+        if structure.output_bias:
+            self.o_bias = nnx.Param(jnp.zeros(D))
         if structure.qk_norm:
             q_size, k_size = (C, C) if structure.qk_norm_over == "head" else (H * C, K * C)
             self.q_norm = RMSNorm(q_size, config.norm_eps, structure.norm_offset)
             self.k_norm = RMSNorm(k_size, config.norm_eps, structure.norm_offset)
 
     def __call__(
-        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rope: Rope | None, mix: Mix, decoding: bool
+        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rotation: Rotation | None, mix: Mix, decoding: bool
     ) -> jax.Array:
         """The output [B, L, D] of attention, to be added to the hidden states."""
         q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...], decoding) for kernel in (self.q, self.k, self.v))
@@ -119,33 +143,51 @@ class Attention(nnx.Module):
             v_BLKC += self.v_bias[...].astype(v_BLKC.dtype)
         if self.structure.qk_norm:
             q_BLHC, k_BLKC = _normed(self.q_norm, q_BLHC), _normed(self.k_norm, k_BLKC)
-        if rope is not None:
-            frequencies = rope.frequencies(self.config.head_width)
-            q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
-        return _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], decoding, contracted=2)
+        if rotation is not None:
+            q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, rotation), rotate(k_BLKC, positions_BL, rotation)
+        mixed_BLD = _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], decoding, contracted=2)
+        return mixed_BLD + self.o_bias[...].astype(mixed_BLD.dtype) if self.structure.output_bias else mixed_BLD
 
 
 class FeedForward(nnx.Module):
-    """A gated feed-forward: SwiGLU or GEGLU (arXiv 2002.05202)."""
+    """A feed-forward, with a gate (SwiGLU or GEGLU, arXiv 2002.05202) or without."""
 
     def __init__(self, config: ModelConfig, structure: Structure, rngs: nnx.Rngs):
         D, F = config.width, config.ff_width
-        self.activation = structure.activation
-        self.gate = _weight(rngs, (D, F), D**-0.5)
+        self.structure = structure
+        if structure.gated:
+            self.gate = _weight(rngs, (D, F), D**-0.5)
         self.up = _weight(rngs, (D, F), D**-0.5)
         self.down = _weight(rngs, (F, D), (2 * config.layers * F) ** -0.5)
+        if structure.feed_forward_bias:
+            if structure.gated:
+                self.gate_bias = nnx.Param(jnp.zeros(F))
+            self.up_bias, self.down_bias = nnx.Param(jnp.zeros(F)), nnx.Param(jnp.zeros(D))
 
     def __call__(self, hidden_BLD: jax.Array, decoding: bool) -> jax.Array:
         """The output [B, L, D] of the feed-forward, to be added to the hidden states."""
-        gate_BLF = ACTIVATIONS[self.activation](_project(hidden_BLD, self.gate[...], decoding))
-        return _project(gate_BLF * _project(hidden_BLD, self.up[...], decoding), self.down[...], decoding)
+        activation = ACTIVATIONS[self.structure.activation]
+        if self.structure.gated:
+            gate_BLF = activation(self._project("gate", hidden_BLD, decoding))
+            inner_BLF = gate_BLF * self._project("up", hidden_BLD, decoding)
+        else:
+            inner_BLF = activation(self._project("up", hidden_BLD, decoding))
+        return self._project("down", inner_BLF, decoding)
+
+    def _project(self, name: str, x: jax.Array, decoding: bool) -> jax.Array:
+        """The product of x [B, L, ...] with the kernel of this name, plus its bias if it has one."""
+        product = _project(x, getattr(self, name)[...], decoding)
+        if not self.structure.feed_forward_bias:
+            return product
+        return product + getattr(self, f"{name}_bias")[...].astype(product.dtype)
 
 
 class Layer(nnx.Module):
     """Attention and feed-forward, each with its norms and added to the hidden states."""
 
     def __init__(self, config: ModelConfig, structure: Structure, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, config.width, config.norm_eps, structure.norm_offset)
+        norm = partial(_norm, config, structure)
+        self.structure = structure
         self.pre_norm, self.post_norm = structure.norm_placement != "post", structure.norm_placement != "pre"
         self.attention = Attention(config, structure, rngs)
         self.feed_forward = FeedForward(config, structure, rngs)
@@ -155,17 +197,24 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.feed_forward_post_norm = norm(), norm()
 
     def __call__(
-        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rope: Rope | None, mix: Mix, decoding: bool
+        self, hidden_BLD: jax.Array, positions_BL: jax.Array, rotation: Rotation | None, mix: Mix, decoding: bool
     ) -> jax.Array:
         """The hidden states [B, L, D] after the layer."""
         x_BLD = self.attention_norm(hidden_BLD) if self.pre_norm else hidden_BLD
-        x_BLD = self.attention(x_BLD, positions_BL, rope, mix, decoding)
-        hidden_BLD = hidden_BLD + (self.attention_post_norm(x_BLD) if self.post_norm else x_BLD)
-        hidden_BLD = shard_activations(hidden_BLD, decoding)
+        x_BLD = self.attention(x_BLD, positions_BL, rotation, mix, decoding)
+        attended_BLD = self._scaled(self.attention_post_norm(x_BLD) if self.post_norm else x_BLD)
+        if not self.structure.parallel_residual:
+            hidden_BLD = shard_activations(hidden_BLD + attended_BLD, decoding)
         x_BLD = self.feed_forward_norm(hidden_BLD) if self.pre_norm else hidden_BLD
         x_BLD = self.feed_forward(x_BLD, decoding)
-        hidden_BLD = hidden_BLD + (self.feed_forward_post_norm(x_BLD) if self.post_norm else x_BLD)
-        return shard_activations(hidden_BLD, decoding)
+        fed_BLD = self._scaled(self.feed_forward_post_norm(x_BLD) if self.post_norm else x_BLD)
+        if self.structure.parallel_residual:
+            fed_BLD = fed_BLD + attended_BLD
+        return shard_activations(hidden_BLD + fed_BLD, decoding)
+
+    def _scaled(self, x_BLD: jax.Array) -> jax.Array:
+        scale = self.structure.residual_scale
+        return x_BLD if scale == 1 else x_BLD * scale
 
 
 class Decoder(nnx.Module):
@@ -181,7 +230,7 @@ class Decoder(nnx.Module):
             return Layer(config, self.structure, rngs)
 
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config.width, config.norm_eps, self.structure.norm_offset)
+        self.norm = _norm(config, self.structure)
         if not config.tied_embeddings:
             self.head = _weight(rngs, (config.vocab_size, config.width), 0.02)
 
@@ -207,22 +256,26 @@ class Decoder(nnx.Module):
           segment_ids_BL: [B, L] document numbers. Attention stays within equal ones, and positions restart at each.
 
         Returns:
-          [B, L, D] hidden states after the last norm, in the compute dtype.
+          [B, L, D] hidden states after the last norm, in the compute dtype, already divided by the structure's
+          `logit_divisor`.
         """
         positions_BL = segment_positions(segment_ids_BL)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer_of(kind: LayerKind) -> Callable:
             mix = self.mix_within(segment_ids_BL, kind.window)
+            rotation = self._rotation(kind, tokens_BL.shape[1])
 
             def layer(hidden_BLD, params):
-                return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, kind.rope, mix, decoding=False), None
+                return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, rotation, mix, decoding=False), None
 
             return layer if self.config.remat == "none" else jax.checkpoint(layer, policy=REMAT[self.config.remat])
 
         layers = [layer_of(kind) for kind in self.structure.kinds(self.config)]
-        hidden_BLD = _scan_layers(layers, self._embed(tokens_BL, decoding=False), stacked, self.config.unroll)
-        return self.norm(hidden_BLD)
+        return self._finish(_scan_layers(layers, self._embed(tokens_BL, decoding=False), stacked, self.config.unroll))
+
+    def _rotation(self, kind: LayerKind, length: int | jax.Array) -> Rotation | None:
+        return None if kind.rope is None else kind.rope.rotation(self.config.head_width, length)
 
     def mix_within(self, segment_ids_BL: jax.Array, window: int | None) -> Mix:
         """Attention within the documents of whole rows, for a layer with this sliding window."""
@@ -240,6 +293,7 @@ class Decoder(nnx.Module):
         layers: Sequence[Params],
         tokens_BL: jax.Array,
         positions_BL: jax.Array,
+        lengths_B: jax.Array,
         mix: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
         decoding: bool,
     ) -> jax.Array:
@@ -249,6 +303,7 @@ class Decoder(nnx.Module):
           layers: parameters of each layer, not stacked.
           tokens_BL: [B, L] token ids.
           positions_BL: [B, L] positions within their documents.
+          lengths_B: [B] length that each document may reach.
           mix: attention, called with the number of the layer, counted from 0, and its queries, keys and values.
           decoding: True for rows of one token, which are computed and sharded differently from whole rows.
 
@@ -257,14 +312,19 @@ class Decoder(nnx.Module):
         """
         graphdef, hidden_BLD = nnx.split(self.layers)[0], self._embed(tokens_BL, decoding)
         for n, params in enumerate(layers):
-            rope = self.structure.kind(self.config, n).rope
-            hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, rope, partial(mix, n), decoding)
-        return self.norm(hidden_BLD)
+            rotation = self._rotation(self.structure.kind(self.config, n), lengths_B)
+            hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, rotation, partial(mix, n), decoding)
+        return self._finish(hidden_BLD)
 
     def _embed(self, tokens_BL: jax.Array, decoding: bool) -> jax.Array:
         scale = self.structure.embedding_scale
         hidden_BLD = self.embedding[...].astype(self.config.compute_dtype)[tokens_BL]
         return shard_activations(hidden_BLD if scale == 1 else hidden_BLD * scale, decoding)
+
+    def _finish(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Dividing the last hidden states divides the logits, wherever they are computed."""
+        divisor = self.structure.logit_divisor
+        return self.norm(hidden_BLD) if divisor == 1 else self.norm(hidden_BLD) / divisor
 
 
 def _scan_layers(layers: Sequence[Callable], hidden_BLD: jax.Array, stacked: Any, unroll: int) -> jax.Array:

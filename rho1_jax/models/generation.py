@@ -62,6 +62,7 @@ class State(NamedTuple):
     token_B: jax.Array  # newest token, which is not in the cache yet
     logprob_B: jax.Array  # its log-probability
     length_B: jax.Array  # number of tokens in the cache
+    limit_B: jax.Array  # number of tokens that prompt and continuation may have together
     number_B: jax.Array  # number of the request; seeds draws that do not depend on the rest of the batch
     next: jax.Array  # position of the ring that all rows write next
 
@@ -103,11 +104,13 @@ def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
     keys = [shard_cache(jnp.zeros(shape, config.compute_dtype)) for _ in range(config.layers)]
     none_B = jnp.zeros(rows, jnp.int32)
     caches = [(k, k.swapaxes(2, 3)) for k in keys]
-    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, jnp.int32(0))
+    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, none_B, jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="state")
-def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, key, *, temperature, top_p):
+def _prefill(
+    graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, limit_P, key, *, temperature, top_p
+):
     """Writes prompts into the rows `slot_P` of the cache. A prompt whose row does not exist is dropped."""
     outer, layers = params
     model, caches = nnx.merge(graphdef, outer), list(state.caches)
@@ -124,7 +127,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
         return model.mix_within(segment_ids_PL, model.structure.kind(model.config, n).window)(q_PLHC, k_PLKC, v_PLKC)
 
     positions_PL = segment_positions(segment_ids_PL)
-    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, mix, decoding=False)
+    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, limit_P, mix, decoding=False)
     length_P = segment_ids_PL.sum(axis=1)
     logits_PV = model.logits(hidden_PLD[:, -1])
     token_P, logprob_P = next_token(logits_PV, number_P, length_P, key, temperature, top_p)
@@ -137,6 +140,7 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
         filled(state.token_B, token_P),
         filled(state.logprob_B, logprob_P),
         filled(state.length_B, length_P),
+        filled(state.limit_B, limit_P),
         filled(state.number_B, number_P),
         state.next,
     )
@@ -189,11 +193,11 @@ def decode(
             return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS, scale, soft_cap)[:, None]
 
         token_B1, length_B1 = state.token_B[:, None], state.length_B[:, None]
-        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, mix, decoding=True)
+        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, state.limit_B, mix, decoding=True)
         length_B, number_B, last = state.length_B + 1, state.number_B, (state.token_B, state.logprob_B)
         logits_BV = model.logits(hidden_B1D[:, 0])
         token_B, logprob_B = next_token(logits_BV, number_B, length_B, key, temperature, top_p)
-        return State(caches, token_B, logprob_B, length_B, number_B, (state.next + 1) % S), last
+        return State(caches, token_B, logprob_B, length_B, state.limit_B, number_B, (state.next + 1) % S), last
 
     state, (tokens_TB, logprobs_TB) = jax.lax.scan(decode_token, state, length=stretch)
     return state, replicate(tokens_TB.T), replicate(logprobs_TB.T)
@@ -311,7 +315,7 @@ class Generator:
                         raise UserError(f"prompt {number} is empty: there is nothing to continue")
                     new.append(_Row(number, ids))
                 slots, free = free[: len(new)], free[len(new) :]
-                state = self._read(state, new, slots, width, room, key, sampling)
+                state = self._read(state, new, slots, width, max_new_tokens, key, sampling)
                 for slot, added in zip(slots, new):
                     rows[slot] = added
             state, *stretch = decode(self._graphdef, self._params, state, key, **sampling, stretch=self._stretch)
@@ -337,18 +341,19 @@ class Generator:
         ids = self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         return ids[-(limit or 0) :]
 
-    def _read(self, state, new, slots, width, room, key, sampling) -> State:
+    def _read(self, state, new, slots, width, max_new_tokens, key, sampling) -> State:
         """The state with new requests in free slots."""
-        L = self._bucket(max(len(row.ids) for row in new))
+        L, room = self._bucket(max(len(row.ids) for row in new)), _up(max_new_tokens, self._stretch)
         if self._bucket(L + room) > state.positions:
             state = _grow(state, positions=self._bucket(L + room))
         tokens_PL, segment_ids_PL = np.zeros((2, width, L), np.int32)
-        slot_P, number_P = np.full(width, self._rows, np.int32), np.zeros(width, np.int32)
+        slot_P = np.full(width, self._rows, np.int32)
+        number_P, limit_P = np.zeros((2, width), np.int32)
         for index, (row, slot) in enumerate(zip(new, slots)):
             tokens_PL[index, L - len(row.ids) :] = row.ids
             segment_ids_PL[index, L - len(row.ids) :] = 1
-            slot_P[index], number_P[index] = slot, row.number
-        arrays = tokens_PL, segment_ids_PL, slot_P, number_P
+            slot_P[index], number_P[index], limit_P[index] = slot, row.number, len(row.ids) + max_new_tokens
+        arrays = tokens_PL, segment_ids_PL, slot_P, number_P, limit_P
         return _prefill(self._graphdef, self._params, state, *arrays, key, **sampling)
 
     def _extend(self, row, tokens, logprobs, max_new_tokens, stops) -> tuple[str, bool]:

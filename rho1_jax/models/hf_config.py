@@ -4,6 +4,7 @@ This module handles what all families share; `families` adds the rest. Import re
 something the decoder does not compute.
 """
 
+import math
 import reprlib
 from typing import Annotated, Any
 
@@ -13,10 +14,12 @@ from typing_extensions import TypedDict
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families import FAMILIES, ConfigJson, Family, family_of
+from rho1_jax.models.rope import rotated_width
 from rho1_jax.runtime.errors import UserError
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]  # JAX counts elements along an axis in int32
 Positive = Annotated[pydantic.FiniteFloat, Field(gt=0)]
+Fraction = Annotated[pydantic.FiniteFloat, Field(gt=0, le=1)]
 Period = Annotated[int, Field(gt=0, le=1024)]  # of a pattern over the layers
 
 
@@ -31,6 +34,10 @@ class LayerRopeJson(TypedDict, total=False):
     low_freq_factor: Positive
     high_freq_factor: Positive
     original_max_position_embeddings: Size
+    partial_rotary_factor: Fraction | None
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+    attention_factor: Positive | None
 
 
 class RopeJson(LayerRopeJson, total=False):
@@ -54,14 +61,24 @@ class HfConfigJson(TypedDict, total=False):
     intermediate_size: Size | None
     max_position_embeddings: Size | None
     rms_norm_eps: Positive | None
+    layer_norm_eps: Positive | None
     tie_word_embeddings: bool
     rope_theta: Positive | None
     rope_parameters: RopeJson | None
     rope_scaling: RopeJson | None
+    rotary_emb_base: Positive | None
+    rotary_pct: Fraction | None
+    partial_rotary_factor: Fraction | None
+    original_max_position_embeddings: Annotated[int, Field(gt=1, lt=2**31)]
     sliding_window: Size | None
     use_sliding_window: bool | None
     max_window_layers: Annotated[int, Field(ge=0)] | None
     layer_types: list[str] | None
+    use_parallel_residual: bool
+    embedding_multiplier: Positive
+    attention_multiplier: Positive
+    residual_multiplier: Positive
+    logits_scaling: Positive
     sliding_window_pattern: Period
     rope_local_base_freq: Positive
     query_pre_attn_scalar: Size
@@ -89,7 +106,6 @@ FIELDS = {
 CONSTANTS: ConfigJson = {
     "attention_bias": False,
     "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
 ROPE_FIELDS = {
@@ -99,6 +115,7 @@ ROPE_FIELDS = {
     "original_max_position_embeddings": "rope_original_length",
 }
 SCALINGS = {"llama3": tuple(ROPE_FIELDS), "linear": ("factor",)}  # the keys of each rope_type
+LONG_ROPE = ("longrope", "su")  # rope_type, by its name of today and its first one
 DEFAULT_THETA = 10_000.0  # Transformers' own, for a config.json without the key
 
 
@@ -142,13 +159,13 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
             f"{path}: unknown architecture {reprlib.repr(architecture)[1:-1]}; use one of {', '.join(families)}"
         )
     family = families[architecture]
-    hf_config = {**family.defaults, **hf_config}
+    hf_config = {**family.defaults, **_common_names(hf_config, family)}
     for key, value in {**CONSTANTS, **family.constants}.items():
         if hf_config.get(key, value) != value:
             raise UserError(f"{path}: {key}={reprlib.repr(hf_config[key])} is not supported, only {value!r}")
     missing = [key for key in [*FIELDS, *family.required] if hf_config.get(key) is None]
     if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}")
+        raise UserError(f"{path}: lacks {', '.join(family.renamed.get(key, key) for key in missing)}")
     fields = {
         **{field: hf_config[key] for key, field in FIELDS.items()},
         "kv_heads": hf_config.get("num_key_value_heads"),
@@ -162,35 +179,66 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
     return model
 
 
+def _common_names(hf_config: ConfigJson, family: Family) -> dict[str, Any]:
+    """The keys of config.json under the names that most families use. Null counts as missing."""
+    own_names = {own: key for key, own in family.renamed.items()}
+    return {
+        own_names.get(key, key): value
+        for key, value in hf_config.items()
+        if key not in family.renamed and not (key in own_names and value is None)
+    }
+
+
 def _check_heads(model: ModelConfig, hf_config: ConfigJson, path: str) -> None:
     heads = f"num_attention_heads={model.heads}"
     if model.heads % model.kv_heads:
         raise UserError(f"{path}: num_key_value_heads={model.kv_heads} does not divide {heads}")
     if not hf_config.get("head_dim") and model.width % model.heads:
         raise UserError(f"{path}: {heads} does not divide hidden_size={model.width}, and head_dim is not given")
-    if model.head_width % 2 or not model.head_width:
-        raise UserError(f"{path}: heads of width {model.head_width}: rotary positions need an even width above 0")
+    rotated = rotated_width(model.head_width, model.rope_fraction)
+    if rotated % 2 or not rotated:
+        raise UserError(
+            f"{path}: heads of width {model.head_width}, of which {rotated} rotate: rotary positions need an even "
+            "width above 0"
+        )
+    if model.rope_scaling == "long":
+        for key, factors in (("short_factor", model.rope_short_factors), ("long_factor", model.rope_long_factors)):
+            if len(factors) != rotated // 2:
+                raise UserError(f"{path}: {key} has {len(factors)} factors, but {rotated // 2} pairs of a head rotate")
 
 
 def _rope(hf_config: ConfigJson, path: str, family: Family) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
     rope: ConfigJson = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    theta, fraction = hf_config.get("rope_theta"), hf_config.get("partial_rotary_factor") or 1.0
+    if "rope_fraction" in family.optional_keys:
+        fraction = rope.get("partial_rotary_factor") or fraction
+        rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    elif fraction != 1:
+        raise UserError(f"{path}: partial_rotary_factor={fraction!r} is not supported, only 1.0")
+    partial = {"rope_fraction": float(fraction)}
+    if "rope_long_factors" in family.optional_keys and _rope_type(rope) in LONG_ROPE:
+        return _layer_rope({**rope, "rope_type": "default"}, theta, path) | _long_rope(rope, hf_config, path) | partial
     if "rope_local_theta" not in family.optional_keys:
-        return _layer_rope(rope, hf_config.get("rope_theta"), path)
+        return _layer_rope(rope, theta, path) | partial
     # Transformers 5 stores two dicts in rope_parameters; earlier versions store rope_local_base_freq beside rope_theta.
     local_rope, local_theta = rope.get("sliding_attention", {}), hf_config.get("rope_local_base_freq")
     local = _layer_rope(local_rope, local_theta, f"{path}: rope_parameters.sliding_attention")
     if "rope_factor" in local:
         raise UserError(f"{path}: rope_parameters.sliding_attention: rope scaling is not supported here")
     shared = {key: value for key, value in rope.items() if key not in ("full_attention", "sliding_attention")}
-    fields = _layer_rope({**shared, **rope.get("full_attention", {})}, hf_config.get("rope_theta"), path)
+    fields = _layer_rope({**shared, **rope.get("full_attention", {})}, theta, path)
     return {**fields, "rope_local_theta": local["rope_theta"]}
 
 
+def _rope_type(rope: ConfigJson) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _layer_rope(rope: ConfigJson, theta: float | None, path: str) -> dict[str, Any]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor={reprlib.repr(rope['partial_rotary_factor'])} is not supported")
+    kind = _rope_type(rope)
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rotary positions that differ between layers are not supported")
     fields: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or theta or DEFAULT_THETA)}
@@ -208,6 +256,26 @@ def _layer_rope(rope: ConfigJson, theta: float | None, path: str) -> dict[str, A
             f"high_freq_factor={rope['high_freq_factor']}"
         )
     return fields | {"rope_scaling": kind} | {ROPE_FIELDS[key]: rope[key] for key in SCALINGS[kind]}
+
+
+def _long_rope(rope: ConfigJson, hf_config: ConfigJson, path: str) -> dict[str, Any]:
+    missing = [key for key in ("short_factor", "long_factor") if key not in rope]
+    if missing:
+        raise UserError(f"{path}: its rope scaling lacks {', '.join(missing)}")
+    original = hf_config["original_max_position_embeddings"]
+    stretched = rope.get("factor") or hf_config["max_position_embeddings"] / original
+    return {
+        "rope_scaling": "long",
+        "rope_short_factors": tuple(map(float, rope["short_factor"])),
+        "rope_long_factors": tuple(map(float, rope["long_factor"])),
+        "rope_original_length": original,
+        "rope_attention_factor": float(rope.get("attention_factor") or _attention_factor(stretched, original)),
+    }
+
+
+def _attention_factor(stretched: float, original: int) -> float:
+    """The default attention factor of long rotary positions, for a context `stretched` times the original one."""
+    return math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
 
 
 def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
@@ -231,7 +299,17 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
         "rope_theta": model.rope_theta,
         **{key: getattr(model, field) for key, field in FIELDS.items()},
     }
-    if model.rope_factor != 1:
+    if model.rope_factor != 1 and model.rope_scaling in SCALINGS:
         scaling = {key: getattr(model, ROPE_FIELDS[key]) for key in SCALINGS[model.rope_scaling]}
         hf_config["rope_scaling"] = {"rope_type": model.rope_scaling, **scaling}
-    return hf_config | family.to_hf(model)
+    if "rope_fraction" in family.optional_keys:
+        hf_config["partial_rotary_factor"] = model.rope_fraction
+    if model.rope_scaling == "long":
+        hf_config["original_max_position_embeddings"] = model.rope_original_length
+        # Transformers 4 allows Phi-3 only these three keys. Transformers 5 also reads an attention factor.
+        long = {"short_factor": list(model.rope_short_factors), "long_factor": list(model.rope_long_factors)}
+        hf_config["rope_scaling"] = {"type": LONG_ROPE[0], **long}
+        default = _attention_factor(model.context_length / model.rope_original_length, model.rope_original_length)
+        if model.rope_attention_factor != default:
+            hf_config["rope_scaling"]["attention_factor"] = model.rope_attention_factor
+    return {family.renamed.get(key, key): value for key, value in (hf_config | family.to_hf(model)).items()}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import BUILT_IN
-from rho1_jax.models.hf_config import HfConfigJson
+from rho1_jax.models.hf_config import HfConfigJson, LayerRopeJson
 from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
@@ -27,8 +27,8 @@ JSON = st.recursive(
 )
 KINDS = st.sampled_from([*(family.architecture for family in BUILT_IN), *hf_config.TEXT_MODELS])
 ROPE = st.dictionaries(
-    st.sampled_from([*hf_config.ROPE_FIELDS, "rope_type", "type", "rope_theta"]),
-    JSON | st.just("llama3") | st.floats(0.5, 8),
+    st.sampled_from([*LayerRopeJson.__annotations__]),
+    JSON | st.sampled_from(["llama3", "longrope", "su"]) | st.floats(0.5, 8) | st.lists(st.floats(0.5, 8), max_size=5),
     max_size=7,
 )
 ROPES = ROPE | st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), ROPE)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, config_of, run_command, tiny, write_hf_folder
+from helpers import MODELS, TINY, config_of, run_command, tiny, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ FAMILIES = {
     "mistral": tiny(family="mistral", sliding_window=8, head_width=16, vocab_size=300),
     "qwen2": tiny(family="qwen2", vocab_size=300),
     "qwen3": tiny(family="qwen3", vocab_size=300, rope_factor=8.0, rope_original_length=32),
+    **{name: dataclasses.replace(MODELS[name], vocab_size=300) for name in ("gpt_neox", "granite", "phi3")},
 }
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 

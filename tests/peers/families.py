@@ -64,6 +64,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # puts a frequency between the two factors
 }
+# A context of 128 tokens: the attention factor follows from the original length.
+LONG = _rope(10_000.0, rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 5.0, 30.0])
 CASES = {
     "Llama 2, K = H": Case(transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "Llama 2 (TinyLlama), K < H": Case(transformers.LlamaConfig, {}),
@@ -86,6 +88,43 @@ CASES = {
     ),
     "Qwen3, q/k norm": Case(transformers.Qwen3Config, {"head_dim": 16, **_rope(1_000_000.0)}),
     "Qwen3, tied": Case(transformers.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "Pythia, parallel residual": Case(
+        transformers.GPTNeoXConfig, {"num_key_value_heads": 4, **_rope(10_000.0, partial_rotary_factor=0.5)}
+    ),
+    "GPT-NeoX, sequential, tied": Case(
+        transformers.GPTNeoXConfig,
+        {"num_key_value_heads": 4, "use_parallel_residual": False, "tie_word_embeddings": True},
+    ),
+    "Granite 3, tied": Case(
+        transformers.GraniteConfig,
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 7.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Granite 3, rope scaling": Case(transformers.GraniteConfig, {"logits_scaling": 2.0, **_rope(500_000.0, **LLAMA3)}),
+    "Phi-3, sliding window": Case(transformers.Phi3Config, {"sliding_window": 7}),
+    "Phi-3, short factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 64, **LONG}),
+    "Phi-3, long factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 2, **LONG}),
+    "Phi-4-mini, partial rotary, long factors, tied": Case(
+        transformers.Phi3Config,
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 2,
+            "tie_word_embeddings": True,
+            **_rope(
+                10_000.0,
+                rope_type="longrope",
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+                attention_factor=1.3,
+            ),
+        },
+    ),
     "Gemma 2": Case(
         transformers.Gemma2Config,
         {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 7},
@@ -201,6 +240,9 @@ def gradient_difference(graphdef, params, peer) -> float:
     logits = peer(torch.from_numpy(ids[:, :-1]).long()).logits
     torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(ids[:, 1:]).long()).backward()
     theirs = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
+    if "gpt_neox.embed_in.weight" in theirs:
+        # Transformers renames the head of GPT-NeoX when it reads and writes files.
+        theirs = {name.replace("lm_head", "embed_out"): gradient for name, gradient in theirs.items()}
     assert ours.keys() == theirs.keys()
     return max(
         float(np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient)) for name, gradient in theirs.items()
@@ -214,7 +256,7 @@ def generations(
 
     The number is the largest difference between log-probabilities of the generated tokens, in nats.
     """
-    prompts = ["Document 3: 4+", "and so", "x"]
+    prompts = ["Document 3: 4+", "and so on", "x = y"]
     requests = deque(enumerate(prompts))
     generator = Generator(graphdef, params, tokenizer, len(prompts))
     ours = sorted(generator.run(requests, max_new_tokens=new_tokens, stops=()))

@@ -1,7 +1,19 @@
 """The registry of model families. docs/guides/add_family.md adds one, step by step, without changing this package."""
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.models.families import gemma2, gemma3, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from rho1_jax.models.families import (
+    gemma2,
+    gemma3,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from rho1_jax.models.families.family import OPTIONAL_KEYS, ConfigJson, Family, Tensor, every_nth
 from rho1_jax.runtime.errors import UserError
 
@@ -16,7 +28,11 @@ BUILT_IN = (
     gemma3.FAMILY,
     olmo2.FAMILY,
     smollm3.FAMILY,
+    gpt_neox.FAMILY,
+    granite.FAMILY,
+    phi3.FAMILY,
 )
+DEFAULTS = ModelConfig()
 FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
 
@@ -46,6 +62,7 @@ def family_of(model: ModelConfig) -> Family:
         )
     family = FAMILIES[model.family]
     for key in OPTIONAL_KEYS:
-        if key not in family.optional_keys and getattr(model, key):
-            raise UserError(f"config.model.{key}={getattr(model, key)}: the family {family.name} does not use this key")
+        value = getattr(model, key)
+        if key not in family.optional_keys and value != getattr(DEFAULTS, key):
+            raise UserError(f"config.model.{key}={value}: the family {family.name} does not use this key")
     return family

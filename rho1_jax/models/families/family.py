@@ -16,16 +16,29 @@ OPTIONAL_KEYS = (
     "query_scalar",
     "attention_soft_cap",
     "logit_soft_cap",
+    "rope_short_factors",
+    "rope_long_factors",
+    "rope_attention_factor",
+    "rope_fraction",
+    "parallel_residual",
+    "embedding_scale",
+    "residual_scale",
+    "query_scale",
+    "logit_divisor",
 )
 
 
 class Tensor(NamedTuple):
-    """The Hugging Face tensor that stores a parameter.
+    """The Hugging Face tensor that stores a parameter, alone or fused with others.
+
+    Parameters whose rows of the table name the same tensor are its parts, in the order of the table. A | in `hf_axes`
+    is where the parts follow one another: in "|HC D" and "|KC D" along the whole axis; in "H|C D", head by head.
 
     Attributes:
       name: of the tensor; {n} stands for the layer.
       axes: of the parameter, without N, one letter each.
-      hf_axes: axes of the Hugging Face tensor, separated by spaces. Letters written together form one axis.
+      hf_axes: axes of the Hugging Face tensor, separated by spaces. Letters written together form one axis. At most one
+        letter stands before a |.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Family:
       required: keys of config.json that import needs, beyond the common ones, because Transformers' default for a
         missing key is not ours.
       defaults: Transformers' defaults for keys that config.json may lack, where they are not ours.
+      renamed: common keys of config.json -> the family's own names for them.
       optional_keys: those of OPTIONAL_KEYS that the family reads.
     """
 
@@ -69,6 +83,7 @@ class Family:
     constants: ConfigJson = dataclasses.field(default_factory=lambda: {"hidden_act": "silu"})
     required: tuple[str, ...] = ("num_key_value_heads",)
     defaults: ConfigJson = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional_keys: tuple[str, ...] = ()
 
 
