@@ -110,7 +110,7 @@ def test_greedy_answers_are_those_of_transformers(folder, prompt_ids, peer, peer
 def test_five_steps_of_slm_and_the_exported_model(folder, tmp_path, prompt_ids):
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text * 5}) + "\n" for text in PROMPTS))
-    prepare([str(source)], tmp_path / "data", folder, options(seq_len=64))
+    prepare([source], Tokenizer(folder), tmp_path / "data", options(seq_len=64), 1)
     config = default.get_config("slm")
     config.update(steps=5, batch_size=2, log_every=1)
     config.init.checkpoint = config.reference.checkpoint = str(folder)
