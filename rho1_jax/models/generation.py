@@ -108,9 +108,7 @@ def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="state")
-def _prefill(
-    graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, limit_P, key, *, temperature, top_p
-):
+def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, limit_P, key, *, temperature, top_p):
     """Writes prompts into the rows `slot_P` of the cache. A prompt whose row does not exist is dropped."""
     outer, layers = params
     model, caches = nnx.merge(graphdef, outer), list(state.caches)
