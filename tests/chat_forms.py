@@ -115,7 +115,23 @@ PHI = """\
 {{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
+# Takes the arguments of calls as text, and needs the key "content".
+TEXT_CALLS = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>' }}{%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- message.content[:0] + call.function.name + ': ' + call.function.arguments + '\\n' }}
+        {%- endfor %}
+        {{- '<|im_end|>' }}
+    {%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
 TEMPLATES = {
+    "text calls": TEXT_CALLS,
     "chatml": CHATML,
     "qwen": QWEN,
     "llama": LLAMA,

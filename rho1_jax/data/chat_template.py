@@ -22,10 +22,11 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from rho1_jax.data import tracking
+from rho1_jax.data.messages import Message, variants, with_called_names
 from rho1_jax.data.records import BadRecord
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.tokenizer_backends import Span, special_mark
-from rho1_jax.data.tracking import GENERATION_END, GENERATION_START, TEMPLATE
+from rho1_jax.data.tracking import CALL_MARK, GENERATION_END, GENERATION_START, TEMPLATE
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.schema import read_json
@@ -33,8 +34,6 @@ from rho1_jax.runtime.schema import read_json
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER, _FIRST_RESPONSE = tracking.OWNERS[0], tracking.OWNERS[1]  # owners: masked messages, and the first trained one
-
-Message = dict[str, Any]  # "role" and "content", and perhaps "tool_calls" and others
 
 
 class _Named(TypedDict):
@@ -154,7 +153,7 @@ class ChatTemplate:
     ) -> tuple[str, np.ndarray, list[Span]]:
         """The text of a conversation, the owner of each character, and the spans inside {% generation %}."""
         now, marker = datetime.datetime.now(), _marker(tokenizer)
-        expected = _without_generation(self._text(messages, tools, prompt, now, tokenizer))[0]
+        messages, expected = self._first_accepted(messages, tools, prompt, now, tokenizer)
         literals = _literals(self.source)
         tags = {literal for literal in literals if not literal.replace("_", "").isalnum()}
         for kept, kept_of_tools in (((), ()), (tags, literals)):
@@ -167,10 +166,32 @@ class ChatTemplate:
                 present = set(np.unique(owner_L).tolist())
                 for message, before, owner in zip(marked, messages, owners):
                     if owner >= _FIRST_RESPONSE and owner not in present and message != before:
-                        kind = "tool_calls" if before.get("tool_calls") else "content"
-                        raise BadRecord(f"the chat template does not write the assistant's {kind}")
+                        raise BadRecord("the chat template does not write what the assistant says")
                 return text, owner_L, generations
         raise BadRecord("the chat template changes the text of a message, so its characters cannot be tracked")
+
+    def _first_accepted(
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        prompt: bool,
+        now: datetime.datetime,
+        tokenizer: Tokenizer,
+    ) -> tuple[list[Message], str]:
+        """The first form of the messages that the template does not refuse, and their text."""
+        refusals = []
+        for variant in variants(messages):
+            try:
+                text = self._text(variant, tools, prompt, now, tokenizer)
+                if count := sum(len(message.get("tool_calls", ())) for message in variant):
+                    probe = self._text(with_called_names(variant, CALL_MARK), tools, prompt, now, tokenizer)
+                    if probe.count(CALL_MARK) < count:
+                        raise BadRecord("the chat template does not write the assistant's tool_calls")
+            except BadRecord as refusal:
+                refusals.append(refusal)
+            else:
+                return variant, _without_generation(text)[0]
+        raise refusals[0]
 
     def _text(
         self,

@@ -1,7 +1,7 @@
 """Read the messages of a conversation from records of the formats in use: messages, ShareGPT, Alpaca, or a prompt."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rho1_jax.data.records import BadRecord, check_text, missing_keys
@@ -15,6 +15,7 @@ SHARE_GPT_ROLES = {
     "function_call": "assistant",
     **{role: role for role in ROLES},
 }
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
 ALPACA_KEYS = ("instruction", "output")
 
 Message = dict[str, Any]  # "role", "content" except where there are "tool_calls", and other keys for chat templates
@@ -140,20 +141,64 @@ def _part(part: Any, role: str) -> str:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects. Some data sets hold them as JSON text, which templates do not expect."""
+    """Tool calls, checked."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRecord("the tool_calls of a message must be a list of objects")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRecord("a tool call has no function with a name")
+        _json(function.get("arguments"), "the arguments text of a tool call")
+    return calls
+
+
+def with_called_names(messages: Sequence[Message], suffix: str) -> list[Message]:
+    """The messages with a suffix to the names of the functions that are called."""
+
+    def renamed(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return call | {"function": renamed(call["function"])}
+        return call | {"name": call["name"] + suffix}
+
     return [
-        call | ({"function": _with_arguments(call["function"])} if "function" in call else _with_arguments(call))
-        for call in calls
+        message | {"tool_calls": [renamed(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
     ]
 
 
-def _with_arguments(function: Any) -> dict[str, Any]:
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRecord("a tool call has no function with a name")
-    arguments = function.get("arguments")
-    return function | {"arguments": _json(arguments, "the arguments text of a tool call") if arguments else {}}
+def variants(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages in the forms that chat templates expect of tool calls.
+
+    Most templates take the arguments as an object, and some as JSON text. Some need the key "content". Reasoning gets
+    the keys that templates read.
+    """
+    messages = [_with_reasoning(message) for message in messages]
+    if not any("tool_calls" in message for message in messages):
+        yield messages
+        return
+    for as_text, content in ((False, {}), (False, {"content": ""}), (True, {}), (True, {"content": ""})):
+        yield [
+            content | message | {"tool_calls": [_with_arguments(call, as_text) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+
+
+def _with_reasoning(message: Message) -> Message:
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+
+
+def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    if "function" in call:
+        return call | {"function": _with_arguments(call["function"], as_text)}
+    arguments = call.get("arguments") or {}
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"arguments": arguments if as_text else _json(arguments, "the arguments text of a tool call")}
 
 
 def _share_gpt_calls(text: Any) -> list[dict[str, Any]]:

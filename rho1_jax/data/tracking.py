@@ -19,6 +19,7 @@ OWNERS = range(1, 11)  # possible owners of data
 FIRST_PLANE = 4  # of the unassigned planes 4 to 13
 # Noncharacters of Unicode, which no text may hold.
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
+CALL_MARK = "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdef\U00040000-\U000dffff]")
 _FIXED_KEYS = ("role", "type")  # a template compares their values, and nobody writes text there
 

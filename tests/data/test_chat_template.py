@@ -180,7 +180,12 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
         ("{{ messages.append(1) }}", [USER], "the chat template refuses it: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", [USER], "the chat template refuses it: .*unsafe"),
         ("{{ messages[0].content | upper }}", [USER], "the chat template changes the text of a message"),
-        ("{{ messages[0].content }}", [USER, ASSISTANT], "the chat template does not write the assistant's content"),
+        ("{{ messages[0].content }}", [USER, ASSISTANT], "the chat template does not write what the assistant says"),
+        (
+            PHI,
+            [USER, {"role": "assistant", "content": "It is 42.", "tool_calls": [CALL]}],
+            "the chat template does not write the assistant's tool_calls",
+        ),
         (
             GENERATION,
             [USER, {"role": "assistant", "tool_calls": [CALL]}],

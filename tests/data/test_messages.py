@@ -4,7 +4,7 @@ import pytest
 from chat_forms import QWEN
 
 from rho1_jax.data.chat_template import ChatTemplate
-from rho1_jax.data.messages import Conversation
+from rho1_jax.data.messages import Conversation, variants
 from rho1_jax.data.records import BadRecord
 from rho1_jax.data.transcripts import Transcripts, encode, exchanges
 
@@ -57,14 +57,28 @@ def test_every_format_gives_the_same_messages(record, expected):
         {"from": "function_call", "value": '[{"name": "times", "arguments": "{\\"a\\": 6}"}]'},
     ],
 )
-def test_tool_calls_are_objects(message):
+def test_tool_calls_are_given_in_every_form(message):
     if "from" in message:
         messages = [{"from": "human", "value": "6*7?"}, message, {"from": "observation", "value": "42"}]
         record = {"conversations": [*messages, {"from": "gpt", "value": "42."}], "tools": '[{"type": "x"}]'}
     else:
         record = {"messages": [USER, message, TOOL, ASSISTANT], "tools": [{"type": "x"}]}
+    messages, trained, tools = read(record)
     called = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
-    assert read(record) == Conversation([USER, called, TOOL, ASSISTANT], [False, True, False, True], [{"type": "x"}])
+    objects, *others = variants(messages)
+    assert objects == [USER, called, TOOL, ASSISTANT]
+    assert trained == [False, True, False, True] and tools == [{"type": "x"}]
+    for variant, (has_content, as_text) in zip(others, [(True, False), (False, True), (True, True)]):
+        assert variant[1].get("content") == ("" if has_content else None)
+        assert variant[1]["tool_calls"][0]["function"]["arguments"] == ('{"a": 6}' if as_text else {"a": 6})
+        assert [variant[0], *variant[2:]] == [USER, TOOL, ASSISTANT]
+
+
+def test_reasoning_has_the_names_that_templates_read():
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        messages = read({"messages": [USER, ASSISTANT | {key: "Hm."}]}).messages
+        ((_, message),) = variants(messages)
+        assert message["thinking"] == message["reasoning_content"] == message[key] == "Hm."
 
 
 def test_a_call_of_share_gpt_is_text_without_a_chat_template():
