@@ -22,7 +22,7 @@ from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.checksums import check_finite
-from rho1_jax.training.config import RUN_SETTINGS, changes, run_settings
+from rho1_jax.training.config import changes, run_settings
 from rho1_jax.training.state import TrainState
 
 INIT = "config.init.checkpoint"
@@ -154,7 +154,7 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
 
     Args:
       config: the run's config, which is changed.
-      initial: the model.
+      initial: the model, with the run's settings for how it is computed.
       given: the keys that the command line sets, such as model.layers. Keys that differ from their default count too.
       seq_len: targets per row of the training data.
 
@@ -163,8 +163,6 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
     """
     contradicting = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name in RUN_SETTINGS:
-            continue
         value, of_model = config.model[field.name], getattr(initial.model, field.name)
         is_given = f"model.{field.name}" in given or value != field.default
         if field.name == "context_length":
