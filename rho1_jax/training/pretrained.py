@@ -161,9 +161,9 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
     Raises:
       UserError: a key that was given contradicts the model.
     """
-    contradicting = []
+    contradicting, asked = [], ModelConfig(**config.model)
     for field in dataclasses.fields(ModelConfig):
-        value, of_model = config.model[field.name], getattr(initial.model, field.name)
+        value, of_model = getattr(asked, field.name), getattr(initial.model, field.name)
         is_given = f"model.{field.name}" in given or value != field.default
         if field.name == "context_length":
             config.model.context_length = value if is_given else max(of_model, seq_len)

@@ -1,7 +1,6 @@
 """Chat templates give the token ids of Transformers' `apply_chat_template`."""
 
 import json
-import os
 import pathlib
 
 import pytest
@@ -108,12 +107,3 @@ def test_the_models_template_is_the_one_that_transformers_takes(folder, tmp_path
     peer, messages = transformers.AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS["calls"]
     ours = ChatTemplate.open(tmp_path).prompt_ids(messages, Tokenizer(tmp_path))
     assert ours == apply(peer, None, messages, add_generation_prompt=True, return_dict=False)
-
-
-@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 does not name a folder with SmolLM2's tokenizer")
-def test_smollm2(tmp_path):
-    folder = pathlib.Path(os.environ["SMOLLM2"])
-    peer, template = transformers.AutoTokenizer.from_pretrained(folder), ChatTemplate.open(folder)
-    for messages in (CONVERSATIONS["long"], CONVERSATIONS["system"]):
-        expected = apply(peer, None, messages, return_dict=False)
-        assert template.encode(messages, [True] * len(messages), None, Tokenizer(folder))[0] == expected

@@ -85,6 +85,13 @@ def test_chat_prompts_have_the_token_ids_of_transformers(prompt_ids, peer_tokeni
         assert ids == expected
 
 
+def test_a_conversation_has_the_token_ids_of_transformers_and_its_answers_are_trained_on(folder, peer_tokenizer):
+    messages = [SYSTEM, {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
+    ids, is_trained = ChatTemplate.open(folder).encode(messages, [False, False, True], None, Tokenizer(folder))
+    assert ids == peer_tokenizer.apply_chat_template(messages, return_dict=False)
+    assert peer_tokenizer.decode([i for i, trained in zip(ids, is_trained) if trained]) == "It is 2.<|im_end|>"
+
+
 def test_logits_are_those_of_transformers(folder, prompt_ids, peer):
     model = Pretrained.open(folder, "--checkpoint")
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
