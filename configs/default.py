@@ -84,13 +84,12 @@ class ModelConfig:
     global_every: Period = 0  # one layer in this many has no sliding window (Gemma)
     rope_local_theta: PositiveFloat | None = None  # base of the rotary frequencies in layers with a window (Gemma 3)
     no_rope_every: Period = 0  # one layer in this many has no rotary positions (SmolLM3)
-    query_scalar: PositiveInt | None = None  # attention logits are divided by its square root (Gemma)
     attention_soft_cap: NonNegativeFloat | None = None  # soft cap on the attention logits; 0: no cap (Gemma 2)
     logit_soft_cap: NonNegativeFloat | None = None  # soft cap on the output logits; 0: no cap (Gemma)
     parallel_residual: bool = True  # attention and feed-forward both read the layer's input (gpt_neox)
     embedding_scale: PositiveFloat = 1.0  # factor on the input embeddings (granite)
     residual_scale: PositiveFloat = 1.0  # factor on what each layer adds to the hidden states (granite)
-    query_scale: PositiveFloat | None = None  # factor on queries; None: 1 / sqrt(head_width) (granite)
+    query_scale: PositiveFloat | None = None  # factor on queries; None: 1 / sqrt(head_width) (granite, Gemma)
     logit_divisor: PositiveFloat = 1.0  # divides the output logits (granite)
     compute_dtype: Dtype = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand

@@ -68,5 +68,5 @@ GEMMA3_4B = {
     "sliding_window": 1024,
     "global_every": 6,
     "rope_local_theta": 10_000.0,
-    "query_scalar": 256,
+    "query_scale": 256**-0.5,
 }

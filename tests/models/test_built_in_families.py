@@ -48,6 +48,12 @@ def test_gemma_without_a_window_is_not_exported(family):
         hf_config.to_hf(dataclasses.replace(MODELS[family], sliding_window=None), "float32", None, 2)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_query_scale_that_gemmas_format_cannot_hold_is_not_exported(family):
+    with pytest.raises(UserError, match=f"config.model.query_scale=0.3: .* {family} needs 1 / sqrt of a whole number"):
+        hf_config.to_hf(dataclasses.replace(MODELS[family], query_scale=0.3), "float32", None, 2)
+
+
 @pytest.mark.parametrize("family", ["olmo2", "smollm3"])
 def test_a_window_is_not_exported_where_the_format_has_none(family):
     with pytest.raises(UserError, match=f"config.model.sliding_window: the family {family} has none"):
@@ -58,7 +64,6 @@ OPTIONAL = {
     "global_every": 3,
     "rope_local_theta": 7.0,
     "no_rope_every": 3,
-    "query_scalar": 7,
     "attention_soft_cap": 7.0,
     "logit_soft_cap": 7.0,
     "rope_short_factors": (7.0, 7.0),
@@ -68,7 +73,7 @@ OPTIONAL = {
     "parallel_residual": False,
     "embedding_scale": 7.0,
     "residual_scale": 7.0,
-    "query_scale": 7.0,
+    "query_scale": 0.5,
     "logit_divisor": 7.0,
 }
 

@@ -13,7 +13,6 @@ OPTIONAL_KEYS = (
     "global_every",
     "rope_local_theta",
     "no_rope_every",
-    "query_scalar",
     "attention_soft_cap",
     "logit_soft_cap",
     "rope_short_factors",

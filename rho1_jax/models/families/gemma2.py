@@ -1,5 +1,6 @@
 """Gemma 2 (arXiv 2408.00118): norms on both sides, GELU, soft caps, and a sliding window in every other layer."""
 
+import math
 from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
@@ -27,7 +28,7 @@ def _structure(model: ModelConfig) -> Structure:
         activation="gelu_tanh",
         windows=every_nth(model.global_every or GLOBAL_EVERY, model.layers, model.sliding_window, None),
         embedding_scale=model.width**0.5,
-        query_scale=(model.query_scalar or model.head_width) ** -0.5,
+        query_scale=model.query_scale,
         attention_soft_cap=attention_soft_cap,
         logit_soft_cap=logit_soft_cap,
     )
@@ -68,10 +69,21 @@ def windows_to_hf(model: ModelConfig, default: int) -> dict[str, Any]:
     }
 
 
+def query_scalar(model: ModelConfig) -> int:
+    """`query_pre_attn_scalar`: attention logits are divided by its square root. Raises UserError if it is not whole."""
+    scalar = model.head_width if model.query_scale is None else round(model.query_scale**-2)
+    if model.query_scale is not None and not (scalar and math.isclose(scalar**-0.5, model.query_scale)):
+        raise UserError(
+            f"config.model.query_scale={model.query_scale}: in Hugging Face's format, the family {model.family} needs "
+            "1 / sqrt of a whole number"
+        )
+    return scalar
+
+
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {
         **windows_from_hf(hf_config, path, GLOBAL_EVERY),
-        "query_scalar": hf_config["query_pre_attn_scalar"],
+        "query_scale": hf_config["query_pre_attn_scalar"] ** -0.5,
         "attention_soft_cap": hf_config["attn_logit_softcapping"] or 0.0,
         "logit_soft_cap": hf_config["final_logit_softcapping"] or 0.0,
     }
@@ -81,7 +93,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     structure = _structure(model)
     return {
         **windows_to_hf(model, GLOBAL_EVERY),
-        "query_pre_attn_scalar": model.query_scalar or model.head_width,
+        "query_pre_attn_scalar": query_scalar(model),
         "attn_logit_softcapping": structure.attention_soft_cap,
         "final_logit_softcapping": structure.logit_soft_cap,
     }
@@ -103,5 +115,5 @@ FAMILY = Family(
         "attn_logit_softcapping": ATTENTION_SOFT_CAP,
         "final_logit_softcapping": LOGIT_SOFT_CAP,
     },
-    optional_keys=("global_every", "query_scalar", "attention_soft_cap", "logit_soft_cap"),
+    optional_keys=("global_every", "query_scale", "attention_soft_cap", "logit_soft_cap"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import ConfigJson, Family, Tensor, every_nth
-from rho1_jax.models.families.gemma2 import GEMMA_TENSORS, windows_from_hf, windows_to_hf
+from rho1_jax.models.families.gemma2 import GEMMA_TENSORS, query_scalar, windows_from_hf, windows_to_hf
 from rho1_jax.models.families.llama import LAYER
 from rho1_jax.models.rope import Rope
 from rho1_jax.models.structure import Structure
@@ -27,7 +27,7 @@ def _structure(model: ModelConfig) -> Structure:
         windows=every_nth(every, model.layers, model.sliding_window, None),
         ropes=every_nth(every, model.layers, Rope(model.rope_local_theta or LOCAL_THETA), Rope.of(model)),
         embedding_scale=model.width**0.5,
-        query_scale=(model.query_scalar or model.head_width) ** -0.5,
+        query_scale=model.query_scale,
         logit_soft_cap=model.logit_soft_cap or None,
     )
 
@@ -35,7 +35,7 @@ def _structure(model: ModelConfig) -> Structure:
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {
         **windows_from_hf(hf_config, path, GLOBAL_EVERY),
-        "query_scalar": hf_config["query_pre_attn_scalar"],
+        "query_scale": hf_config["query_pre_attn_scalar"] ** -0.5,
         "logit_soft_cap": hf_config["final_logit_softcapping"],
     }
 
@@ -45,7 +45,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         **windows_to_hf(model, GLOBAL_EVERY),
         "sliding_window_pattern": model.global_every or GLOBAL_EVERY,
         "rope_local_base_freq": model.rope_local_theta or LOCAL_THETA,
-        "query_pre_attn_scalar": model.query_scalar or model.head_width,
+        "query_pre_attn_scalar": query_scalar(model),
         "final_logit_softcapping": model.logit_soft_cap or None,
     }
 
@@ -79,5 +79,5 @@ FAMILY = Family(
         "sliding_window": 4096,
         "final_logit_softcapping": None,
     },
-    optional_keys=("global_every", "rope_local_theta", "query_scalar", "logit_soft_cap"),
+    optional_keys=("global_every", "rope_local_theta", "query_scale", "logit_soft_cap"),
 )
