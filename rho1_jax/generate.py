@@ -76,7 +76,7 @@ def generate_text(
       top_p: sample from the fewest tokens whose probabilities reach this.
       seed: seed of the samples.
       stops: strings that end a continuation, and are not part of it.
-      dtype: "float32" or "bfloat16" for parameters and computation; None: the config's compute dtype.
+      dtype: "float32" or "bfloat16" for parameters and computation; None: float32 parameters, the run's compute dtype.
 
     Returns:
       For each prompt its continuation: text, token ids and log-probabilities, without the prompt.
@@ -217,7 +217,10 @@ def main() -> None:
     seed = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
     stop = flags.DEFINE_multi_string("stop", [], r"String that ends a continuation; '\n' is a line break. Repeatable.")
     dtype = flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "Of parameters and computation. By default, the run's compute_dtype."
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Dtype of parameters and computation. By default, float32 parameters and the run's compute_dtype.",
     )
 
     def command() -> None:

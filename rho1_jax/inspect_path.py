@@ -2,9 +2,9 @@
 
 rho1 inspect PATH [--rows=2] [--split=train] [--json]
 
-Reads descriptions and a few rows only, so it is quick for anything of any size. Checks no checksum; `rho1 verify` does.
-In the sample rows of a data set, the pieces of text in [brackets] are not eligible: nothing is trained on them. In a
-terminal, they are dimmed instead.
+Reads only descriptions and a few rows, so it is quick at any size. It does not check checksums; `rho1 verify` does. In
+the sample rows of a data set, tokens in [brackets] are not eligible: nothing is trained on them. A terminal dims them
+instead.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ SCORE_ROWS = 16  # rows whose losses are read
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SAMPLE, TABLE_GAP = "sample", "  "
 
-Report = dict[str, Any]  # what is shown: numbers and texts, lists of them, and tables as lists of dicts
+Report = dict[str, Any]  # what is shown: numbers, texts, lists of them, and tables as lists of dicts
 
 
 def inspect_path(path: str | pathlib.Path, rows: int = 2, split: str | None = None) -> Report:
@@ -62,10 +62,10 @@ def inspect_path(path: str | pathlib.Path, rows: int = 2, split: str | None = No
       split: their split; None: the first one.
 
     Returns:
-      The description, as JSON can hold it. Sizes are in bytes, losses in nats.
+      The description, in values that JSON can hold. Sizes are in bytes, losses in nats.
 
     Raises:
-      UserError: the path holds none of these, or something that is damaged.
+      UserError: the path holds none of these, or what it holds is damaged.
     """
     folder = local_path(path, "PATH")
     if folder.name == checkpoint.BEST and checkpoint.steps(folder.parent):
@@ -168,7 +168,7 @@ def _tokenizer(open_it: Callable[[], Tokenizer]) -> Report:
 
 
 def _hugging_face_folder(folder: HuggingFaceFolder) -> Report:
-    """A folder, also one that cannot be imported: then with the reason."""
+    """A Hugging Face folder. If it cannot be imported, the report gives the reason."""
     try:
         model = Pretrained.of_folder(folder).model
         sizes = _model(model)
@@ -215,7 +215,7 @@ def _data_set(store: Store, rows: int, split: str | None) -> Report:
 
 
 def _sample(row: dict[str, np.ndarray], store: Store) -> Report:
-    """The pieces of a row, with the number of each token's document (0: padding) and whether it is eligible."""
+    """The pieces of a row, the number of each token's document (0: padding), and True for each eligible token."""
     return {
         "pieces": [
             piece or f"<{token}>"
@@ -247,7 +247,7 @@ def _scores(path: pathlib.Path) -> Report:
     data = path.absolute().parent.parent
     try:
         store = Store(data)
-        belongs = "" if store.fingerprint == stored["data"] else ", which is another one now"
+        belongs = "" if store.fingerprint == stored["data"] else ", which has changed since"
         rows = store.rows(stored_scores.SPLIT)
     except UserError as error:
         rows, belongs = None, f", which cannot be opened: {error}"
@@ -276,7 +276,7 @@ def _losses(path: pathlib.Path, stored: stored_scores.ScoreDescription, rows: An
 
 
 def text_of(report: Report, dim: bool) -> str:
-    """A report as aligned text. `dim` writes for a terminal, which dims the tokens that are not eligible."""
+    """A report as aligned text. Tokens that are not eligible are dimmed, for a terminal, or else in brackets."""
     tables = {name: value for name, value in report.items() if value and _is_table(value)}
     fields = {_label(name): _shown(name, value) for name, value in report.items() if not _is_table(value)}
     width = max(map(len, fields))
@@ -354,7 +354,7 @@ def _printable(text: str) -> str:
 
 
 def main() -> None:
-    """The command: shows what the path that it is given holds."""
+    """The command: parses the flags and prints what `inspect_path` returns."""
     path = flags.DEFINE_string("path", None, "The path to inspect. `rho1 inspect PATH` sets it too.")
     rows = flags.DEFINE_integer("rows", 2, "Rows of a data set to show; 0: none.", lower_bound=0)
     split = flags.DEFINE_string("split", None, "Split of these rows. By default, the first one.")

@@ -198,7 +198,7 @@ def test_scores_of_a_data_set(rows, monkeypatch):
 
     edit_manifest(rows, fingerprint="f" * 64)
     report = inspect_path(rows / "scores" / "s")
-    assert report["data"].endswith("), which is another one now") and "mean_loss" not in report
+    assert report["data"].endswith("), which has changed since") and "mean_loss" not in report
 
 
 def test_scores_that_are_not_complete(rows, monkeypatch):

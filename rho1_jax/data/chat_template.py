@@ -1,6 +1,6 @@
 """A model's chat template: conversations in the form that the model was trained with.
 
-Templates are written in Jinja for Transformers' `apply_chat_template`, and get here what they get there. Special tokens
+Templates are Jinja programs for Transformers' `apply_chat_template`, and get the same variables here. Special tokens
 that a template writes become their ids. Text of the data never does.
 """
 
@@ -47,7 +47,7 @@ class _Settings(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, given its Jinja source."""
+    """A chat template, as Jinja source."""
 
     source: str
 
@@ -210,13 +210,13 @@ class ChatTemplate:
                 strftime_now=now.strftime,
                 **tokenizer.named_tokens,
             )
-        except Exception as error:  # templates fail in every way that expressions do
+        except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadRecord(f"the chat template refuses it: {reason}") from None
 
     @functools.lru_cache  # noqa: B019
     def _generation_prompt(self, tokenizer: Tokenizer) -> str:
-        """What the template writes before a response; empty if that is nothing, or cannot be found out."""
+        """What the template writes before a response; empty if it writes nothing, or refuses to be asked."""
         messages, now = [{"role": "user", "content": "x"}], datetime.datetime.now()
         try:
             texts = [self._text(messages, None, prompt, now, tokenizer) for prompt in (False, True)]
@@ -267,7 +267,7 @@ def _encode(
     for begin, end in spans:
         trained_L[begin:end] = True
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4").copy()
-    codes[owner_L != TEMPLATE] = ord(GENERATION_START)  # is part of no name
+    codes[owner_L != TEMPLATE] = ord(GENERATION_START)  # not in the name of any special token
     texts, flags, done = [], [], 0
     for (begin, end), token_id in _special_tokens(codes.tobytes().decode("utf-32-le"), tokenizer):
         mark = special_mark(token_id)

@@ -11,12 +11,12 @@ _SPACE = b" \t\r\n"
 
 
 def is_array(stream: BinaryIO) -> bool:
-    """True if the text of a buffered stream begins with a bracket. Reads nothing."""
+    """True if the text of a buffered stream begins with a bracket. Consumes nothing."""
     return stream.peek(CHUNK_BYTES).lstrip(_SPACE)[:1] == b"["  # type: ignore[attr-defined]
 
 
 def split(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
-    """The JSON text of each item of an array; None instead of one longer than `limit` bytes. Items are not parsed.
+    """Yields the JSON text of each item of an array, unparsed, or None for an item longer than `limit` bytes.
 
     Raises:
       ValueError: the brackets do not match, an item is empty, or the file ends early. The message says where.
@@ -42,7 +42,7 @@ def split(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
             elif depth and match[0] in b"}]":
                 depth -= 1
             elif match[0] == b"}":
-                raise ValueError(f"not a JSON array: item {number} closes what it did not open, at byte {where}")
+                raise ValueError(f"not a JSON array: item {number} has a closing bracket too many, at byte {where}")
             elif not depth:
                 item += chunk[start : match.start()]
                 closed, start = match[0] == b"]", position

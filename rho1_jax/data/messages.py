@@ -1,4 +1,4 @@
-"""Read the messages of a conversation from records of the formats in use: messages, ShareGPT, Alpaca, or a prompt."""
+"""Reads conversations from records in common formats: messages, ShareGPT, Alpaca, or prompt and response."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ SHARE_GPT_ROLES = {
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
 ALPACA_KEYS = ("instruction", "output")
 
-Message = dict[str, Any]  # "role", "content" except where there are "tool_calls", and other keys for chat templates
+Message = dict[str, Any]  # "role", "content" (optional beside "tool_calls"), and other keys for chat templates
 
 
 class Conversation(NamedTuple):
@@ -69,7 +69,7 @@ def read(record: dict[str, Any] | str, keys: Sequence[str], messages_key: str, t
 
 
 def _listed(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The messages under a key; those of ShareGPT as messages with a role."""
+    """The messages under a key. ShareGPT's are converted to messages with a role."""
     messages = record[key]
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         if all(message.keys() >= {"role", "content"} or message.get("tool_calls") for message in messages):
@@ -141,7 +141,7 @@ def _part(part: Any, role: str) -> str:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Tool calls, checked."""
+    """Checks tool calls and returns them."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRecord("the tool_calls of a message must be a list of objects")
     for call in calls:
@@ -153,7 +153,7 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def with_called_names(messages: Sequence[Message], suffix: str) -> list[Message]:
-    """The messages with a suffix to the names of the functions that are called."""
+    """The messages with a suffix added to the name of every called function."""
 
     def renamed(call: dict[str, Any]) -> dict[str, Any]:
         if "function" in call:
@@ -169,10 +169,10 @@ def with_called_names(messages: Sequence[Message], suffix: str) -> list[Message]
 
 
 def variants(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The messages in the forms that chat templates expect of tool calls.
+    """Yields the messages with their tool calls in each form that chat templates expect.
 
-    Most templates take the arguments as an object, and some as JSON text. Some need the key "content". Reasoning gets
-    the keys that templates read.
+    Most templates take the arguments as an object, some as JSON text. Some need the key "content". Reasoning is copied
+    to the keys that templates read.
     """
     messages = [_with_reasoning(message) for message in messages]
     if not any("tool_calls" in message for message in messages):
@@ -214,7 +214,7 @@ def _tools(record: dict[str, Any]) -> list[Any] | None:
 
 
 def _json(value: Any, what: str) -> Any:
-    """A JSON value that may be given as text."""
+    """A JSON value, parsed if it is given as text."""
     if not isinstance(value, str):
         return value
     try:

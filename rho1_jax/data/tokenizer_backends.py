@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer files, with one interface; see `data.tokenizer` for what it means."""
+"""One interface to both kinds of tokenizer file; `data.tokenizer` says what its methods mean."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from rho1_jax.runtime.errors import UserError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
 
-# What changes how a SentencePiece model encodes or decodes.
+# Settings that change how a SentencePiece model encodes or decodes.
 NORMALIZER_SETTINGS = ("add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces")
 TRAINER_SETTINGS = (
     "model_type",
@@ -58,7 +58,7 @@ class SentencePieceBackend:
         return self._processor.encode(text)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids, and the span of characters of each."""
+        """Token ids, and the span of characters that each covers."""
         encoding = self._processor.encode(text, return_type="offset_mapping")
         return encoding["ids"], encoding["offsets"]
 
@@ -94,7 +94,7 @@ class SentencePieceBackend:
         return {self.name(token_id): token_id for token_id in ids if self._processor.is_control(token_id)}
 
     def name(self, token_id: int) -> str:
-        """A token as the vocabulary names it."""
+        """The name of a token in the vocabulary."""
         return self._processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
@@ -132,13 +132,13 @@ class JsonBackend:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids, and the span of characters of each."""
+        """Token ids, and the span of characters that each covers."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     @functools.cached_property
     def _marking(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A copy of the tokenizer in which marks stand for special tokens; the id of a mark -> that of its token."""
+        """A copy of the tokenizer in which marks stand for special tokens, and {id of a mark: id of its token}."""
         marking = tokenizers.Tokenizer.from_file(str(self._path))
         marking.encode_special_tokens = True
         marking.no_truncation()
@@ -175,7 +175,7 @@ class JsonBackend:
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def name(self, token_id: int) -> str:
-        """A token as the vocabulary names it."""
+        """The name of a token in the vocabulary."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def decode(self, ids: list[int]) -> str:

@@ -1,8 +1,8 @@
 """Follow the characters of a user's data through a chat template.
 
-Data can hold the name of a special token, which must stay text, so the characters that a template writes must be told
-from those of the data. Before rendering, the characters of the data move to planes of Unicode that are unassigned, one
-plane for each owner. A template copies, joins, trims and cuts them like any others. Afterwards they move back.
+Data can contain the name of a special token, which must stay text. So the characters that a template writes have to be
+distinguished from those of the data. Before rendering, the characters of the data move to unassigned planes of Unicode,
+one plane for each owner. A template copies, joins, trims and cuts them like any others. Afterwards they move back.
 """
 
 import functools
@@ -21,7 +21,7 @@ FIRST_PLANE = 4  # of the unassigned planes 4 to 13
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
 CALL_MARK = "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdef\U00040000-\U000dffff]")
-_FIXED_KEYS = ("role", "type")  # a template compares their values, and nobody writes text there
+_FIXED_KEYS = ("role", "type")  # templates compare their values, which are not free text
 
 # Characters that stay: whitespace, which templates trim, and those that JSON escapes.
 _STAY = np.array([chr(code).isspace() or code < 32 or chr(code) in '"\\' for code in range(1 << 16)])
@@ -45,10 +45,10 @@ class Marker:
         Args:
           text: a string of the data.
           owner: one of OWNERS.
-          literals: strings that the template looks for, which stay where they are not part of a special token's name.
+          literals: strings that the template looks for. They stay, except inside a special token's name.
 
         Raises:
-          BadRecord: it is not text, or holds a character that is reserved here.
+          BadRecord: it is not valid text, or holds a character that is reserved here.
         """
         check_text(text)
         self._check(text, self._untrackable)
@@ -62,10 +62,10 @@ class Marker:
         return codes.tobytes().decode("utf-32-le")
 
     def mark_all(self, value: Any, owner: int, literals: Collection[str] = ()) -> Any:
-        """A JSON value with every string in it marked, except keys, and roles and types.
+        """A JSON value with every string in it marked, except keys, roles and types.
 
         Raises:
-          BadRecord: one of the latter holds the name of a special token, or as for `mark`.
+          BadRecord: a key, role or type holds the name of a special token; or as for `mark`.
         """
         if isinstance(value, str):
             return self.mark(value, owner, literals)
@@ -95,7 +95,7 @@ def marker(names: tuple[str, ...]) -> Marker:
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """Matches any of the texts, and the longest first."""
+    """A pattern that matches any of the texts, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 

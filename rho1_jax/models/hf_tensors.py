@@ -1,6 +1,6 @@
-"""Where Hugging Face tensors store parameters, as the rows of a family's table describe it, in both directions.
+"""Converts between parameters and Hugging Face tensors, in both directions, as a family's table describes.
 
-A tensor stores one parameter or, fused, several: its parts follow one another at the | in their rows.
+A tensor stores one parameter or, if it is fused, several. The | in their rows marks where they follow one another.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Place:
 
 
 def _axes(tensor: Tensor) -> Iterator[tuple[str, str, bool]]:
-    """For each axis of the tensor: the letter before the |, if there is one; the other letters; True if it has a |."""
+    """Yields for each axis of the tensor: the letter before the |, or ""; the other letters; True if it has a |."""
     for group in tensor.hf_axes.split():
         before, _, after = group.rpartition("|")
         yield before, after, "|" in group
@@ -68,7 +68,7 @@ def _size(letters: str, sizes: Mapping[str, int]) -> int:
 
 
 def fused_axis(tensor: Tensor) -> int | None:
-    """The number of the axis of the tensor with a |."""
+    """The index of the tensor's axis that has a |; None if there is none."""
     return next((n for n, (_, _, fused) in enumerate(_axes(tensor)) if fused), None)
 
 
@@ -99,25 +99,25 @@ def _letters(tensor: Tensor) -> str:
 
 
 def to_hf_axes(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """A parameter of one layer, with the axes of its Hugging Face tensor but without the other parts."""
+    """A parameter of one layer with the axes of its Hugging Face tensor, without the tensor's other parts."""
     sizes = dict(zip(tensor.axes, array.shape))
     shape = [_size(before + after, sizes) for before, after, _ in _axes(tensor)]
     return array.transpose([tensor.axes.index(letter) for letter in _letters(tensor)]).reshape(shape)
 
 
 def from_hf_axes(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The reverse: an array of the shape, with the axes of the parameter."""
+    """The reverse of `to_hf_axes`: the parameter of the given shape."""
     letters, sizes = _letters(tensor), dict(zip(tensor.axes, shape))
     return array.reshape([sizes[letter] for letter in letters]).transpose([letters.index(x) for x in tensor.axes])
 
 
 def fused_with(tensors: Mapping[str, Tensor], path: str) -> set[str]:
-    """The parameters that are stored in one tensor with this one, itself included."""
+    """The parameters that share a tensor with this one, itself included."""
     return {other for other, tensor in tensors.items() if tensor.name == tensors[path].name}
 
 
 def named_tensors(tensors: Mapping[str, Tensor], params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The Hugging Face tensors, with their names, that store parameters.
+    """Yields the names and contents of the Hugging Face tensors that store the parameters.
 
     Args:
       tensors: the table of the model's family.

@@ -1,15 +1,14 @@
 """Rotary positions (arXiv 2104.09864).
 
-A head rotates completely, or only in its first coordinates (`rope_fraction`).
+All of a head rotates, or only its first coordinates (`rope_fraction`).
 
-The scaling "long" (LongRoPE, arXiv 2402.13753) has two factors for each wave: one for sequences up to the original
-length, and one for longer sequences. What counts is the length of the row, so that a token does not depend on tokens
-after it, and so that all documents of a row are treated alike. In generation it is the length that the row may reach:
-prompt plus `max_new_tokens`. The keys in the cache would be wrong if the factors changed on the way. Transformers does
-change them, and then computes the cache again; it therefore generates the same only if prompt and continuation are on
-the same side of the original length.
+The scaling "long" (LongRoPE, arXiv 2402.13753) has two factors for each wave: one for rows up to the original length,
+and one for longer rows. The length of the row decides, so a token does not depend on tokens after it, and all documents
+of a row are treated alike. In generation, that is the length that the row may reach: prompt plus `max_new_tokens`. If
+the factors changed on the way, the keys in the cache would be wrong. Transformers does change them, and computes the
+cache again, so it generates the same only if prompt and continuation are on the same side of the original length.
 
-Shapes: B batch rows, L sequence, H heads, C head width, c pairs that rotate, C / 2 unless only a part of a head does.
+Shapes: B batch rows, L sequence, H heads, C head width, c pairs that rotate: C / 2 if all of a head rotates.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ class Rotation(NamedTuple):
 
     Attributes:
       frequencies: [c], or [B, 1, 1, c] if they differ between rows, in radians per position.
-      factor: on the rotated coordinates.
+      factor: multiplies the rotated coordinates.
     """
 
     frequencies: np.ndarray | jax.Array
@@ -37,7 +36,7 @@ class Rotation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The rotary positions of a layer. Each attribute is the key of `ModelConfig` that has rope_ before its name."""
+    """The rotary positions of a layer. The attribute NAME is the key rope_NAME of `ModelConfig`."""
 
     theta: float
     scaling: str = "llama3"
@@ -93,7 +92,7 @@ def rotated_width(head_width: int, fraction: float) -> int:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raises UserError if the part of a head that rotates is odd or empty, or has not one long factor per pair."""
+    """Raises UserError if the part of a head that rotates is odd or empty, or lacks a long or short factor per pair."""
     rotated = rotated_width(model.head_width, model.rope_fraction)
     if rotated % 2 or not rotated:
         raise UserError(

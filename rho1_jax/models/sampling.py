@@ -26,11 +26,11 @@ def next_token(
 
     Args:
       logits_BV: float32 logits.
-      number_B: number of each row's request. With the length it seeds a draw, whatever else is in the batch.
+      number_B: number of each row's request. It seeds the draw with the length, whatever else is in the batch.
       length_B: number of tokens before the new one.
       key: random key for sampling.
       temperature: sampling temperature; 0 takes the likeliest token.
-      top_p: samples from the `nucleus` at the temperature; 1 samples from all tokens.
+      top_p: sample from the `nucleus` at the temperature; 1: from all tokens.
 
     Returns:
       The tokens [B], and their log-probabilities [B] under the model. Temperature and nucleus do not change the latter.

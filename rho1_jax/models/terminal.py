@@ -25,17 +25,17 @@ def chat(
     max_new_tokens: int,
     **options: Any,
 ) -> None:
-    """Answers the messages on standard input, each as part of one conversation, until its end or /exit.
+    """Answers the messages on standard input, as one conversation, until its end or /exit.
 
     Args:
       generator: has one row.
-      encode: the token ids of a conversation that the assistant is to continue; raises BadRecord if it refuses one.
-      context_length: the most tokens of a conversation with its answer.
-      max_new_tokens: the most tokens of an answer.
+      encode: returns the token ids of a conversation for the assistant to continue, or raises BadRecord.
+      context_length: maximum tokens of a conversation, its answer included.
+      max_new_tokens: maximum tokens of an answer.
       options: further arguments of `Generator.run`. The request's number is that of the turn, which seeds its draws.
 
     Raises:
-      UserError: outside of a terminal, a message is refused or does not fit. In a terminal, the user is told.
+      UserError: a message is refused or does not fit. In a terminal, this is printed instead.
     """
     terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -57,7 +57,7 @@ def chat(
             answer = _answer(generator, number, ids, limit, **options)
             if answer:
                 messages = [*asked, {"role": "assistant", "content": answer}]
-        except KeyboardInterrupt:  # at the prompt, it drops the line
+        except KeyboardInterrupt:  # at the prompt, Ctrl-C drops the line
             if not terminal:
                 raise
             print(file=sys.stderr)
@@ -112,7 +112,7 @@ def _answer(generator: Generator, number: int, prompt: Prompt, max_new_tokens: i
 def _interrupted_between_stretches() -> Iterator[Callable[[int], None]]:
     """Yields an `on_tokens` that raises KeyboardInterrupt after Ctrl-C.
 
-    If Ctrl-C interrupts JAX while it compiles, Python can crash when it ends.
+    If Ctrl-C interrupted JAX while it compiles, Python could crash on exit.
     """
     asked = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: asked.set())
@@ -147,7 +147,7 @@ def _read_message(terminal: bool) -> str | None:
 def stream(
     generator: Generator, number: int, prompt: Prompt, show: Callable[[str], None], **options: Any
 ) -> Continuation:
-    """Continues one prompt, and calls `show` with each new piece of text. A terminal shows how long the first takes.
+    """Continues one prompt, and calls `show` with each new piece of text. A terminal shows the wait for the first.
 
     Args:
       generator: has one row.

@@ -22,7 +22,7 @@ class Kind(enum.Enum):
 
 
 def kind_of(folder: pathlib.Path) -> Kind | None:
-    """The kind of a folder, from the files in it; None if it is of no kind."""
+    """The kind of a folder, from the files in it; None if it is none of these."""
     if stored_scores.is_scores(folder):
         return Kind.SCORES
     if stored_scores.is_partial_scores(folder):

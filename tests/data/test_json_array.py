@@ -43,7 +43,7 @@ def test_items_are_those_of_the_array(items, chunk, indent, escape):
         (b"[1, , 2]", "item 2 is empty, at byte 4"),
         (b"[1, 2, ]", "item 3 is empty, at byte 7"),
         (b"[, 1]", "item 1 is empty, at byte 1"),
-        (b"[1}, 2]", "item 1 closes what it did not open, at byte 2"),
+        (b"[1}, 2]", "item 1 has a closing bracket too many, at byte 2"),
         (b"[1]\n[2]", "more text follows it, at byte 4"),
         (b"[1] 2, 3, 4, 5", "more text follows it, at byte 4"),
         (b" [1]       \n\n 5", "more text follows it, at byte 14"),

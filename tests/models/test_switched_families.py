@@ -191,7 +191,7 @@ def test_the_attention_factor_follows_from_the_two_context_lengths():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (tiny(family="gpt_neox"), "config.model.kv_heads=2: GPT-NeoX needs as many as heads=4"),
+        (tiny(family="gpt_neox"), "config.model.kv_heads=2: GPT-NeoX needs kv_heads equal to heads=4"),
         (
             tiny(family="gpt_neox", kv_heads=4, head_width=16),
             "config.model.head_width=16: GPT-NeoX needs width / heads",

@@ -35,16 +35,15 @@ def _structure(model: ModelConfig) -> Structure:
 
 
 def windows_from_hf(hf_config: ConfigJson, path: str, default: int) -> dict[str, Any]:
-    """The sliding window, and how many layers there are to each one without it.
+    """The sliding window, and the period of the layers without it.
 
     Args:
       hf_config: content of config.json.
       path: its path, for errors.
-      default: the number if config.json does not say.
+      default: the period if config.json does not name one.
 
     Raises:
-      UserError: the layers without a window are at other places than at the end of each group of equal size, or
-        attention is not causal.
+      UserError: the layers without a window are not every n-th layer for some n, or attention is not causal.
     """
     if hf_config.get("use_bidirectional_attention"):
         raise UserError(f"{path}: use_bidirectional_attention=True is not supported, only causal attention")
@@ -54,7 +53,9 @@ def windows_from_hf(hf_config: ConfigJson, path: str, default: int) -> dict[str,
         if len(kinds) != hf_config["num_hidden_layers"] or set(kinds) - {"full_attention", "sliding_attention"}:
             raise UserError(f"{path}: layer_types must name full_attention or sliding_attention for each layer")
         if every is None:
-            raise UserError(f"{path}: layer_types is not supported: full_attention must be every n-th layer, for one n")
+            raise UserError(
+                f"{path}: layer_types is not supported: full_attention must be every n-th layer, for a single n"
+            )
     return {"sliding_window": hf_config["sliding_window"], "global_every": every}
 
 

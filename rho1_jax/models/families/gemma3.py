@@ -1,7 +1,7 @@
-"""Gemma 3 (arXiv 2503.19786), its text model: Gemma 2 with norms on queries and keys, without soft caps.
+"""The text model of Gemma 3 (arXiv 2503.19786): Gemma 2 with norms on queries and keys, without soft caps.
 
 Five layers with a sliding window and a rotary base of their own precede each layer without a window. Rope scaling
-stretches the waves of the latter only.
+applies only to the layers without a window.
 """
 
 from typing import Any

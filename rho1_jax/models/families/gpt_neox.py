@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373).
 
 LayerNorms and biases everywhere, a feed-forward without a gate, rotary positions in a part of each head, and attention
-and feed-forward side by side. The tensor of queries, keys and values stores them head by head.
+and feed-forward in parallel. One tensor stores queries, keys and values, head by head.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
     refuse_window(model)
     if model.kv_heads != model.heads:
-        raise UserError(f"config.model.kv_heads={model.kv_heads}: GPT-NeoX needs as many as heads={model.heads}")
+        raise UserError(f"config.model.kv_heads={model.kv_heads}: GPT-NeoX needs kv_heads equal to heads={model.heads}")
     if model.width != model.heads * model.head_width:
         raise UserError(f"config.model.head_width={model.head_width}: GPT-NeoX needs width / heads")
     return {"use_parallel_residual": model.parallel_residual}

@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv 2501.00656): Llama with norms on outputs only, and on queries and keys with all heads together."""
+"""OLMo 2 (arXiv 2501.00656): Llama with norms on outputs only; norms on queries and keys over all heads together."""
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import Family, Tensor

@@ -1,6 +1,6 @@
 """Phi-3 (arXiv 2404.14219) and Phi-4-mini (arXiv 2503.01743): Llama with fused tensors.
 
-Rotary positions may have the scaling "long" (rho1_jax/models/rope.py), or cover only a part of each head.
+Rotary positions may use the scaling "long" (rho1_jax/models/rope.py), and may cover only a part of each head.
 """
 
 from typing import Any

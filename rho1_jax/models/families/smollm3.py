@@ -25,7 +25,7 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
             raise UserError(f"{path}: no_rope_layers has {len(has_rope)} entries for {layers} layers")
         every = period_of([not value for value in has_rope[:layers]], every)
         if every is None:
-            raise UserError(f"{path}: no_rope_layers is not supported: 0 must be at every n-th layer, for one n")
+            raise UserError(f"{path}: no_rope_layers is not supported: 0 must be at every n-th layer, for a single n")
     if set(hf_config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(f"{path}: layer_types is not supported, except for full_attention in every layer")
     return {"no_rope_every": every}
