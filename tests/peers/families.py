@@ -108,7 +108,7 @@ CASES = {
     "Granite 3, rope scaling": Case(transformers.GraniteConfig, {"logits_scaling": 2.0, **_rope(500_000.0, **LLAMA3)}),
     "Phi-3, sliding window": Case(transformers.Phi3Config, {"sliding_window": 7}),
     "Phi-3, short factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 64, **LONG}),
-    "Phi-3, long factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 2, **LONG}),
+    "Phi-3, long factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 4, **LONG}),
     "Phi-4-mini, partial rotary, long factors, tied": Case(
         transformers.Phi3Config,
         {
