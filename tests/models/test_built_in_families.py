@@ -60,6 +60,12 @@ def test_a_window_is_not_exported_where_the_format_has_none(family):
         hf_config.to_hf(dataclasses.replace(MODELS[family], sliding_window=4), "float32", None, 2)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_the_sliding_window(family):
+    model = dataclasses.replace(MODELS.get(family, tiny(family=family)), sliding_window=7)
+    assert 7 in FAMILIES[family].structure(model).windows
+
+
 OPTIONAL = {
     "global_every": 3,
     "rope_local_theta": 7.0,
