@@ -13,6 +13,7 @@ from rho1_jax.models.rope import Rope
 from rho1_jax.runtime.errors import UserError
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 REFUSED = [
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported, only 'gelu_pytorch_tanh'"),
     ("gemma2", {"sliding_window": None}, "lacks sliding_window"),
@@ -26,6 +27,12 @@ REFUSED = [
     ("gemma3", {"rope_parameters": {GLOBAL: {"rope_type": "yarn"}}}, "rope_type 'yarn' is not supported"),
     ("gemma3", {"rope_parameters": {LOCAL: {"partial_rotary_factor": 0.5}}}, "sliding_attention: partial_rotary_fac"),
     ("olmo2", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+    (
+        "gemma3",
+        {"rope_parameters": {GLOBAL: LINEAR}, "rope_scaling": LINEAR | {"factor": 4.0}},
+        "contradict each other",
+    ),
+    ("olmo2", {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": LINEAR}, "rope_parameters and rope_scaling con"),
     ("olmo2", {"rope_scaling": {"rope_type": "linear"}}, "its rope scaling lacks factor"),
     ("smollm3", {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
     ("smollm3", {"layer_types": [LOCAL] * 5}, "layer_types is not supported, except for full_attention"),
@@ -96,6 +103,14 @@ def test_a_key_of_some_families_is_read_or_refused(family, key):
     else:
         with pytest.raises(UserError, match=re.escape(f"{key}={OPTIONAL[key]}: the family {family} does not use")):
             family_of(changed)
+
+
+def test_rotary_positions_that_are_described_twice():
+    described = hf_config.to_hf(tiny(family="olmo2"), "float32", None, 2)
+    for kind in ("type", "rope_type"):
+        twice = {"rope_parameters": {"rope_theta": 9.0, **LINEAR}, "rope_scaling": {kind: "linear", "factor": 2.0}}
+        model = hf_config.from_hf(described | twice, "here", RUN_SETTINGS)
+        assert (model.rope_theta, model.rope_scaling, model.rope_factor) == (9.0, "linear", 2.0)
 
 
 def test_the_families_own_patterns_and_numbers():

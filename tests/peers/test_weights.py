@@ -300,7 +300,9 @@ def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_neox", "llama", "qwen3"])
 def test_transformers_reads_a_tokenizer_json_whose_settings_name_no_class(model_type, tmp_path):
     """Otherwise it rebuilds the tokenizer from the vocabulary, with the rules of the model type."""
-    published = Tokenizer(pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1")))
+    published = Tokenizer(
+        pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    )
     settings = sentencepiece_settings(published)
     published.save(tmp_path / "source")
     (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
