@@ -221,7 +221,8 @@ def _check_rope_keys(hf_config: ConfigJson, path: str) -> None:
 def _rope(hf_config: ConfigJson, path: str, family: Family) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
     rope: ConfigJson = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    theta, fraction = hf_config.get("rope_theta"), hf_config.get("partial_rotary_factor") or 1.0
+    theta = hf_config.get("rope_theta") or family.defaults.get("rope_theta")
+    fraction = hf_config.get("partial_rotary_factor") or 1.0
     if "rope_fraction" in family.optional_keys:
         fraction = rope.get("partial_rotary_factor") or fraction
         rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}

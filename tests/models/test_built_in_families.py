@@ -124,6 +124,24 @@ def test_the_families_own_patterns_and_numbers():
     assert smollm3.ropes == (Rope(1e6),) * 3 + (None,)
 
 
+@pytest.mark.parametrize(
+    "family, key, value, field, expected",
+    [
+        ("gemma2", "sliding_window_pattern", 3, "global_every", 2),
+        ("gemma3", "sliding_window_pattern", 3, "global_every", 3),
+        ("gemma3", "rope_theta", None, "rope_theta", 1e6),
+        ("smollm3", "rope_theta", None, "rope_theta", 2e6),
+    ],
+)
+def test_a_key_that_transformers_does_not_read_or_that_is_null(family, key, value, field, expected):
+    described = hf_config.to_hf(
+        tiny(family=family, sliding_window=9 if "gemma" in family else None), "float32", None, 2
+    )
+    del described["rope_theta"]
+    described.pop("layer_types")
+    assert getattr(hf_config.from_hf(described | {key: value}, "here", RUN_SETTINGS), field) == expected
+
+
 # The text_config of google/gemma-3-4b-it leaves the other sizes to Transformers.
 GEMMA3_4B = {
     "hidden_size": 2560,
