@@ -210,7 +210,8 @@ def _check_heads(model: ModelConfig, hf_config: ConfigJson, path: str) -> None:
 
 def _check_rope_keys(hf_config: ConfigJson, path: str) -> None:
     """Raises UserError if rope_scaling contradicts rope_parameters, which `_rope` reads instead if there are both."""
-    newer, older = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
+    newer: ConfigJson = hf_config.get("rope_parameters") or {}
+    older: ConfigJson = hf_config.get("rope_scaling") or {}
     if newer and older:
         newer = newer.get("full_attention", newer)
         differing = [key for key in older.keys() - {"type", "rope_type"} if newer.get(key, older[key]) != older[key]]

@@ -48,7 +48,8 @@ def windows_from_hf(hf_config: ConfigJson, path: str, every: int) -> dict[str, A
     """
     if hf_config.get("use_bidirectional_attention"):
         raise UserError(f"{path}: use_bidirectional_attention=True is not supported, only causal attention")
-    period, kinds = every, hf_config.get("layer_types")
+    period: int | None = every
+    kinds = hf_config.get("layer_types")
     if kinds is not None:
         period = period_of([kind == "full_attention" for kind in kinds], every)
         if len(kinds) != hf_config["num_hidden_layers"] or set(kinds) - {"full_attention", "sliding_attention"}:
