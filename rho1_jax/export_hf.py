@@ -42,6 +42,7 @@ from rho1_jax.training.pretrained import Pretrained, write_parameters
 SHARD_BYTES = 4 << 30
 # For these model types, Transformers 5 uses its own byte-level tokenizer, regardless of the folder's files.
 BYTE_LEVEL_TYPES = ("qwen2",)
+READS_TOKENIZER_JSON = "PreTrainedTokenizerFast"  # the class that Transformers 4 and 5 have for any tokenizer.json
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -90,6 +91,21 @@ def sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "legacy": True,  # adds a space even before a text that starts with one, as SentencePiece does
         "add_prefix_space": tokenizer.pieces(tokenizer.encode("a"))[0].startswith(" "),
     }
+
+
+def complete_tokenizer_settings(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Completes tokenizer_config.json, so that Transformers reads the tokenizer's own file.
+
+    Without a class, it would build the tokenizer that it has for the model type from the vocabulary alone.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, dict[str, Any]) if path.exists() else {}
+    if tokenizer.path.name == SENTENCEPIECE_FILE:
+        added = {} if path.exists() else sentencepiece_settings(tokenizer)
+    else:
+        added = {} if {"tokenizer_class", "auto_map"} & settings.keys() else {"tokenizer_class": READS_TOKENIZER_JSON}
+    if added:
+        write_text(path, json.dumps(settings | added, indent=2) + "\n")
 
 
 def check_tokenizer(tokenizer: Tokenizer, family: Family) -> None:
@@ -181,9 +197,7 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool =
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
-    settings = partial / "tokenizer_config.json"
-    if not settings.exists() and tokenizer.path.name == SENTENCEPIECE_FILE:
-        write_text(settings, json.dumps(sentencepiece_settings(tokenizer), indent=2) + "\n")
+    complete_tokenizer_settings(partial, tokenizer)
     count = param_count(model)
     with Progress(f"writing {output.name}", count, unit="params") as progress:
         written = write_weights(directory, partial, family_of(model), dtype, progress)

@@ -176,6 +176,7 @@ def from_hf(hf_config: ConfigJson, path: str, run_settings: dict[str, Any]) -> M
     }
     model = ModelConfig(family=family.name, **fields, **run_settings)
     _check_heads(model, hf_config, path)
+    _check_rope_keys(hf_config, path)
     return model
 
 
@@ -207,10 +208,22 @@ def _check_heads(model: ModelConfig, hf_config: ConfigJson, path: str) -> None:
                 raise UserError(f"{path}: {key} has {len(factors)} factors, but {rotated // 2} pairs of a head rotate")
 
 
+def _check_rope_keys(hf_config: ConfigJson, path: str) -> None:
+    """Raises UserError if rope_scaling contradicts rope_parameters, which `_rope` reads instead if there are both."""
+    newer: ConfigJson = hf_config.get("rope_parameters") or {}
+    older: ConfigJson = hf_config.get("rope_scaling") or {}
+    if newer and older:
+        newer = newer.get("full_attention", newer)
+        differing = [key for key in older.keys() - {"type", "rope_type"} if newer.get(key, older[key]) != older[key]]
+        if differing or _rope_type(newer) != _rope_type(older):
+            raise UserError(f"{path}: rope_parameters and rope_scaling contradict each other; remove the wrong one")
+
+
 def _rope(hf_config: ConfigJson, path: str, family: Family) -> dict[str, Any]:
     # Transformers 5 stores everything in rope_parameters; earlier versions store rope_theta beside rope_scaling.
     rope: ConfigJson = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    theta, fraction = hf_config.get("rope_theta"), hf_config.get("partial_rotary_factor") or 1.0
+    theta = hf_config.get("rope_theta") or family.defaults.get("rope_theta")
+    fraction = hf_config.get("partial_rotary_factor") or 1.0
     if "rope_fraction" in family.optional_keys:
         fraction = rope.get("partial_rotary_factor") or fraction
         rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}

@@ -13,6 +13,7 @@ from rho1_jax.models.rope import Rope
 from rho1_jax.runtime.errors import UserError
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 REFUSED = [
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported, only 'gelu_pytorch_tanh'"),
     ("gemma2", {"sliding_window": None}, "lacks sliding_window"),
@@ -26,6 +27,12 @@ REFUSED = [
     ("gemma3", {"rope_parameters": {GLOBAL: {"rope_type": "yarn"}}}, "rope_type 'yarn' is not supported"),
     ("gemma3", {"rope_parameters": {LOCAL: {"partial_rotary_factor": 0.5}}}, "sliding_attention: partial_rotary_fac"),
     ("olmo2", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+    (
+        "gemma3",
+        {"rope_parameters": {GLOBAL: LINEAR}, "rope_scaling": LINEAR | {"factor": 4.0}},
+        "contradict each other",
+    ),
+    ("olmo2", {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": LINEAR}, "rope_parameters and rope_scaling con"),
     ("olmo2", {"rope_scaling": {"rope_type": "linear"}}, "its rope scaling lacks factor"),
     ("smollm3", {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
     ("smollm3", {"layer_types": [LOCAL] * 5}, "layer_types is not supported, except for full_attention"),
@@ -60,6 +67,12 @@ def test_a_window_is_not_exported_where_the_format_has_none(family):
         hf_config.to_hf(dataclasses.replace(MODELS[family], sliding_window=4), "float32", None, 2)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_the_sliding_window(family):
+    model = dataclasses.replace(MODELS.get(family, tiny(family=family)), sliding_window=7)
+    assert 7 in FAMILIES[family].structure(model).windows
+
+
 OPTIONAL = {
     "global_every": 3,
     "rope_local_theta": 7.0,
@@ -92,6 +105,14 @@ def test_a_key_of_some_families_is_read_or_refused(family, key):
             family_of(changed)
 
 
+def test_rotary_positions_that_are_described_twice():
+    described = hf_config.to_hf(tiny(family="olmo2"), "float32", None, 2)
+    for kind in ("type", "rope_type"):
+        twice = {"rope_parameters": {"rope_theta": 9.0, **LINEAR}, "rope_scaling": {kind: "linear", "factor": 2.0}}
+        model = hf_config.from_hf(described | twice, "here", RUN_SETTINGS)
+        assert (model.rope_theta, model.rope_scaling, model.rope_factor) == (9.0, "linear", 2.0)
+
+
 def test_the_families_own_patterns_and_numbers():
     """What Transformers 5 computes for a config.json without the keys."""
     gemma2, gemma3, smollm3 = (
@@ -101,6 +122,24 @@ def test_the_families_own_patterns_and_numbers():
     assert gemma2.windows == (9, None) and (gemma2.attention_soft_cap, gemma2.logit_soft_cap) == (50.0, 30.0)
     assert gemma3.windows == (9,) * 5 + (None,) and gemma3.ropes == (Rope(10_000.0),) * 5 + (Rope(1e6),)
     assert smollm3.ropes == (Rope(1e6),) * 3 + (None,)
+
+
+@pytest.mark.parametrize(
+    "family, key, value, field, expected",
+    [
+        ("gemma2", "sliding_window_pattern", 3, "global_every", 2),
+        ("gemma3", "sliding_window_pattern", 3, "global_every", 3),
+        ("gemma3", "rope_theta", None, "rope_theta", 1e6),
+        ("smollm3", "rope_theta", None, "rope_theta", 2e6),
+    ],
+)
+def test_a_key_that_transformers_does_not_read_or_that_is_null(family, key, value, field, expected):
+    described = hf_config.to_hf(
+        tiny(family=family, sliding_window=9 if "gemma" in family else None), "float32", None, 2
+    )
+    del described["rope_theta"]
+    described.pop("layer_types")
+    assert getattr(hf_config.from_hf(described | {key: value}, "here", RUN_SETTINGS), field) == expected
 
 
 # The text_config of google/gemma-3-4b-it leaves the other sizes to Transformers.

@@ -23,7 +23,7 @@ from rho1_jax.data.packing import Batch, Documents, pack_whole
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
-from rho1_jax.export_hf import export_hf, sentencepiece_settings
+from rho1_jax.export_hf import complete_tokenizer_settings, export_hf, sentencepiece_settings
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
@@ -295,6 +295,27 @@ def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
     for text in texts():
         assert converted.encode_prompt(text) == theirs(text)["input_ids"]
         assert converted.decode(converted.encode_prompt(text)) == theirs.decode(theirs(text)["input_ids"][1:])
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_neox", "llama", "qwen3"])
+def test_transformers_reads_a_tokenizer_json_whose_settings_name_no_class(model_type, tmp_path):
+    """Otherwise it rebuilds the tokenizer from the vocabulary, with the rules of the model type."""
+    published = Tokenizer(
+        pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    )
+    settings = sentencepiece_settings(published)
+    published.save(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "source").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "add_bos_token": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer(tmp_path)
+    complete_tokenizer_settings(tmp_path, tokenizer)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert hf_tokenizer.eos_token == "</s>"
+    for text in texts():
+        assert tokenizer.encode(text) == hf_tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 def texts() -> list[str]:

@@ -34,29 +34,30 @@ def _structure(model: ModelConfig) -> Structure:
     )
 
 
-def windows_from_hf(hf_config: ConfigJson, path: str, default: int) -> dict[str, Any]:
+def windows_from_hf(hf_config: ConfigJson, path: str, every: int) -> dict[str, Any]:
     """The sliding window, and the period of the layers without it.
 
     Args:
       hf_config: content of config.json.
       path: its path, for errors.
-      default: the period if config.json does not name one.
+      every: the period if config.json has no layer_types.
 
     Raises:
       UserError: the layers without a window are not every n-th layer for some n, or attention is not causal.
     """
     if hf_config.get("use_bidirectional_attention"):
         raise UserError(f"{path}: use_bidirectional_attention=True is not supported, only causal attention")
-    every, kinds = hf_config.get("sliding_window_pattern", default), hf_config.get("layer_types")
+    period: int | None = every
+    kinds = hf_config.get("layer_types")
     if kinds is not None:
-        every = period_of([kind == "full_attention" for kind in kinds], every)
+        period = period_of([kind == "full_attention" for kind in kinds], every)
         if len(kinds) != hf_config["num_hidden_layers"] or set(kinds) - {"full_attention", "sliding_attention"}:
             raise UserError(f"{path}: layer_types must name full_attention or sliding_attention for each layer")
-        if every is None:
+        if period is None:
             raise UserError(
                 f"{path}: layer_types is not supported: full_attention must be every n-th layer, for a single n"
             )
-    return {"sliding_window": hf_config["sliding_window"], "global_every": every}
+    return {"sliding_window": hf_config["sliding_window"], "global_every": period}
 
 
 def windows_to_hf(model: ModelConfig, default: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _structure(model: ModelConfig) -> Structure:
 
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {
-        **windows_from_hf(hf_config, path, GLOBAL_EVERY),
+        **windows_from_hf(hf_config, path, hf_config.get("sliding_window_pattern", GLOBAL_EVERY)),
         "query_scale": hf_config["query_pre_attn_scalar"] ** -0.5,
         "logit_soft_cap": hf_config["final_logit_softcapping"],
     }

@@ -47,6 +47,7 @@ def _structure(model: ModelConfig) -> Structure:
         qkv_bias=True,
         output_bias=True,
         feed_forward_bias=True,
+        windows=(model.sliding_window,),
     )
 
 

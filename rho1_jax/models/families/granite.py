@@ -17,7 +17,8 @@ MULTIPLIERS = {
 
 
 def _structure(model: ModelConfig) -> Structure:
-    return Structure(**{field: getattr(model, field) for field in MULTIPLIERS.values()})
+    multipliers = {field: getattr(model, field) for field in MULTIPLIERS.values()}
+    return Structure(windows=(model.sliding_window,), **multipliers)
 
 
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
