@@ -86,6 +86,15 @@ def test_responses_and_the_tokens_that_end_them_are_trained_on(chat_tokenizer, t
 
 
 @pytest.mark.parametrize("template", [QWEN, GENERATION])
+@pytest.mark.parametrize("trained", [[False, True, False, False], [False, False, False, True]])
+def test_a_response_of_emoji_alone_is_tracked(chat_tokenizer, template, trained):
+    emoji = [{"role": "assistant", "content": text} for text in ("\U0001f44d", "\U0001f389\U0001f389")]
+    expected = [message["content"] for message, each in zip([USER, emoji[0], USER, emoji[1]], trained) if each]
+    texts = trained_text(template, [USER, emoji[0], USER, emoji[1]], chat_tokenizer, trained=trained)
+    assert [text.strip().removesuffix("<|im_end|>").strip() for text in texts] == expected
+
+
+@pytest.mark.parametrize("template", [QWEN, GENERATION])
 def test_masked_messages_are_not_trained_on(chat_tokenizer, template):
     messages = [USER, {"role": "assistant", "content": "Wrong."}, USER, ASSISTANT]
     trained = [False, False, False, True]
@@ -150,7 +159,7 @@ def test_a_template_that_joins_pieces_of_data_makes_no_special_token(chat_tokeni
 
 
 def test_a_special_token_of_characters_that_cannot_be_tracked_is_refused():
-    for name in ("\n\n", "\N{GRINNING FACE}"):
+    for name in ("\n\n", "\N{MATHEMATICAL BOLD CAPITAL A}"):
         with pytest.raises(BadRecord, match="holds the name of a special token, .* where it cannot be tracked"):
             tracking.Marker(["<s>", name]).mark(f"x{name}y", 1)
     assert tracking.unmark(tracking.Marker(["<s>"]).mark("x \N{GRINNING FACE}", 3))[0] == "x \N{GRINNING FACE}"
