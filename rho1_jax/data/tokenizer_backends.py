@@ -149,7 +149,7 @@ class JsonBackend:
                 mark = special_mark(token_id)
                 options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
                 marking.add_tokens([tokenizers.AddedToken(mark, **options)])
-                ids[marking.get_vocab_size() - 1] = token_id
+                ids[marking.token_to_id(mark)] = token_id
         return marking, ids
 
     def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
