@@ -10,6 +10,7 @@ from helpers import options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rho1_jax.data import chat_template as chat_template_module
 from rho1_jax.data import tokenizer as tokenizer_module
 from rho1_jax.data import tracking, transcripts
 from rho1_jax.data.chat_template import ChatTemplate
@@ -187,6 +188,8 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
         ("{{ messages[9].content }}", [USER], "the chat template refuses it: list object has no element 9"),
         ("{{ messages[0].content + 1 }}", [USER], "the chat template refuses it: "),
         ("{{ messages.append(1) }}", [USER], "the chat template refuses it: .*unsafe"),
+        ("{{ 'x' * 10 * 999999999999 }}", [USER], "the chat template refuses it: \\* makes too large a value"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", [USER], "the chat template refuses it: \\*\\* makes too large a value"),
         ("{{ ''.__class__.__mro__ }}", [USER], "the chat template refuses it: .*unsafe"),
         ("{{ messages[0].content | upper }}", [USER], "the chat template changes the text of a message"),
         ("{{ messages[0].content }}", [USER, ASSISTANT], "the chat template does not write what the assistant says"),
@@ -210,6 +213,14 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
 def test_what_a_template_refuses_or_cannot_be_tracked_is_a_bad_record(chat_tokenizer, template, messages, message):
     with pytest.raises(BadRecord, match=message.replace("|", r"\|")):
         encode(template, messages, chat_tokenizer)
+
+
+def test_a_template_that_does_not_end_ends_the_command(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template_module, "RENDER_SECONDS", 0.1)
+    numbers = "{% for _ in range(99999) %}"
+    with pytest.raises(UserError, match="takes more than 0.1 s of CPU time for one conversation"):
+        encode(numbers * 3 + "{% endfor %}" * 3, [USER, ASSISTANT], chat_tokenizer)
+    assert trained_text("{{ 2 * 3 }}{{ '-' * 3 }}{{ 2 ** 3 }}" + QWEN, [USER, ASSISTANT], chat_tokenizer)
 
 
 def test_a_template_gets_what_transformers_gives(chat_tokenizer):
@@ -247,6 +258,12 @@ def test_a_sentencepiece_model_has_its_control_pieces_as_special_tokens(tokenize
     "name, content, message",
     [
         ("chat_template.jinja", "{% for %}", "chat_template.jinja: not a Jinja template: .* in line 1"),
+        (
+            "chat_template.jinja",
+            "{% for _ in [1] %}" * 25 + "{% endfor %}" * 25,
+            "not a usable Jinja template: too many",
+        ),
+        ("chat_template.jinja", "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "not a usable Jinja template: maximum"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot read the chat template"),
         ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"chat_template": "\\n{{"}', "tokenizer_config.json: chat_template: .* in line 2"),
