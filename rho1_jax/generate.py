@@ -123,7 +123,9 @@ def _read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
                 record = records.parse(file, raw)
                 if chat and isinstance(record, dict) and "messages" in record:
                     where = f"{file}:{line}: messages"
-                    prompts.append({"messages": parse_json(json.dumps(record["messages"]), _Conversation, where)})
+                    prompts.append(
+                        {"messages": parse_json(json.dumps(record["messages"], default=str), _Conversation, where)}
+                    )
                     continue
                 text = records.document(record, ["{prompt}"])
             except records.BadRecord as error:

@@ -65,7 +65,14 @@ def read(record: dict[str, Any] | str, keys: Sequence[str], messages_key: str, t
         raise BadRecord("no message from the assistant: there is nothing to train on")
     if not any(trained):
         raise BadRecord("every message from the assistant has weight 0: there is nothing to train on")
-    return Conversation(messages, trained, _tools(record) if templated else None)
+    if not templated:
+        return Conversation(messages, trained, None)
+    return Conversation(_as_json(messages), trained, _as_json(_tools(record)))
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON can hold it. Parquet has dates, bytes and maps too, which become text or lists."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _listed(record: dict[str, Any], key: str) -> list[dict[str, Any]]:

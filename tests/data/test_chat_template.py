@@ -1,5 +1,6 @@
 """Chat templates: special tokens come from the template only, and the responses are trained on."""
 
+import datetime
 import itertools
 import json
 import re
@@ -302,6 +303,25 @@ def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_
     assert ChatTemplate.open(tmp_path / "rows" / "tokenizer") == template
     without = prepare(*arguments[:2], tmp_path / "plain", options(transcripts=Transcripts(), seq_len=60), workers=1)
     assert "chat_template" not in without["options"]["transcripts"]  # as older versions wrote it
+
+
+def test_messages_of_parquet_may_hold_what_json_cannot(chat_tokenizer):
+    extra = {"at": datetime.datetime(2026, 1, 2), "raw": b"<s>", "map": [("key", "<|im_end|>")]}
+    template = ChatTemplate(QWEN + "{% for m in messages %}{{ m.at }}{{ m.map | tojson if m.map }}{% endfor %}")
+    record = {"messages": [USER | extra, ASSISTANT]}
+    ids = transcripts.tokenize(record, Transcripts(chat_template=template), chat_tokenizer).ids
+    text = text_of(ids, chat_tokenizer)
+    assert text.endswith('2026-01-02 00:00:00[["key", "<|im_end|>"]]')
+    assert ids.count(chat_tokenizer.special_tokens["<|im_end|>"]) == 2
+
+
+def test_a_message_that_is_nested_too_deeply_is_a_bad_record(chat_tokenizer):
+    nested: list = []
+    for _ in range(600):
+        nested = [nested]
+    options = Transcripts(chat_template=ChatTemplate(QWEN))
+    with pytest.raises(BadRecord, match="nested too deeply"):
+        transcripts.tokenize({"messages": [USER | {"meta": nested}, ASSISTANT]}, options, chat_tokenizer)
 
 
 def test_a_template_changes_what_a_record_becomes(chat_tokenizer):
