@@ -29,7 +29,7 @@ from rho1_jax.data.chat_template import ChatTemplate, Message
 from rho1_jax.models import decoder
 from rho1_jax.models.generation import Continuation, Generator, Prompt
 from rho1_jax.models.terminal import chat as chat_on_terminal
-from rho1_jax.models.terminal import printable, stream
+from rho1_jax.models.terminal import for_terminal, stream
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -178,10 +178,10 @@ def _encode_all(items: list[dict[str, Any]], encode: Callable[[list[Message]], l
 
 def _print_one(generator: Generator, shown: str, prompt: Prompt, **options: Any) -> None:
     """Prints a prompt and its continuation while it is generated."""
-    pieces = [printable(shown)]  # waits for the first piece, so that the line on standard error can be erased
+    pieces = [for_terminal(shown)]  # waits for the first piece, so that the line on standard error can be erased
 
     def show(text: str) -> None:
-        print(*pieces, printable(text), sep="", end="", flush=True)
+        print(*pieces, for_terminal(text), sep="", end="", flush=True)
         pieces.clear()
 
     stream(generator, 0, prompt, show, **options)
@@ -271,7 +271,7 @@ def main() -> None:
             ]
             write_text(output_path, json_lines(lines))
         else:
-            print("\n\n".join(printable(before + text) for before, (_, text, *_) in zip(shown, continuations)))
+            print("\n\n".join(for_terminal(before + text) for before, (_, text, *_) in zip(shown, continuations)))
 
     run(command)
 

@@ -28,7 +28,7 @@ from rho1_jax.data.records import BadRecord
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.tokenizer_backends import Span, special_mark
 from rho1_jax.data.tracking import CALL_MARK, GENERATION_END, GENERATION_START, TEMPLATE
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.runtime.time_limit import time_limit
@@ -257,7 +257,7 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _is_masked(owner_L: np.ndarray) -> bool:

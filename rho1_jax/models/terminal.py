@@ -21,7 +21,7 @@ from rho1_jax.runtime.progress import waiting
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the line break
 
 
-def printable(text: str) -> str:
+def for_terminal(text: str) -> str:
     """The text for standard output. Control characters are escaped for a terminal, which would obey them."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text) if sys.stdout.isatty() else text
 
@@ -99,7 +99,7 @@ def _answer(generator: Generator, number: int, prompt: Prompt, max_new_tokens: i
 
     def show(text: str) -> None:
         pieces.append(text)
-        print(printable(text), end="", flush=True)
+        print(for_terminal(text), end="", flush=True)
 
     options |= {"max_new_tokens": max_new_tokens}
     try:

@@ -186,6 +186,7 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
     "template, messages, message",
     [
         ("{{ raise_exception('No system!') }}", [USER], "the chat template refuses it: No system!"),
+        ("{{ raise_exception('\x1b[2J') }}", [USER], r"the chat template refuses it: \\x1b\[2J"),
         ("{{ messages[9].content }}", [USER], "the chat template refuses it: list object has no element 9"),
         ("{{ messages[0].content + 1 }}", [USER], "the chat template refuses it: "),
         ("{{ messages.append(1) }}", [USER], "the chat template refuses it: .*unsafe"),
