@@ -155,6 +155,8 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRecord("a tool call has no function with a name")
+        if function is not call and "function" in function:
+            raise BadRecord("the function of a tool call holds another 'function'")
         _json(function.get("arguments"), "the arguments text of a tool call")
     return calls
 

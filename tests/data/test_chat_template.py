@@ -316,6 +316,13 @@ def test_messages_of_parquet_may_hold_what_json_cannot(chat_tokenizer):
     assert ids.count(chat_tokenizer.special_tokens["<|im_end|>"]) == 2
 
 
+def test_a_function_inside_the_function_of_a_call_is_a_bad_record(chat_tokenizer):
+    call = {"function": {"name": "f", "arguments": {}, "function": None}}
+    record = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(BadRecord, match="holds another 'function'"):
+        transcripts.tokenize(record, Transcripts(chat_template=ChatTemplate(QWEN)), chat_tokenizer)
+
+
 def test_a_message_that_is_nested_too_deeply_is_a_bad_record(chat_tokenizer):
     nested: list = []
     for _ in range(600):
