@@ -29,7 +29,7 @@ from rho1_jax.data.chat_template import ChatTemplate, Message
 from rho1_jax.models import decoder
 from rho1_jax.models.generation import Continuation, Generator, Prompt
 from rho1_jax.models.terminal import chat as chat_on_terminal
-from rho1_jax.models.terminal import stream
+from rho1_jax.models.terminal import for_terminal, stream
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -123,7 +123,9 @@ def _read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
                 record = records.parse(file, raw)
                 if chat and isinstance(record, dict) and "messages" in record:
                     where = f"{file}:{line}: messages"
-                    prompts.append({"messages": parse_json(json.dumps(record["messages"]), _Conversation, where)})
+                    prompts.append(
+                        {"messages": parse_json(json.dumps(record["messages"], default=str), _Conversation, where)}
+                    )
                     continue
                 text = records.document(record, ["{prompt}"])
             except records.BadRecord as error:
@@ -133,6 +135,15 @@ def _read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
     if not prompts:
         raise UserError(f"{path}: no prompts")
     return prompts
+
+
+def _checked(text: str, flag: str) -> str:
+    """The text of a flag. Raises UserError if the shell passed bytes that are not UTF-8."""
+    try:
+        records.check_text(text)
+    except records.BadRecord:
+        raise UserError(f"{flag}: not UTF-8 text") from None
+    return text
 
 
 def _chat_encoder(model: Pretrained, system: str | None) -> Callable[[list[Message]], list[int]]:
@@ -167,10 +178,10 @@ def _encode_all(items: list[dict[str, Any]], encode: Callable[[list[Message]], l
 
 def _print_one(generator: Generator, shown: str, prompt: Prompt, **options: Any) -> None:
     """Prints a prompt and its continuation while it is generated."""
-    pieces = [shown]  # waits for the first piece, so that the line on standard error can be erased
+    pieces = [for_terminal(shown)]  # waits for the first piece, so that the line on standard error can be erased
 
     def show(text: str) -> None:
-        print(*pieces, text, sep="", end="", flush=True)
+        print(*pieces, for_terminal(text), sep="", end="", flush=True)
         pieces.clear()
 
     stream(generator, 0, prompt, show, **options)
@@ -214,7 +225,7 @@ def main() -> None:
     top_p = flags.DEFINE_float(
         "top_p", 1.0, "Sample from the fewest tokens whose probabilities reach this (nucleus sampling).", 0.0, 1.0
     )
-    seed = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+    seed = flags.DEFINE_integer("seed", 0, "Seed of the samples.", -(2**63), 2**63 - 1)
     stop = flags.DEFINE_multi_string("stop", [], r"String that ends a continuation; '\n' is a line break. Repeatable.")
     dtype = flags.DEFINE_enum(
         "dtype",
@@ -225,7 +236,7 @@ def main() -> None:
 
     def command() -> None:
         output_path = local_path(output.value, "--output") if output.value else None
-        items: list[dict[str, Any]] = [{"prompt": text} for text in prompt.value]
+        items: list[dict[str, Any]] = [{"prompt": _checked(text, "--prompt")} for text in prompt.value]
         items += _read_items(local_path(file.value, "--prompts"), chat.value) if file.value else []
         if not items and not chat.value:
             raise UserError("nothing to continue: give --prompt=TEXT, --prompts=FILE or --chat")
@@ -235,6 +246,8 @@ def main() -> None:
             raise UserError("--system needs --chat: without it, a prompt is continued as it is")
         if top_p.value < 1 and not temperature.value:
             raise UserError(f"--top_p={top_p.value} needs --temperature above 0: at 0, the likeliest token is taken")
+        if "" in stop.value:
+            raise UserError("--stop is empty; leave it out to continue without a stop string")
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens.value or (CHAT_MAX_NEW_TOKENS if chat.value else MAX_NEW_TOKENS),
             "temperature": temperature.value,
@@ -261,7 +274,7 @@ def main() -> None:
             ]
             write_text(output_path, json_lines(lines))
         else:
-            print("\n\n".join(before + text for before, (_, text, *_) in zip(shown, continuations)))
+            print("\n\n".join(for_terminal(before + text) for before, (_, text, *_) in zip(shown, continuations)))
 
     run(command)
 

@@ -31,7 +31,7 @@ from rho1_jax.models import hf_config
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime.command_line import run
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes
@@ -311,7 +311,7 @@ def _shown(name: str, value: Any) -> str:
             return f"{value:,.6g}"
         case list():
             return ", ".join(_shown(name, each) for each in value)
-    return _printable(str(value))
+    return printable(str(value))
 
 
 def _size(number: float) -> str:
@@ -343,14 +343,10 @@ def _sample_lines(row: Report, dim: bool) -> list[str]:
     counts = f"{sum(row['eligible']):,} of {len(tokens) - 1:,} targets are eligible"
     lines = [f"{row['split']} row {row['row']}: {counts}"]
     for document in dict.fromkeys(row["documents"]):
-        pieces = [(_printable(piece), eligible) for piece, number, eligible in tokens if number == document]
+        pieces = [(printable(piece), eligible) for piece, number, eligible in tokens if number == document]
         text = "|".join(piece if eligible else f"{before}{piece}{after}" for piece, eligible in pieces)
         lines.append(f"  document {document}: {text}" if document else f"  padding: {len(pieces):,} tokens")
     return lines
-
-
-def _printable(text: str) -> str:
-    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def main() -> None:

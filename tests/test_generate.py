@@ -1,6 +1,7 @@
 """The command `rho1 generate`: chat, streaming, files of conversations and command lines it refuses."""
 
 import json
+import sys
 
 import jax
 import pytest
@@ -97,6 +98,9 @@ def test_prompts_and_conversations_on_the_command_line(folder, continued, tmp_pa
         "system": [*base, "--prompt=x", "--system=x"],
         "output": [*base, "--chat", "--output=x.jsonl"],
         "dtype": [*base, "--prompt=x", "--dtype=int8"],
+        "bytes": [*base, "--prompt=\udcff"],
+        "stop": [*base, "--prompt=x", "--stop="],
+        "seed": [*base, "--prompt=x", "--seed=99999999999999999999"],
     }
     done = run_all(commands, tmp_path / "done", make=True)
     first = continued(rendered(("system", "S"), *turns))
@@ -118,6 +122,9 @@ def test_prompts_and_conversations_on_the_command_line(folder, continued, tmp_pa
         ("system", "--system needs --chat"),
         ("output", "--output needs --prompt=TEXT or --prompts=FILE"),
         ("dtype", "flag --dtype=int8"),
+        ("bytes", "--prompt: not UTF-8 text"),
+        ("stop", "--stop is empty"),
+        ("seed", "flag --seed=99999999999999999999"),
     ):
         (line,) = done[name].stderr.splitlines()
         assert done[name].status == 2 and line.startswith("error: ") and message in line, line
@@ -135,6 +142,19 @@ def test_the_dtype_is_that_of_parameters_and_computation(folder):
         with generate._loaded(model, 1, dtype) as generator:
             assert generator._config.compute_dtype == (dtype or "float32")
             assert {str(leaf.dtype) for leaf in jax.tree.leaves(generator._params)} == {dtype or "float32"}
+
+
+def test_control_characters_are_escaped_in_a_terminal_only(capsys, monkeypatch):
+    class Model:
+        def run(self, requests, on_text):
+            on_text(0, "\x1b]0;title\x07\x9b2J\r\u3000\n\t.")
+            yield Continuation(0, "", [], [])
+
+    generate._print_one(Model(), "\x1b[2J", [1])
+    assert capsys.readouterr().out == "\x1b[2J\x1b]0;title\x07\x9b2J\r\u3000\n\t.\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    generate._print_one(Model(), "\x1b[2J", [1])
+    assert capsys.readouterr().out == "\\x1b[2J\\x1b]0;title\\x07\\x9b2J\\r\u3000\n\t.\n"
 
 
 def test_text_is_printed_piece_by_piece(capsys):

@@ -9,6 +9,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,15 @@ from rho1_jax.data.records import BadRecord
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.tokenizer_backends import Span, special_mark
 from rho1_jax.data.tracking import CALL_MARK, GENERATION_END, GENERATION_START, TEMPLATE
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.schema import read_json
+from rho1_jax.runtime.time_limit import time_limit
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+RENDER_SECONDS = 10.0  # of CPU time for one conversation; templates come from downloaded folders
+# Log2 of the largest number, and of the most characters or items, that * and ** may make in a template.
+NUMBER_BITS, REPEATED_BITS = 64, 20
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER, _FIRST_RESPONSE = tracking.OWNERS[0], tracking.OWNERS[1]  # owners: masked messages, and the first trained one
 
@@ -86,6 +91,8 @@ class ChatTemplate:
             _compile(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}: not a Jinja template: {error.message} in line {error.lineno}") from None
+        except Exception as error:  # Python refuses the code that Jinja makes of it, or constants in it fail
+            raise UserError(f"{where}: not a usable Jinja template: {_reason(error)}") from None
         return cls(source)
 
     def save(self, folder: pathlib.Path) -> None:
@@ -201,18 +208,23 @@ class ChatTemplate:
         now: datetime.datetime,
         tokenizer: Tokenizer,
     ) -> str:
+        too_long = (
+            f"the chat template takes more than {RENDER_SECONDS:g} s of CPU time for one conversation; use another"
+        )
         try:
-            return _compile(self.source).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                strftime_now=now.strftime,
-                **tokenizer.named_tokens,
-            )
+            with time_limit(RENDER_SECONDS, too_long):
+                return _compile(self.source).render(
+                    messages=messages,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                    strftime_now=now.strftime,
+                    **tokenizer.named_tokens,
+                )
+        except UserError:
+            raise
         except Exception as error:  # a template can raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadRecord(f"the chat template refuses it: {reason}") from None
+            raise BadRecord(f"the chat template refuses it: {_reason(error)}") from None
 
     @functools.lru_cache  # noqa: B019
     def _generation_prompt(self, tokenizer: Tokenizer) -> str:
@@ -242,6 +254,10 @@ class ChatTemplate:
             ends = list(_special_tokens(text[last + 1 : following], tokenizer))
             stops = [end for end in ends if end[1] in tokenizer.eos_ids] or ends
             yield begin, last + 1 + (stops[0][0][1] if stops else 0)
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _is_masked(owner_L: np.ndarray) -> bool:
@@ -314,10 +330,24 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without products and powers that take all memory or never end."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        are_numbers = [isinstance(side, int | float) for side in (left, right)]
+        sizes = [abs(side) if is_number else len(side) for side, is_number in zip((left, right), are_numbers)]
+        bits = [math.log2(max(1, size)) for size in sizes]
+        if (sum(bits) if operator == "*" else bits[0] * sizes[1]) > (
+            NUMBER_BITS if all(are_numbers) else REPEATED_BITS
+        ):
+            raise jinja2.sandbox.SecurityError(f"{operator} makes too large a value")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     return environment

@@ -65,7 +65,14 @@ def read(record: dict[str, Any] | str, keys: Sequence[str], messages_key: str, t
         raise BadRecord("no message from the assistant: there is nothing to train on")
     if not any(trained):
         raise BadRecord("every message from the assistant has weight 0: there is nothing to train on")
-    return Conversation(messages, trained, _tools(record) if templated else None)
+    if not templated:
+        return Conversation(messages, trained, None)
+    return Conversation(_as_json(messages), trained, _as_json(_tools(record)))
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON can hold it. Parquet has dates, bytes and maps too, which become text or lists."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _listed(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -148,6 +155,8 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRecord("a tool call has no function with a name")
+        if function is not call and "function" in function:
+            raise BadRecord("the function of a tool call holds another 'function'")
         _json(function.get("arguments"), "the arguments text of a tool call")
     return calls
 

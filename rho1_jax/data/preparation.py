@@ -28,7 +28,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime import formats, stopping
 from rho1_jax.runtime.children import end_with_parent
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import json_sha256, replacing, sha256, write_text
 from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.progress import Progress
@@ -290,7 +290,7 @@ def _tokenize_all(
         result, position = pending.popleft()
         chunk = result()
         for reason in chunk.bad[: max(0, BAD_RECORDS_SHOWN - bad_count)]:
-            print(f"bad record: {reason}", file=sys.stderr)
+            print(f"bad record: {printable(reason)}", file=sys.stderr)
         bad_count += len(chunk.bad)
         document_count += len(chunk.lengths)
         progress.advance_to(position)

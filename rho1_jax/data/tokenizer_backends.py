@@ -143,14 +143,15 @@ class JsonBackend:
         marking.encode_special_tokens = True
         marking.no_truncation()
         marking.no_padding()
-        ids: dict[int, int] = {}
+        marks: dict[str, int] = {}
         for token_id, token in marking.get_added_tokens_decoder().items():
             if token.special:
                 mark = special_mark(token_id)
                 options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
                 marking.add_tokens([tokenizers.AddedToken(mark, **options)])
-                ids[marking.get_vocab_size() - 1] = token_id
-        return marking, ids
+                marks[mark] = token_id
+        added = marking.get_added_tokens_decoder()
+        return marking, {number: marks[token.content] for number, token in added.items() if token.content in marks}
 
     def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
         """Token ids and spans of a text in which a match of MARK stands for a special token."""

@@ -23,8 +23,15 @@ CALL_MARK = "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdef\U00040000-\U000dffff]")
 _FIXED_KEYS = ("role", "type")  # templates compare their values, which are not free text
 
-# Characters that stay: whitespace, which templates trim, and those that JSON escapes.
-_STAY = np.array([chr(code).isspace() or code < 32 or chr(code) in '"\\' for code in range(1 << 16)])
+# Characters that stay: whitespace, which templates trim, those that JSON escapes, and the private ones that make room
+# for emoji. Beyond the first plane, only emoji move: a whole message may consist of them.
+EMOJI, EMOJI_ROOM = 0x1F000, 0xE000  # the first of 4096 characters each
+_STAY = np.array(
+    [
+        chr(code).isspace() or code < 32 or chr(code) in '"\\' or code >> 12 == EMOJI_ROOM >> 12
+        for code in range(1 << 16)
+    ]
+)
 
 
 class Marker:
@@ -37,7 +44,7 @@ class Marker:
     def __init__(self, names: Collection[str]):
         self.special = _any_of(names)
         # Names whose characters all stay would be taken for the template's.
-        self._untrackable = _any_of([name for name in names if not any(map(_moves, name))])
+        self._untrackable = _any_of([name for name in names if not _moving(_codes(name)).any()])
 
     def mark(self, text: str, owner: int, literals: Collection[str] = ()) -> str:
         """The text with its characters moved to the owner's plane, except whitespace and what JSON escapes.
@@ -52,13 +59,15 @@ class Marker:
         """
         check_text(text)
         self._check(text, self._untrackable)
-        codes = np.frombuffer(text.encode("utf-32-le"), "<u4").copy()
-        moves = (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
+        codes = _codes(text).copy()
+        moves = _moving(codes)
         stays = np.zeros(len(text), bool)
         for pattern, is_kept in ((_any_of(literals), True), (self.special, False)):
             for match in pattern.finditer(text):
                 stays[match.start() : match.end()] = is_kept
-        codes[moves & ~stays] += (FIRST_PLANE - OWNERS[0] + owner) << 16
+        moves &= ~stays
+        codes[moves & (codes >> 12 == EMOJI >> 12)] -= EMOJI - EMOJI_ROOM
+        codes[moves] += (FIRST_PLANE - OWNERS[0] + owner) << 16
         return codes.tobytes().decode("utf-32-le")
 
     def mark_all(self, value: Any, owner: int, literals: Collection[str] = ()) -> Any:
@@ -99,14 +108,20 @@ def _any_of(texts: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _moves(character: str) -> bool:
-    return ord(character) < 1 << 16 and not _STAY[ord(character)]
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+def _moving(codes: np.ndarray) -> np.ndarray:
+    """For each character, True if marking moves it."""
+    return (codes >> 12 == EMOJI >> 12) | (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
 
 
 def unmark(text: str) -> tuple[str, np.ndarray]:
     """The text with marked characters moved back, and the owner of each character."""
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    codes = _codes(text)
     planes = (codes >> 16).astype(np.int8)
     owners = np.where((planes >= FIRST_PLANE) & (planes < FIRST_PLANE + len(OWNERS)), planes - FIRST_PLANE + 1, 0)
     original = np.where(owners > 0, codes & 0xFFFF, codes).astype("<u4")
+    original[(owners > 0) & (original >> 12 == EMOJI_ROOM >> 12)] += EMOJI - EMOJI_ROOM
     return original.tobytes().decode("utf-32-le"), owners

@@ -12,6 +12,7 @@ import numpy as np
 from rho1_jax.data import messages
 from rho1_jax.data.chat_template import ChatTemplate
 from rho1_jax.data.messages import Conversation
+from rho1_jax.data.records import BadRecord
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.tokenizer_backends import Span
 from rho1_jax.runtime.errors import UserError
@@ -108,9 +109,12 @@ def tokenize(
     if options.chat_template is None:
         parts = exchanges(record, options)
         return Tokens("".join(part.text for part in parts), *encode(parts, tokenizer, enough))
-    conversation = options.read(record)
-    ids, in_response = options.chat_template.encode(*conversation, tokenizer, enough)
-    return Tokens(json.dumps([conversation.messages, conversation.tools]), ids, in_response)
+    try:
+        conversation = options.read(record)
+        ids, in_response = options.chat_template.encode(*conversation, tokenizer, enough)
+        return Tokens(json.dumps([conversation.messages, conversation.tools]), ids, in_response)
+    except RecursionError:
+        raise BadRecord("nested too deeply") from None
 
 
 def exchanges(record: dict[str, Any] | str, options: Transcripts) -> list[Exchange]:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import re
 import signal
 import sys
 import threading
@@ -16,6 +17,13 @@ from rho1_jax.data.chat_template import Message
 from rho1_jax.models.generation import Continuation, Generator, Prompt
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.progress import waiting
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the line break
+
+
+def for_terminal(text: str) -> str:
+    """The text for standard output. Control characters are escaped for a terminal, which would obey them."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text) if sys.stdout.isatty() else text
 
 
 def chat(
@@ -41,7 +49,8 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if terminal:
-        importlib.import_module("readline")  # lets `input` edit a line
+        with contextlib.suppress(ImportError):  # some builds of Python lack it
+            importlib.import_module("readline")  # lets `input` edit a line
         _note("/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer")
     messages: list[Message] = []
     for number in itertools.count():
@@ -90,7 +99,7 @@ def _answer(generator: Generator, number: int, prompt: Prompt, max_new_tokens: i
 
     def show(text: str) -> None:
         pieces.append(text)
-        print(text, end="", flush=True)
+        print(for_terminal(text), end="", flush=True)
 
     options |= {"max_new_tokens": max_new_tokens}
     try:

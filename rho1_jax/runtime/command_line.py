@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from rho1_jax.runtime import peers, stopping
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.processes import is_first_with, say
 from rho1_jax.runtime.stopping import Stopped
@@ -248,7 +248,7 @@ def _exit(error: Exception | str) -> NoReturn:
     line = " ".join(filter(None, (part.strip() for part in str(error).splitlines())))
     if is_first_with(line):
         # A path may contain anything, such as control characters of a terminal.
-        print("error:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr, flush=True)
+        print("error:", printable(line), file=sys.stderr, flush=True)
     peers.leave(BAD_USAGE)
 
 

@@ -1,5 +1,6 @@
 """Chat templates: special tokens come from the template only, and the responses are trained on."""
 
+import datetime
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ from helpers import options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rho1_jax.data import chat_template as chat_template_module
 from rho1_jax.data import tokenizer as tokenizer_module
 from rho1_jax.data import tracking, transcripts
 from rho1_jax.data.chat_template import ChatTemplate
@@ -86,6 +88,15 @@ def test_responses_and_the_tokens_that_end_them_are_trained_on(chat_tokenizer, t
 
 
 @pytest.mark.parametrize("template", [QWEN, GENERATION])
+@pytest.mark.parametrize("trained", [[False, True, False, False], [False, False, False, True]])
+def test_a_response_of_emoji_alone_is_tracked(chat_tokenizer, template, trained):
+    emoji = [{"role": "assistant", "content": text} for text in ("\U0001f44d", "\U0001f389\U0001f389")]
+    expected = [message["content"] for message, each in zip([USER, emoji[0], USER, emoji[1]], trained) if each]
+    texts = trained_text(template, [USER, emoji[0], USER, emoji[1]], chat_tokenizer, trained=trained)
+    assert [text.strip().removesuffix("<|im_end|>").strip() for text in texts] == expected
+
+
+@pytest.mark.parametrize("template", [QWEN, GENERATION])
 def test_masked_messages_are_not_trained_on(chat_tokenizer, template):
     messages = [USER, {"role": "assistant", "content": "Wrong."}, USER, ASSISTANT]
     trained = [False, False, False, True]
@@ -150,7 +161,7 @@ def test_a_template_that_joins_pieces_of_data_makes_no_special_token(chat_tokeni
 
 
 def test_a_special_token_of_characters_that_cannot_be_tracked_is_refused():
-    for name in ("\n\n", "\N{GRINNING FACE}"):
+    for name in ("\n\n", "\N{MATHEMATICAL BOLD CAPITAL A}"):
         with pytest.raises(BadRecord, match="holds the name of a special token, .* where it cannot be tracked"):
             tracking.Marker(["<s>", name]).mark(f"x{name}y", 1)
     assert tracking.unmark(tracking.Marker(["<s>"]).mark("x \N{GRINNING FACE}", 3))[0] == "x \N{GRINNING FACE}"
@@ -175,9 +186,12 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
     "template, messages, message",
     [
         ("{{ raise_exception('No system!') }}", [USER], "the chat template refuses it: No system!"),
+        ("{{ raise_exception('\x1b[2J') }}", [USER], r"the chat template refuses it: \\x1b\[2J"),
         ("{{ messages[9].content }}", [USER], "the chat template refuses it: list object has no element 9"),
         ("{{ messages[0].content + 1 }}", [USER], "the chat template refuses it: "),
         ("{{ messages.append(1) }}", [USER], "the chat template refuses it: .*unsafe"),
+        ("{{ 'x' * 10 * 999999999999 }}", [USER], "the chat template refuses it: \\* makes too large a value"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", [USER], "the chat template refuses it: \\*\\* makes too large a value"),
         ("{{ ''.__class__.__mro__ }}", [USER], "the chat template refuses it: .*unsafe"),
         ("{{ messages[0].content | upper }}", [USER], "the chat template changes the text of a message"),
         ("{{ messages[0].content }}", [USER, ASSISTANT], "the chat template does not write what the assistant says"),
@@ -201,6 +215,14 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
 def test_what_a_template_refuses_or_cannot_be_tracked_is_a_bad_record(chat_tokenizer, template, messages, message):
     with pytest.raises(BadRecord, match=message.replace("|", r"\|")):
         encode(template, messages, chat_tokenizer)
+
+
+def test_a_template_that_does_not_end_ends_the_command(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template_module, "RENDER_SECONDS", 0.1)
+    numbers = "{% for _ in range(99999) %}"
+    with pytest.raises(UserError, match="takes more than 0.1 s of CPU time for one conversation"):
+        encode(numbers * 3 + "{% endfor %}" * 3, [USER, ASSISTANT], chat_tokenizer)
+    assert trained_text("{{ 2 * 3 }}{{ '-' * 3 }}{{ 2 ** 3 }}" + QWEN, [USER, ASSISTANT], chat_tokenizer)
 
 
 def test_a_template_gets_what_transformers_gives(chat_tokenizer):
@@ -238,6 +260,12 @@ def test_a_sentencepiece_model_has_its_control_pieces_as_special_tokens(tokenize
     "name, content, message",
     [
         ("chat_template.jinja", "{% for %}", "chat_template.jinja: not a Jinja template: .* in line 1"),
+        (
+            "chat_template.jinja",
+            "{% for _ in [1] %}" * 25 + "{% endfor %}" * 25,
+            "not a usable Jinja template: too many",
+        ),
+        ("chat_template.jinja", "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "not a usable Jinja template: maximum"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot read the chat template"),
         ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"chat_template": "\\n{{"}', "tokenizer_config.json: chat_template: .* in line 2"),
@@ -276,6 +304,32 @@ def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_
     assert ChatTemplate.open(tmp_path / "rows" / "tokenizer") == template
     without = prepare(*arguments[:2], tmp_path / "plain", options(transcripts=Transcripts(), seq_len=60), workers=1)
     assert "chat_template" not in without["options"]["transcripts"]  # as older versions wrote it
+
+
+def test_messages_of_parquet_may_hold_what_json_cannot(chat_tokenizer):
+    extra = {"at": datetime.datetime(2026, 1, 2), "raw": b"<s>", "map": [("key", "<|im_end|>")]}
+    template = ChatTemplate(QWEN + "{% for m in messages %}{{ m.at }}{{ m.map | tojson if m.map }}{% endfor %}")
+    record = {"messages": [USER | extra, ASSISTANT]}
+    ids = transcripts.tokenize(record, Transcripts(chat_template=template), chat_tokenizer).ids
+    text = text_of(ids, chat_tokenizer)
+    assert text.endswith('2026-01-02 00:00:00[["key", "<|im_end|>"]]')
+    assert ids.count(chat_tokenizer.special_tokens["<|im_end|>"]) == 2
+
+
+def test_a_function_inside_the_function_of_a_call_is_a_bad_record(chat_tokenizer):
+    call = {"function": {"name": "f", "arguments": {}, "function": None}}
+    record = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(BadRecord, match="holds another 'function'"):
+        transcripts.tokenize(record, Transcripts(chat_template=ChatTemplate(QWEN)), chat_tokenizer)
+
+
+def test_a_message_that_is_nested_too_deeply_is_a_bad_record(chat_tokenizer):
+    nested: list = []
+    for _ in range(600):
+        nested = [nested]
+    options = Transcripts(chat_template=ChatTemplate(QWEN))
+    with pytest.raises(BadRecord, match="nested too deeply"):
+        transcripts.tokenize({"messages": [USER | {"meta": nested}, ASSISTANT]}, options, chat_tokenizer)
 
 
 def test_a_template_changes_what_a_record_becomes(chat_tokenizer):

@@ -13,6 +13,7 @@ import tokenizers
 
 from rho1_jax.data import tokenizer as tokenizer_module
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer_backends import special_mark
 from rho1_jax.runtime.errors import UserError
 
 TEXTS = [
@@ -80,6 +81,16 @@ def test_special_token_in_a_text_is_ordinary_text(byte_level, mistral):
         tokenizer = Tokenizer(path)
         ids = tokenizer.encode(f"a{special}b")
         assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == f"a{special}b"
+
+
+def test_a_mark_stands_for_its_token_in_a_vocabulary_with_gaps(tmp_path):
+    token = tokenizers.AddedToken("<s>", special=True, normalized=False)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<s>": 40}, []))
+    model.add_special_tokens([token])
+    model.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "tokenizer_config.json", {"eos_token": "<s>"})
+    ids, _ = Tokenizer(tmp_path).encode_spans(f"a{special_mark(40)}b", marked=True)
+    assert ids == [0, 40, 1]
 
 
 def test_spans_cover_the_characters_of_each_token(byte_level, mistral):

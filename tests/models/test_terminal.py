@@ -53,6 +53,14 @@ def test_each_turn_sees_the_conversation_and_draws_anew(monkeypatch, capsys):
     assert capsys.readouterr().out == "AB\n\nC\nD\n"
 
 
+def test_a_terminal_gets_escaped_control_characters_and_the_model_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    answers = Answers(["\x1b[2J"], ["B"])
+    chat(monkeypatch, "one\ntwo\n", answers)
+    assert capsys.readouterr().out == "\\x1b[2J\nB\n"
+    assert answers.asked[1] == ["one", "\x1b[2J", "two"]
+
+
 def test_ctrl_c_stops_an_answer_in_a_terminal(monkeypatch, capsys):
     answers = Answers(["half", CTRL_C], [CTRL_C], ["C"])
     chat(monkeypatch, "one\ntwo\nthree\n", answers, terminal=True)
