@@ -68,7 +68,7 @@ TOO_LARGE = r"{}: input should be less than 2147483648, not 3000000000"
         ({"num_key_value_heads": 0}, "num_key_value_heads: input should be greater than 0, not 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"head_dim": 0}, "head_dim: input should be greater than 0, not 0"),
-        ({"head_dim": 7}, "heads of width 7: rotary positions need an even width"),
+        ({"head_dim": 7}, "heads of width 7, of which 7 rotate: rotary positions need an even width"),
         (
             {"head_dim": None, "num_attention_heads": 6},
             "num_attention_heads=6 does not divide hidden_size=32, and head",

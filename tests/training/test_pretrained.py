@@ -10,6 +10,7 @@ import pytest
 from helpers import config_of, run_command, tiny, write_hf_folder
 
 from rho1_jax.configs import default
+from rho1_jax.configs.default import ModelConfig
 from rho1_jax.evaluate import evaluate_model
 from rho1_jax.export_hf import export_hf, export_weights
 from rho1_jax.generate import generate_text
@@ -57,7 +58,7 @@ def test_a_run_takes_its_whole_model_from_a_folder(folder, data, tmp_path):
     trained = Pretrained.open(tmp_path / "run", "--checkpoint")
     assert trained.model == shape_of(MODELS[folder.name])
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["model"] == dataclasses.asdict(trained.model)
+    assert ModelConfig(**saved["model"]) == trained.model
     train_model(config_from(folder, data, steps=3), tmp_path / "run")  # resumes
     # A run that starts from this one, and so on.
     setup, _ = open_run(config_from(tmp_path / "run", data))
