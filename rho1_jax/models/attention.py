@@ -4,6 +4,9 @@ Shapes: B batch rows, L queries, S keys, H query heads, K key/value heads, G que
 width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
@@ -20,6 +23,8 @@ KERNELS = {"tpu": ("splash", 128), "gpu": ("cudnn", 64)}
 XLA_BLOCK = 64  # queries whose logits exist at once, in short rows
 XLA_BLOCKS = 8  # maximum number of blocks, in long rows
 SPLASH_BLOCK = 512  # maximum number of queries and of keys in a block
+CUDNN_BLOCK = 512  # queries whose mask exists at once
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's name for cuDNN's forward kernel
 
 
 def attention(
@@ -41,7 +46,8 @@ def attention(
       v_BLKC: [B, L, K, C] values.
       segments_BL: [B, L] segment ids.
       sliding_window: maximum number of keys a query sees, itself included; None means all.
-      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", which selects by platform, row length and soft cap.
+      kernel: "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the kernel of the platform if it can compute
+        these rows, and "xla" if it cannot.
       query_scale: factor on the queries; None means 1 / sqrt(C).
       soft_cap: soft cap on the logits; None means no cap.
 
@@ -49,12 +55,13 @@ def attention(
       [B, L, H, C] in the dtype of the queries.
 
     Raises:
-      UserError: the kernel cannot compute rows of this length, or has no soft cap.
+      UserError: the kernel cannot compute rows of this length, dtype or head width, or has no soft cap.
     """
     L = q_BLHC.shape[1]
     if kernel == "auto":
         kernel, multiple = KERNELS.get(jax.default_backend(), ("xla", 1))
-        kernel = "xla" if L % multiple or (kernel == "cudnn" and soft_cap is not None) else kernel
+        no_cudnn = kernel == "cudnn" and (_compute_capability() < 8 or _cudnn_refusal(q_BLHC, soft_cap) is not None)
+        kernel = "xla" if L % multiple or no_cudnn else kernel
     row_kernels = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
     return row_kernels[kernel](q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap)
 
@@ -141,25 +148,39 @@ def _attend(q_BLHC, k_BSKC, v_BSKC, mask_BLS, query_scale, soft_cap) -> jax.Arra
     return mixed_BKXC.reshape(B, K, G, L, C).transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
 
 
-def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
-    """Blocks of queries in turn, each against the keys it can see. The backward pass recomputes their logits."""
+def _in_blocks(
+    attend: Callable, size: int, q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, key_multiple=1
+) -> jax.Array:
+    """Calls `attend` for one block of queries after another, each with the keys it can see.
+
+    Args:
+      attend: called with queries [B, l, H, C], keys and values [B, S, K, C], the segments of the queries [B, l] and of
+        the keys [B, S], and the index, among the S keys, of the first query. Returns [B, l, H, C].
+      size: number of queries in a block.
+      q_BLHC: as in `attention`, like the arrays after it and the window.
+      key_multiple: the index of each block's first key is a multiple of this.
+    """
     L = q_BLHC.shape[1]
-    size = max(XLA_BLOCK, -(-L // XLA_BLOCKS))
     mixed = []
     for start in range(0, L, size):
         stop = min(start + size, L)
-        first = 0 if sliding_window is None else max(0, start + 1 - sliding_window)
-
-        @jax.checkpoint
-        def block(q_BlHC, k_BSKC, v_BSKC, query_segments_Bl, key_segments_BS, first_query=start - first):
-            mask_BlS = attention_mask(query_segments_Bl, key_segments_BS, first_query, sliding_window)
-            return _attend(q_BlHC, k_BSKC, v_BSKC, mask_BlS, query_scale, soft_cap)
-
+        first = 0 if sliding_window is None else max(0, start + 1 - sliding_window) // key_multiple * key_multiple
         queries, keys = slice(start, stop), slice(first, stop)
-        mixed.append(
-            block(q_BLHC[:, queries], k_BLKC[:, keys], v_BLKC[:, keys], segments_BL[:, queries], segments_BL[:, keys])
-        )
+        segments = segments_BL[:, queries], segments_BL[:, keys]
+        mixed.append(attend(q_BLHC[:, queries], k_BLKC[:, keys], v_BLKC[:, keys], *segments, start - first))
     return jnp.concatenate(mixed, axis=1)
+
+
+def _xla(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
+    """XLA's matrix multiplications, in blocks of queries. The backward pass recomputes their logits."""
+
+    @partial(jax.checkpoint, static_argnums=5)
+    def attend(q_BlHC, k_BSKC, v_BSKC, query_segments_Bl, key_segments_BS, first_query):
+        mask_BlS = attention_mask(query_segments_Bl, key_segments_BS, first_query, sliding_window)
+        return _attend(q_BlHC, k_BSKC, v_BSKC, mask_BlS, query_scale, soft_cap)
+
+    size = max(XLA_BLOCK, -(-q_BLHC.shape[1] // XLA_BLOCKS))
+    return _in_blocks(attend, size, q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window)
 
 
 def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
@@ -192,16 +213,51 @@ def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, so
 
 
 def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
-    """cuDNN's fused attention, through JAX."""
+    """cuDNN's fused attention, through JAX, in blocks of queries on each device's own rows and heads.
+
+    cuDNN keeps the logits on the chip but reads the mask from memory, so it gets the mask of one block at a time. The
+    backward pass rebuilds the masks; it does not run the forward kernel again.
+
+    cuDNN's layout for packed rows needs no mask. It also needs Hopper or newer, and softmax statistics as long as the
+    row for every document that a row could hold; and JAX 0.10 gives it wrong offsets for grouped heads.
+    """
+    if (refusal := _cudnn_refusal(q_BLHC, soft_cap)) is not None:
+        raise UserError(f"attention kernel 'cudnn' {refusal}; use 'xla'")
+
+    @partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
+    def attend(q_BlhC, k_BSkC, v_BSkC, query_segments_Bl, key_segments_BS, first_query):
+        mask_BlS = attention_mask(query_segments_Bl, key_segments_BS, first_query, sliding_window)
+        return jax.nn.dot_product_attention(
+            q_BlhC, k_BSkC, v_BSkC, mask=mask_BlS[:, None], scale=query_scale, implementation="cudnn"
+        )
+
+    def attend_alone(*arrays):
+        # Without the barrier, XLA may build the masks of all blocks before the loop over layers, and keep them.
+        return attend(*jax.lax.optimization_barrier(arrays))
+
+    def on_device(*arrays):
+        return _in_blocks(attend_alone, CUDNN_BLOCK, *arrays, sliding_window, key_multiple=KERNELS["gpu"][1])
+
+    heads, rows = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
+    return on_mesh(on_device, (heads, heads, heads, rows), heads)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
+
+
+def _cudnn_refusal(q_BLHC: jax.Array, soft_cap: float | None) -> str | None:
+    """What keeps cuDNN from computing attention of these queries, as the end of a sentence; None if nothing does."""
+    _, L, _, C = q_BLHC.shape
+    multiple, widest = KERNELS["gpu"][1], 256 if _compute_capability() >= 9 else 128
     if soft_cap is not None:
-        raise UserError(f"attention kernel 'cudnn' cannot compute a soft cap ({soft_cap:g}); use 'xla'")
-    return jax.nn.dot_product_attention(
-        q_BLHC,
-        k_BLKC,
-        v_BLKC,
-        mask=(segments_BL[:, :, None] == segments_BL[:, None, :])[:, None],
-        scale=query_scale,
-        is_causal=True,
-        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-        implementation="cudnn",
-    )
+        return f"cannot compute a soft cap ({soft_cap:g})"
+    if L % multiple:
+        return f"needs rows of a multiple of {multiple} tokens, not {L}"
+    if q_BLHC.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs config.model.compute_dtype=bfloat16 or float16, not {q_BLHC.dtype}"
+    if C % 8 or widest < C:
+        return f"needs a head width that is a multiple of 8, at most {widest} on this device, not {C}"
+    return None
+
+
+def _compute_capability() -> float:
+    """Compute capability of the devices, such as 8.9; 0 if they are not NVIDIA GPUs."""
+    name = getattr(jax.devices()[0], "compute_capability", "")
+    return float(name) if name[:1].isdigit() else 0.0

@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import re
+import types
+from collections import Counter
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn_checks
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rho1_jax.models import attention as kernels
 from rho1_jax.models.attention import attention, attention_mask, cached_attention, splash_kernel
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
@@ -56,6 +60,15 @@ def test_xla_in_blocks_equals_jax_nn(kv_heads, sliding_window, length):
     )
 
 
+def mesh_of(sizes):
+    axes = sharding.AXES, (jax.sharding.AxisType.Auto,) * 3
+    return (
+        contextlib.nullcontext()
+        if sizes is None
+        else jax.set_mesh(jax.make_mesh(sizes, *axes, devices=jax.devices()[:4]))
+    )
+
+
 @pytest.mark.parametrize("kv_heads, sliding_window, sizes", [(4, None, None), (1, 70, None), (2, None, (2, 1, 2))])
 def test_splash_equals_jax_nn(monkeypatch, kv_heads, sliding_window, sizes):
     """Runs in Pallas's interpreter. With sizes, on a mesh with rows and heads each over two devices."""
@@ -63,41 +76,89 @@ def test_splash_equals_jax_nn(monkeypatch, kv_heads, sliding_window, sizes):
     ours = functools.partial(attention, sliding_window=sliding_window, kernel="splash")
     on_tpu = splash_kernel.make_splash_mha_single_device
     monkeypatch.setattr(splash_kernel, "make_splash_mha_single_device", functools.partial(on_tpu, interpret=True))
-    with contextlib.ExitStack() as stack:
-        if sizes is not None:
-            mesh = jax.make_mesh(sizes, sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4])
-            stack.enter_context(jax.set_mesh(mesh))
+    with mesh_of(sizes):
         check(lambda q, k, v: ours(q, k, v, segments), q, k, v, segments, sliding_window)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 5])
-def test_cudnn_gets_the_arguments_of_jax_nn(monkeypatch, sliding_window):
-    """Without a GPU, JAX's own implementation runs with cuDNN's arguments."""
-    q, k, v, segments = inputs(64, 2)
+@pytest.fixture
+def cudnn_on_cpu(monkeypatch):
+    """JAX's own implementation with cuDNN's arguments, in any dtype. Returns the implementations asked for."""
     implementations = []
     original = jax.nn.dot_product_attention
 
-    def instead(*arrays, implementation, **options):
+    def instead(*arrays, implementation=None, **options):
         implementations.append(implementation)
         return original(*arrays, **options)
 
-    expected = theirs(q, k, v, segments, sliding_window)
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(kernels, "_cudnn_refusal", lambda *_: None)
+    return implementations
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_cudnn_gets_the_arguments_of_jax_nn(cudnn_on_cpu, sliding_window):
+    q, k, v, segments = inputs(64, 2)
     mixed = attention(q, k, v, segments, sliding_window=sliding_window, kernel="cudnn")
-    assert implementations == ["cudnn"]
-    np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
+    assert cudnn_on_cpu == ["cudnn"]
+    np.testing.assert_allclose(mixed, theirs(q, k, v, segments, sliding_window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, sliding_window, sizes", [(4, None, None), (1, 70, None), (2, 600, None), (2, None, (2, 1, 2))]
+)
+def test_cudnn_in_blocks_equals_jax_nn(cudnn_on_cpu, kv_heads, sliding_window, sizes):
+    """Two blocks of queries. With sizes, on a mesh with rows and heads each over two devices."""
+    q, k, v, segments = inputs(704, kv_heads)
+    ours = functools.partial(attention, sliding_window=sliding_window, query_scale=8**-0.5, kernel="cudnn")
+    with mesh_of(sizes):
+        check(lambda q, k, v: ours(q, k, v, segments), q, k, v, segments, sliding_window)
+    assert cudnn_on_cpu.count("cudnn") == 2
+
+
+def lowered_for_cuda(monkeypatch, length=1024, head_width=64, dtype=jnp.bfloat16, backward=True, **options):
+    """What a GPU gets to compile, as text, for 4 query heads and 2 key/value heads."""
+    monkeypatch.setattr(cudnn_checks, "check_cudnn_version", lambda: 91_000)
+    q, k, v = (jax.ShapeDtypeStruct((2, length, heads, head_width), dtype) for heads in (4, 2, 2))
+    segments = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+    def loss(q, k, v, segments):
+        return attention(q, k, v, segments, **options).astype(jnp.float32).sum()
+
+    function = jax.grad(loss, argnums=(0, 1, 2)) if backward else loss
+    return jax.jit(function).trace(q, k, v, segments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_cudnn_lowers_to_its_fused_kernels(monkeypatch):
-    monkeypatch.setattr(cudnn_checks, "check_cudnn_version", lambda: 91_000)
-    q, k, v = (jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2, 2))
-    segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-
-    def loss(q, k, v, segments):
-        return attention(q, k, v, segments, sliding_window=64, kernel="cudnn").astype(jnp.float32).sum()
-
-    lowered = jax.jit(jax.grad(loss)).trace(q, k, v, segments).lower(lowering_platforms=("cuda",)).as_text()
+    lowered = lowered_for_cuda(monkeypatch, length=128, sliding_window=64, kernel="cudnn")
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 1, 2)])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("sliding_window", [None, 700])
+def test_cudnn_has_no_buffer_of_all_pairs(monkeypatch, sliding_window, backward, sizes):
+    """Eight blocks, and the forward kernel runs once for each, in the backward pass too."""
+    with mesh_of(sizes):
+        lowered = lowered_for_cuda(
+            monkeypatch, length=4096, backward=backward, sliding_window=sliding_window, kernel="cudnn"
+        )
+    calls = Counter(re.findall(r"@__cudnn\$fmhaScaleBiasSoftmax(\w*)\(", lowered))
+    assert calls == ({"": 8, "Backward": 8} if backward else {"": 8})
+    shapes = [[int(size) for size in shape.split("x")] for shape in re.findall(r"tensor<([\dx]+\d)x\w+>", lowered)]
+    assert shapes and not [shape for shape in shapes if sum(size >= 4096 for size in shape) > 1]
+
+
+def test_the_masks_of_cudnn_are_not_built_before_the_loop_over_layers(cudnn_on_cpu):
+    def loss(x, segments):
+        def layer(x, _):
+            return attention(x, x, x, segments, kernel="cudnn"), None
+
+        return jax.lax.scan(layer, x, length=3)[0].sum()
+
+    x, segments = jax.ShapeDtypeStruct((2, 1024, 1, 8), jnp.float32), jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(x, segments).compile().as_text()
+    assert re.search(r"pred\[[\d,]*512,1024\]", compiled)
+    assert not re.search(r"pred\[[\d,]*512,1024\]", compiled[compiled.index("\nENTRY") :])
 
 
 def capped(q, k, v, segments, sliding_window):
@@ -132,10 +193,51 @@ def test_cudnn_refuses_a_soft_cap_and_auto_avoids_it(monkeypatch):
     q, k, v, segments = inputs(64, 2)
     with pytest.raises(UserError, match="attention kernel 'cudnn' cannot compute a soft cap .1.5.; use 'xla'"):
         attention(q, k, v, segments, kernel="cudnn", soft_cap=1.5)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu(monkeypatch)
     np.testing.assert_allclose(
         attention(q, k, v, segments, **CAP), capped(q, k, v, segments, None), rtol=1e-3, atol=1e-4
     )
+
+
+def on_gpu(monkeypatch, compute_capability=8.9):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "_compute_capability", lambda: compute_capability)
+
+
+REFUSED = [
+    ({"length": 100}, "needs rows of a multiple of 64 tokens, not 100"),
+    ({"dtype": jnp.float32}, "needs config.model.compute_dtype=bfloat16 or float16, not float32"),
+    ({"head_width": 136}, "needs a head width that is a multiple of 8, at most 128 on this device, not 136"),
+    ({"head_width": 20}, "needs a head width that is a multiple of 8, at most 128 on this device, not 20"),
+]
+
+
+@pytest.mark.parametrize("shapes, message", REFUSED)
+def test_cudnn_refuses_what_it_cannot_compute_and_auto_avoids_it(monkeypatch, shapes, message):
+    with pytest.raises(UserError, match=f"attention kernel 'cudnn' {message}; use 'xla'"):
+        lowered_for_cuda(monkeypatch, kernel="cudnn", **shapes)
+    on_gpu(monkeypatch)
+    assert "__cudnn$" not in lowered_for_cuda(monkeypatch, **shapes)
+
+
+@pytest.mark.parametrize(
+    "compute_capability, head_width, cudnn",
+    [(0.0, 64, False), (7.5, 64, False), (8.0, 128, True), (8.9, 256, False), (9.0, 256, True), (10.0, 128, True)],
+)
+def test_auto_selects_cudnn_by_compute_capability(monkeypatch, compute_capability, head_width, cudnn):
+    on_gpu(monkeypatch, compute_capability)
+    # Without a GPU, JAX's own check of the head width assumes the narrower limit.
+    monkeypatch.setattr(cudnn_checks, "check_compute_capability", lambda least: compute_capability >= float(least))
+    lowered = lowered_for_cuda(monkeypatch, head_width=head_width)
+    assert ("__cudnn$" in lowered) == cudnn
+
+
+@pytest.mark.parametrize("name, value", [("8.9", 8.9), ("12.0", 12.0), ("gfx942", 0.0), (None, 0.0)])
+def test_compute_capability(monkeypatch, name, value):
+    """AMD's GPUs name their architecture there, and other devices have none."""
+    device = types.SimpleNamespace() if name is None else types.SimpleNamespace(compute_capability=name)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert kernels._compute_capability() == value
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
