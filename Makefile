@@ -9,7 +9,7 @@ STOPS ?= 6
 EXAMPLES ?= 200
 OUTPUT ?= runs/demo
 
-.PHONY: help demo test test-slow test-peers test-faults lint docs clean
+.PHONY: help demo test test-slow test-peers test-gpu nvidia-gpu test-faults lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ test-slow: $(VENV)/dev.stamp ## run the tests that take minutes
 
 test-peers: $(VENV)/peers.stamp ## compare with PyTorch and Transformers
 	$(BIN)/python -m pytest -m peers
+
+test-gpu: nvidia-gpu $(VENV)/dev.stamp $(VENV)/cuda.stamp ## compare an NVIDIA GPU with the CPU
+	TEST_ON_GPU=1 $(BIN)/python -m pytest -m gpu
+
+nvidia-gpu:
+	@nvidia-smi --list-gpus > /dev/null 2>&1 || { echo "make test-gpu: no GPU: these tests did not run" >&2; exit 1; }
 
 test-faults: $(VENV)/dev.stamp ## kill and stop commands at random moments, and fuzz; SEED=, KILLS=, STOPS=, EXAMPLES=
 	HYPOTHESIS_PROFILE=faults HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -k fuzz

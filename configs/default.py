@@ -92,7 +92,7 @@ class ModelConfig:
     query_scale: PositiveFloat | None = None  # factor on queries; None: 1 / sqrt(head_width) (granite, Gemma)
     logit_divisor: PositiveFloat = 1.0  # divides the output logits (granite)
     compute_dtype: Dtype = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
-    attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
+    attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by device, dtype and shape
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
     loss_chunk: PositiveInt = 512  # tokens per device whose logits exist at the same time

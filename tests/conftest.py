@@ -1,11 +1,14 @@
-"""Eight simulated devices, and fixtures for several test files."""
+"""Eight simulated devices or, with TEST_ON_GPU=1, the GPUs; and fixtures for several test files."""
 
 import importlib.util
 import os
 import pathlib
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+ON_GPU = os.environ.get("TEST_ON_GPU") == "1"
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
+if ON_GPU:  # leave memory for the commands that tests run
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import hypothesis
 import jax
@@ -33,6 +36,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 # Only `make test-peers` installs the libraries these tests need. Elsewhere `pytest -m peers` finds no tests and fails.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["peers"]
+# Only `make test-gpu` sets TEST_ON_GPU. Without it, `pytest -m gpu` finds no tests and fails.
+collect_ignore += [] if ON_GPU else ["gpu"]
 
 
 @pytest.fixture(scope="session")

@@ -235,8 +235,9 @@ def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, sof
         # Without the barrier, XLA may build the masks of all blocks before the loop over layers, and keep them.
         return attend(*jax.lax.optimization_barrier(arrays))
 
-    def on_device(*arrays):
-        return _in_blocks(attend_alone, CUDNN_BLOCK, *arrays, sliding_window, key_multiple=KERNELS["gpu"][1])
+    def on_device(q_BLhC, k_BLkC, v_BLkC, segments_BL):
+        multiple = KERNELS["gpu"][1]
+        return _in_blocks(attend_alone, CUDNN_BLOCK, q_BLhC, k_BLkC, v_BLkC, segments_BL, sliding_window, multiple)
 
     heads, rows = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
     return on_mesh(on_device, (heads, heads, heads, rows), heads)(q_BLHC, k_BLKC, v_BLKC, segments_BL)

@@ -122,7 +122,7 @@ def lowered_for_cuda(monkeypatch, length=1024, head_width=64, dtype=jnp.bfloat16
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def loss(q, k, v, segments):
-        return attention(q, k, v, segments, **options).astype(jnp.float32).sum()
+        return (attention(q, k, v, segments, **options).astype(jnp.float32) ** 2).sum()
 
     function = jax.grad(loss, argnums=(0, 1, 2)) if backward else loss
     return jax.jit(function).trace(q, k, v, segments).lower(lowering_platforms=("cuda",)).as_text()
