@@ -60,7 +60,7 @@ def attention(
     L = q_BLHC.shape[1]
     if kernel == "auto":
         kernel, multiple = KERNELS.get(jax.default_backend(), ("xla", 1))
-        no_cudnn = kernel == "cudnn" and (_compute_capability() < 8 or _cudnn_refusal(q_BLHC, soft_cap) is not None)
+        no_cudnn = kernel == "cudnn" and (not _compute_capability() or _cudnn_refusal(q_BLHC, soft_cap))
         kernel = "xla" if L % multiple or no_cudnn else kernel
     row_kernels = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
     return row_kernels[kernel](q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap)
@@ -246,7 +246,10 @@ def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, sof
 def _cudnn_refusal(q_BLHC: jax.Array, soft_cap: float | None) -> str | None:
     """What keeps cuDNN from computing attention of these queries, as the end of a sentence; None if nothing does."""
     _, L, _, C = q_BLHC.shape
-    multiple, widest = KERNELS["gpu"][1], 256 if _compute_capability() >= 9 else 128
+    capability = _compute_capability()
+    multiple, widest = KERNELS["gpu"][1], 256 if capability >= 9 else 128
+    if 0 < capability < 8:
+        return f"needs a GPU of compute capability 8.0 or newer, not {capability}"
     if soft_cap is not None:
         return f"cannot compute a soft cap ({soft_cap:g})"
     if L % multiple:

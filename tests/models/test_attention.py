@@ -232,6 +232,13 @@ def test_auto_selects_cudnn_by_compute_capability(monkeypatch, compute_capabilit
     assert ("__cudnn$" in lowered) == cudnn
 
 
+def test_cudnn_refuses_old_gpus(monkeypatch):
+    on_gpu(monkeypatch, 7.5)
+    message = "attention kernel 'cudnn' needs a GPU of compute capability 8.0 or newer, not 7.5; use 'xla'"
+    with pytest.raises(UserError, match=message):
+        lowered_for_cuda(monkeypatch, kernel="cudnn")
+
+
 @pytest.mark.parametrize("name, value", [("8.9", 8.9), ("12.0", 12.0), ("gfx942", 0.0), (None, 0.0)])
 def test_compute_capability(monkeypatch, name, value):
     """AMD's GPUs name their architecture there, and other devices have none."""
