@@ -19,7 +19,7 @@ from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 # Platform -> the kernel that "auto" selects there, and the multiple that row lengths must be.
-KERNELS = {"tpu": ("splash", 128), "gpu": ("cudnn", 64)}
+KERNELS = {"tpu": ("splash", 128), "gpu": ("cudnn", 128)}
 XLA_BLOCK = 64  # queries whose logits exist at once, in short rows
 XLA_BLOCKS = 8  # maximum number of blocks, in long rows
 SPLASH_BLOCK = 512  # maximum number of queries and of keys in a block
@@ -236,7 +236,7 @@ def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, sof
         return attend(*jax.lax.optimization_barrier(arrays))
 
     def on_device(q_BLhC, k_BLkC, v_BLkC, segments_BL):
-        multiple = KERNELS["gpu"][1]
+        multiple = KERNELS["gpu"][1]  # of keys, too: before 9.15.1, cuDNN could access memory out of bounds at others
         return _in_blocks(attend_alone, CUDNN_BLOCK, q_BLhC, k_BLkC, v_BLkC, segments_BL, sliding_window, multiple)
 
     heads, rows = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
@@ -247,7 +247,7 @@ def _cudnn_refusal(q_BLHC: jax.Array, soft_cap: float | None) -> str | None:
     """What keeps cuDNN from computing attention of these queries, as the end of a sentence; None if nothing does."""
     _, L, _, C = q_BLHC.shape
     capability = _compute_capability()
-    multiple, widest = KERNELS["gpu"][1], 256 if capability >= 9 else 128
+    multiple, widest = KERNELS["gpu"][1], 256 if 9 <= capability < 10 else 128
     if 0 < capability < 8:
         return f"needs a GPU of compute capability 8.0 or newer, not {capability}"
     if soft_cap is not None:

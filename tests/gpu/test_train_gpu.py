@@ -14,9 +14,9 @@ MODEL = {"width": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 64, 
 
 @pytest.fixture(scope="module")
 def rows(corpus, tokenizer, tmp_path_factory):
-    """Rows of 64 tokens, which cuDNN can compute."""
+    """Rows of 128 tokens, which cuDNN can compute."""
     output = tmp_path_factory.mktemp("data") / "rows"
-    prepare([corpus], tokenizer, output, options(seq_len=64), workers=1)
+    prepare([corpus], tokenizer, output, options(seq_len=128), workers=1)
     return output
 
 

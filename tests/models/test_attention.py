@@ -205,7 +205,7 @@ def on_gpu(monkeypatch, compute_capability=8.9):
 
 
 REFUSED = [
-    ({"length": 100}, "needs rows of a multiple of 64 tokens, not 100"),
+    ({"length": 192}, "needs rows of a multiple of 128 tokens, not 192"),
     ({"dtype": jnp.float32}, "needs config.model.compute_dtype=bfloat16 or float16, not float32"),
     ({"head_width": 136}, "needs a head width that is a multiple of 8, at most 128 on this device, not 136"),
     ({"head_width": 20}, "needs a head width that is a multiple of 8, at most 128 on this device, not 20"),
@@ -222,7 +222,15 @@ def test_cudnn_refuses_what_it_cannot_compute_and_auto_avoids_it(monkeypatch, sh
 
 @pytest.mark.parametrize(
     "compute_capability, head_width, cudnn",
-    [(0.0, 64, False), (7.5, 64, False), (8.0, 128, True), (8.9, 256, False), (9.0, 256, True), (10.0, 128, True)],
+    [
+        (0.0, 64, False),
+        (7.5, 64, False),
+        (8.0, 128, True),
+        (8.9, 256, False),
+        (9.0, 256, True),
+        (10.0, 256, False),
+        (12.0, 128, True),
+    ],
 )
 def test_auto_selects_cudnn_by_compute_capability(monkeypatch, compute_capability, head_width, cudnn):
     on_gpu(monkeypatch, compute_capability)
