@@ -33,11 +33,11 @@ def train(monkeypatch, platform, stage, workdir, **changes):
 
 
 def test_losses_on_gpu_equal_those_on_cpu(monkeypatch, rows, tmp_path):
-    """In bfloat16, where rounding differs."""
+    """In bfloat16, where rounding differs. Losses in float32 differ from these by 0.06 %."""
     data, moves = {"data.train": rows}, {"optimizer.learning_rate": 3e-3}
     train(monkeypatch, "cpu", "reference", tmp_path / "reference", **data, **moves)
     policy = data | moves | {"reference.checkpoint": tmp_path / "reference"}
     on_cpu = train(monkeypatch, "cpu", "slm", tmp_path / "cpu", **policy, **{"model.attention": "xla"})
     on_gpu = train(monkeypatch, "cuda", "slm", tmp_path / "gpu", **policy, **{"model.attention": "cudnn"})
     assert len(on_cpu) == 6 and on_cpu[-1] < on_cpu[0]
-    np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-2)
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=5e-3)
