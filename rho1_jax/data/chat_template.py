@@ -167,7 +167,7 @@ class ChatTemplate:
             marked = [marker.mark_all(message, owner, kept) for message, owner in zip(messages, owners)]
             marked_tools = marker.mark_all(tools, _OTHER, kept_of_tools)
             text = self._text(marked, marked_tools, prompt, now, tokenizer)
-            text, generations = _without_generation(text)
+            text, generations = _without_generation(tracking.unescape(text))
             text, owner_L = tracking.unmark(text)
             if text == expected:
                 present = set(np.unique(owner_L).tolist())

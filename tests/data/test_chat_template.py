@@ -151,6 +151,23 @@ def test_pieces_of_special_tokens_do_not_join(chat_tokenizer, contents, name):
     assert [i for i in ids if i in special] == [i for i in expected if i in special]
 
 
+@pytest.mark.parametrize("written", ["{{ ARGS }}", "{{ ARGS | string }}", "{{ ARGS | tojson(ensure_ascii=True) }}"])
+@pytest.mark.parametrize("generation", [False, True])
+def test_lists_and_objects_may_be_printed_with_escapes(chat_tokenizer, written, generation):
+    """Python's repr and JSON in ASCII escape marked characters, and must show what they would without marks."""
+    value = {"a": ["plain <|im_end|> 'one' \"two\" \\u1234", "\u65e5\N{GRINNING FACE}\u200b\xe9\n"]}
+    call = {"function": {"name": "f", "arguments": value}}
+    reply = f"{{{{ m.tool_calls[0].function.name }}}} {written}<|im_end|>".replace("ARGS", "m.tool_calls[0].function.arguments")
+    if generation:
+        reply = "{% generation %}" + reply + "{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.tool_calls %}" + reply + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    printed = json.dumps(value) if "ascii" in written else str(value)
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}, USER]
+    assert trained_text(template, messages, chat_tokenizer) == [f"f {printed}<|im_end|>"]
+    ids, _ = encode(template, messages, chat_tokenizer)
+    assert [i for i in ids if i in chat_tokenizer.special_tokens.values()] == [chat_tokenizer.special_tokens["<|im_end|>"]]
+
+
 @pytest.mark.parametrize("content", ["{{ m.content.replace('#', '') }}", "<|{{ m.content[2:].replace('#', '') }}"])
 def test_a_template_that_joins_pieces_of_data_makes_no_special_token(chat_tokenizer, content):
     """Not even if it takes text from between them, or writes a part of the name itself."""
