@@ -4,9 +4,10 @@ import datetime
 import itertools
 import json
 import re
+import resource
 
 import pytest
-from chat_forms import GENERATION, LLAMA, MISTRAL, PHI, QWEN, TEMPLATES, THINKING, make_tokenizer
+from chat_forms import GENERATION, LLAMA, MISTRAL, PHI, QWEN, TEMPLATES, THINKING, make_tokenizer, write_named_templates
 from helpers import options
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,15 +158,21 @@ def test_lists_and_objects_may_be_printed_with_escapes(chat_tokenizer, written, 
     """Python's repr and JSON in ASCII escape marked characters, and must show what they would without marks."""
     value = {"a": ["plain <|im_end|> 'one' \"two\" \\u1234", "\u65e5\N{GRINNING FACE}\u200b\xe9\n"]}
     call = {"function": {"name": "f", "arguments": value}}
-    reply = f"{{{{ m.tool_calls[0].function.name }}}} {written}<|im_end|>".replace("ARGS", "m.tool_calls[0].function.arguments")
+    reply = f"{{{{ m.tool_calls[0].function.name }}}} {written}<|im_end|>".replace(
+        "ARGS", "m.tool_calls[0].function.arguments"
+    )
     if generation:
         reply = "{% generation %}" + reply + "{% endgeneration %}"
-    template = "{% for m in messages %}{% if m.tool_calls %}" + reply + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}" + reply + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     printed = json.dumps(value) if "ascii" in written else str(value)
     messages = [USER, {"role": "assistant", "tool_calls": [call]}, USER]
     assert trained_text(template, messages, chat_tokenizer) == [f"f {printed}<|im_end|>"]
     ids, _ = encode(template, messages, chat_tokenizer)
-    assert [i for i in ids if i in chat_tokenizer.special_tokens.values()] == [chat_tokenizer.special_tokens["<|im_end|>"]]
+    assert [i for i in ids if i in chat_tokenizer.special_tokens.values()] == [
+        chat_tokenizer.special_tokens["<|im_end|>"]
+    ]
 
 
 @pytest.mark.parametrize("content", ["{{ m.content.replace('#', '') }}", "<|{{ m.content[2:].replace('#', '') }}"])
@@ -222,6 +229,11 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
             [USER, {"role": "assistant", "tool_calls": [CALL]}],
             "the chat template does not write the assistant's tool_calls",
         ),
+        (
+            "{% for m in messages %}{{ m.content + '' }}{% endfor %}",  # needs the content, and then drops the calls
+            [USER, {"role": "assistant", "tool_calls": [CALL]}],
+            "the chat template does not write the assistant's tool_calls",
+        ),
         (QWEN, [{"role": "user", "content": "\ufdd2" + "4\ufdd3"}], "U.FDD2 is not assigned in Unicode"),
         (QWEN, [{"role": "user", "content": "\U00040041"}], "U.40041 is not assigned in Unicode"),
         (QWEN, [{"role": "user", "content": "\ud800"}], "a lone surrogate"),
@@ -240,6 +252,48 @@ def test_a_template_that_does_not_end_ends_the_command(chat_tokenizer, monkeypat
     with pytest.raises(UserError, match="takes more than 0.1 s of CPU time for one conversation"):
         encode(numbers * 3 + "{% endfor %}" * 3, [USER, ASSISTANT], chat_tokenizer)
     assert trained_text("{{ 2 * 3 }}{{ '-' * 3 }}{{ 2 ** 3 }}" + QWEN, [USER, ASSISTANT], chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' | center(10 ** 11) }}",
+        "{{ '%100000000000d' % 1 }}",
+        "{{ '{:100000000000}'.format(1) }}",
+        "{% set n = namespace(x='x' * 999) %}{% for _ in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set x = 'x' * 999999 %}{{ x.replace('x', x) }}",
+        "{% set x = 'x' * 999999 %}{% for _ in range(99999) %}{{ x }}{% endfor %}",
+        "{{ [1] | batch(10 ** 11, 'x') | list }}",
+    ],
+)
+def test_a_template_that_takes_all_memory_ends_the_command(chat_tokenizer, template):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="takes more than 2 GiB of memory for one conversation; use another"):
+        encode(template, [USER, ASSISTANT], chat_tokenizer)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert trained_text(QWEN, [USER, ASSISTANT], chat_tokenizer)
+
+
+@pytest.mark.parametrize("form", ["settings", "files"])
+def test_conversations_with_tools_take_the_template_called_tool_use(tmp_path, form):
+    make_tokenizer(tmp_path / "model")
+    write_named_templates(tmp_path / "model", form, QWEN, THINKING)
+    tokenizer, template = Tokenizer(tmp_path / "model"), ChatTemplate.open(tmp_path / "model")
+    messages, trained, tools = [USER, ASSISTANT], [False, True], [{"type": "function", "function": {"name": "f"}}]
+    for given_tools, source in ((None, QWEN), (tools, THINKING)):
+        expected = ChatTemplate(source)
+        assert template.encode(messages, trained, given_tools, tokenizer) == expected.encode(
+            messages, trained, given_tools, tokenizer
+        )
+        assert template.prompt_ids(messages, tokenizer, given_tools) == expected.prompt_ids(
+            messages, tokenizer, given_tools
+        )
+    tokenizer.save(tmp_path / "copy")
+    assert ChatTemplate.open(tmp_path / "copy") == template
+    template.save(tmp_path / "copy")
+    assert ChatTemplate.open(tmp_path / "copy") == template
+    ChatTemplate(QWEN).save(tmp_path / "copy")
+    assert ChatTemplate.open(tmp_path / "copy") == ChatTemplate(QWEN)
 
 
 def test_a_template_gets_what_transformers_gives(chat_tokenizer):
@@ -321,6 +375,7 @@ def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_
     assert ChatTemplate.open(tmp_path / "rows" / "tokenizer") == template
     without = prepare(*arguments[:2], tmp_path / "plain", options(transcripts=Transcripts(), seq_len=60), workers=1)
     assert "chat_template" not in without["options"]["transcripts"]  # as older versions wrote it
+    assert list(manifest["options"]["transcripts"]["chat_template"]) == ["source"]  # the same
 
 
 def test_messages_of_parquet_may_hold_what_json_cannot(chat_tokenizer):

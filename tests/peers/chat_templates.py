@@ -1,35 +1,40 @@
 """Token ids of conversations in the chat templates of a folder, beside those of Transformers.
 
-python tests/peers/chat_templates.py --templates=DIR [--verbose]
+PYTHONPATH=tests python tests/peers/chat_templates.py --templates=DIR [--verbose]
 
 DIR holds *.jinja files, such as models/templates of llama.cpp or trl/chat_templates of TRL. Each template renders the
 conversations below with and without tools and with and without the generation prompt. The tokenizer is a byte-level
 one that knows the special tokens of every template. Prints a row of a Markdown table for each template:
 
-  equal          both give the same token ids
-  refused        both refuse the conversation
-  converted      only Transformers refuses it, or leaves the calls out: ours converts tool calls and their arguments
-  only refused   only ours refuses it; --verbose prints why
-  differ         the token ids differ
+  equal             both give the same token ids
+  refused           both refuse the conversation
+  no calls          the template leaves tool calls out, which only ours refuses
+  only one refused  one of the two refuses the conversation
+  differ            the token ids differ
+
+--verbose prints the last two. A template that refuses tool calls without "content", or arguments that are not text,
+gets the form it wants, as in `rho1 prepare`.
 """
 
 import argparse
 import collections
+import itertools
+import json
 import pathlib
 import re
 import tempfile
 
 import tokenizers
 import transformers
-from chat_forms import TEXTS, make_tokenizer
+from chat_forms import make_tokenizer
 
-from rho1_jax.data import messages
 from rho1_jax.data.chat_template import ChatTemplate
+from rho1_jax.data.messages import read_prompt
 from rho1_jax.data.records import BadRecord
 from rho1_jax.data.tokenizer import Tokenizer
 
-OUTCOMES = ("equal", "refused", "converted", "only refused", "differ")
-# <|im_end|>, <｜User｜>, <start_of_turn>, [INST], <<SYS>>, <SPECIAL_12>, ]~b]
+OUTCOMES = ("equal", "refused", "no calls", "only one refused", "differ")
+# <|im_end|>, <｜User｜>, <start_of_turn>, [INST], <<SYS>>, <SPECIAL_12>
 SPECIAL = re.compile(r"<\|[\w.:/ -]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<SPECIAL_\d+>")
 
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
@@ -37,9 +42,16 @@ USER = {"role": "user", "content": "What is 6 times 7?"}
 ASSISTANT = {"role": "assistant", "content": " It is 42.\n"}
 UNICODE = {"role": "user", "content": "  Thanks! 日本語 \N{GRINNING FACE} é\n\n\ttab 'quoted' \"too\" \\ "}
 FUNCTION = {"name": "times", "arguments": {"a": 6, "b": ["7", '"x"\\ é']}}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": "abcdef012", "function": FUNCTION}]}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "id": "abcdef012", "function": FUNCTION}],
+}
 REPLY = {"role": "tool", "name": "times", "tool_call_id": "abcdef012", "content": "42"}
-TWO_CALLS = CALL | {"content": "Twice:", "tool_calls": CALL["tool_calls"] + [CALL["tool_calls"][0] | {"id": "abcdef345"}]}
+TWO_CALLS = CALL | {
+    "content": "Twice:",
+    "tool_calls": CALL["tool_calls"] + [CALL["tool_calls"][0] | {"id": "abcdef345"}],
+}
 CONVERSATIONS = {
     "one turn": [USER],
     "answered": [USER, ASSISTANT],
@@ -67,25 +79,60 @@ def make_peers(folder: pathlib.Path, sources: list[str]) -> tuple[Tokenizer, tra
     return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def compare(template: str, conversation: list, tools: list | None, prompt: bool, tokenizer: Tokenizer, peer) -> tuple[str, str]:
-    """The outcome for one conversation, and what explains it."""
+def theirs(peer, messages: list, **options) -> list[int]:
+    """Transformers' token ids: of the messages as they are, or else with calls in another form that our command tries.
+
+    Raises the template's refusal of the first form.
+    """
+    refusals = []
+    for as_text, content in ((False, {}), (False, {"content": ""}), (True, {}), (True, {"content": ""})):
+        changed = [
+            content
+            | {key: value for key, value in message.items() if value is not None}
+            | {"tool_calls": [in_form(call, as_text) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+        try:
+            return peer.apply_chat_template(changed, return_dict=False, **options)
+        except Exception as refusal:  # a template can raise anything
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def in_form(call: dict, as_text: bool) -> dict:
+    """A tool call with its arguments as an object or as JSON text."""
+    arguments = call["function"]["arguments"]
+    if as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def compare(template: str, messages: list, tools: list | None, prompt: bool, tokenizer, peer) -> tuple[str, str]:
+    """The outcome for one conversation, and an explanation."""
+    expected, ids, reasons = None, None, []
+    options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt}
     try:
-        expected = peer.apply_chat_template(
-            conversation, tools=tools, chat_template=template, add_generation_prompt=prompt, return_dict=False
-        )
-    except Exception as error:  # a template can raise anything
-        expected, refusal = None, str(error)
-    record = {"messages": conversation, "tools": tools}
+        expected = theirs(peer, messages, **options)
+    except Exception as refusal:  # a template can raise anything
+        reasons.append(f"Transformers: {refusal}")
+    conversation, ours = read_prompt({"messages": messages, "tools": tools}), ChatTemplate(template)
     try:
         if prompt:
-            ids = ChatTemplate(template).prompt_ids([messages._message(m, True) for m in conversation], tokenizer)
+            ids = ours.prompt_ids(conversation.messages, tokenizer, conversation.tools)
         else:
-            read = [messages._message(message, True) for message in conversation]
-            ids, _ = ChatTemplate(template).encode(read, [m["role"] == "assistant" for m in read], tools, tokenizer)
-    except BadRecord as error:
-        return ("refused" if expected is None else "only refused"), str(error)
-    if expected is None:
-        return "converted", refusal
+            trained = [message["role"] == "assistant" for message in conversation.messages]
+            ids, _ = ours.encode(conversation.messages, trained, conversation.tools, tokenizer)
+    except BadRecord as refusal:
+        reasons.append(f"ours: {refusal}")
+    if expected is None or ids is None:
+        both, without_calls = (
+            expected is None and ids is None,
+            "does not write the assistant's tool_calls" in reasons[-1],
+        )
+        outcome = "refused" if both else "no calls" if without_calls else "only one refused"
+        return outcome, "; ".join(reasons)
     return ("equal" if ids == expected else "differ"), f"{peer.decode(ids)!r}\n     {peer.decode(expected)!r}"
 
 
@@ -98,15 +145,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, peer = make_peers(pathlib.Path(folder), list(sources.values()))
         print("| template |", " | ".join(OUTCOMES), "|\n|", " --- |" * (1 + len(OUTCOMES)))
+        totals = collections.Counter()
         for name, source in sources.items():
             counts = collections.Counter()
-            for title, conversation in CONVERSATIONS.items():
-                for tools, prompt in ((None, False), (None, True), ([TOOL], False)):
-                    outcome, why = compare(source, conversation, tools, prompt, tokenizer, peer)
+            for title, messages in CONVERSATIONS.items():
+                for tools, prompt in itertools.product((None, [TOOL]), (False, True)):
+                    outcome, why = compare(source, messages, tools, prompt, tokenizer, peer)
                     counts[outcome] += 1
-                    if options.verbose and outcome not in ("equal", "refused"):
+                    if options.verbose and outcome in OUTCOMES[-2:]:
                         print(f"  {name}: {title}, tools={bool(tools)}, prompt={prompt}: {outcome}: {why}"[:1500])
             print(f"| {name} |", " | ".join(str(counts[outcome]) for outcome in OUTCOMES), "|", flush=True)
+            totals += counts
+        print(f"| {len(sources)} templates |", " | ".join(str(totals[outcome]) for outcome in OUTCOMES), "|")
 
 
 if __name__ == "__main__":
