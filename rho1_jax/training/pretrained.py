@@ -197,6 +197,25 @@ def take_model(
         raise UserError(f"{given_values} {verb} {named}, which has {of_model}; remove {them}")
 
 
+def with_first_model(
+    config: ml_collections.ConfigDict, given: Collection[str], seq_len: int
+) -> ml_collections.ConfigDict:
+    """A copy of a config with the model of config.init.checkpoint, as a run on rows of `seq_len` targets takes it.
+
+    A recipe that describes the model itself does not need the checkpoint, unless the command line names one.
+
+    Raises:
+      UserError: there is no such model, or a key that was given contradicts it.
+    """
+    config = config.copy_and_resolve_references()
+    is_described = ModelConfig(**config.model) != ModelConfig() and "init.checkpoint" not in given
+    if config.init.checkpoint and not (is_described and not pathlib.Path(config.init.checkpoint).exists()):
+        initial = Pretrained.open(config.init.checkpoint, INIT)
+        model = dataclasses.replace(initial.model, **run_settings(config))
+        take_model(config, model, f"{INIT}={initial.path}", given, seq_len)
+    return config
+
+
 def open_same_model(
     path: str, key: str, config: ml_collections.ConfigDict, policy_config: ModelConfig, store: Store
 ) -> Pretrained | None:

@@ -97,7 +97,7 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_
 
 NAMES = ["Llama 2 (TinyLlama), K < H", "Mistral 0.1, sliding window", "Qwen2.5, biases", "Qwen3, tied"]
 NAMES += ["Gemma 2", "Gemma 3", "OLMo 2, K < H", "SmolLM3"]
-NAMES += ["Pythia, parallel residual", "Granite 3, tied", "Phi-3, sliding window"]
+NAMES += ["Pythia, parallel residual", "GPT-NeoX 20B, tanh GELU", "Granite 3, tied", "Phi-3, sliding window"]
 
 
 @pytest.mark.parametrize("kind", ["small", "published", "byte level"])
