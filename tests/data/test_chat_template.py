@@ -7,7 +7,7 @@ import re
 import resource
 
 import pytest
-from chat_forms import GENERATION, LLAMA, MISTRAL, PHI, QWEN, TEMPLATES, THINKING, make_tokenizer, write_named_templates
+from chat_forms import GENERATION, LLAMA, MISTRAL, PHI, QWEN, TEMPLATES, THINKING, make_tokenizer
 from helpers import options
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -274,28 +274,6 @@ def test_a_template_that_takes_all_memory_ends_the_command(chat_tokenizer, templ
     assert trained_text(QWEN, [USER, ASSISTANT], chat_tokenizer)
 
 
-@pytest.mark.parametrize("form", ["settings", "files"])
-def test_conversations_with_tools_take_the_template_called_tool_use(tmp_path, form):
-    make_tokenizer(tmp_path / "model")
-    write_named_templates(tmp_path / "model", form, QWEN, THINKING)
-    tokenizer, template = Tokenizer(tmp_path / "model"), ChatTemplate.open(tmp_path / "model")
-    messages, trained, tools = [USER, ASSISTANT], [False, True], [{"type": "function", "function": {"name": "f"}}]
-    for given_tools, source in ((None, QWEN), (tools, THINKING)):
-        expected = ChatTemplate(source)
-        assert template.encode(messages, trained, given_tools, tokenizer) == expected.encode(
-            messages, trained, given_tools, tokenizer
-        )
-        assert template.prompt_ids(messages, tokenizer, given_tools) == expected.prompt_ids(
-            messages, tokenizer, given_tools
-        )
-    tokenizer.save(tmp_path / "copy")
-    assert ChatTemplate.open(tmp_path / "copy") == template
-    template.save(tmp_path / "copy")
-    assert ChatTemplate.open(tmp_path / "copy") == template
-    ChatTemplate(QWEN).save(tmp_path / "copy")
-    assert ChatTemplate.open(tmp_path / "copy") == ChatTemplate(QWEN)
-
-
 def test_a_template_gets_what_transformers_gives(chat_tokenizer):
     template = (
         "{%- for m in messages %}{% if loop.first %}{% continue %}{% endif %}\n"
@@ -325,36 +303,6 @@ def test_a_sentencepiece_model_has_its_control_pieces_as_special_tokens(tokenize
     ends = [number for number, token in enumerate(ids) if token == tokenizer.eos_id]
     assert len(ends) == 2 and all(flags[number] for number in ends) and not flags[0]
     assert tokenizer.decode([i for i, flag in zip(ids, flags) if flag]).count("and</s> so on") == 2
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("chat_template.jinja", "{% for %}", "chat_template.jinja: not a Jinja template: .* in line 1"),
-        (
-            "chat_template.jinja",
-            "{% for _ in [1] %}" * 25 + "{% endfor %}" * 25,
-            "not a usable Jinja template: too many",
-        ),
-        ("chat_template.jinja", "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "not a usable Jinja template: maximum"),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot read the chat template"),
-        ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template"),
-        ("tokenizer_config.json", '{"chat_template": "\\n{{"}', "tokenizer_config.json: chat_template: .* in line 2"),
-    ],
-)
-def test_an_invalid_template_is_refused_by_file(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
-        ChatTemplate.open(tmp_path)
-
-
-def test_a_folder_may_have_no_template(folder, tmp_path):
-    assert ChatTemplate.open(tmp_path) is None
-    for path in (folder, folder / "tokenizer.json"):
-        with pytest.raises(UserError, match="--chat_template=model: .* has no chat_template.jinja"):
-            open_chat_template("model", path)
-    with pytest.raises(UserError, match="none.jinja: cannot read the chat template"):
-        open_chat_template(str(tmp_path / "none.jinja"), folder)
 
 
 def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_path):
