@@ -87,6 +87,7 @@ class ModelConfig:
     attention_soft_cap: NonNegativeFloat | None = None  # soft cap on the attention logits; 0: no cap (Gemma 2)
     logit_soft_cap: NonNegativeFloat | None = None  # soft cap on the output logits; 0: no cap (Gemma)
     parallel_residual: bool = True  # attention and feed-forward both read the layer's input (gpt_neox)
+    gelu_tanh: bool = False  # the tanh approximation of GELU instead of GELU (gpt_neox)
     embedding_scale: PositiveFloat = 1.0  # factor on the input embeddings (granite)
     residual_scale: PositiveFloat = 1.0  # factor on what each layer adds to the hidden states (granite)
     query_scale: PositiveFloat | None = None  # factor on queries; None: 1 / sqrt(head_width) (granite, Gemma)

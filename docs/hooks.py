@@ -52,11 +52,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def config_page(schema: pathlib.Path = SCHEMA) -> str:
     """A table of keys for each section of the schema: type, default, and the comment that follows the field."""
     source = schema.read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    comments = _comments(source)
     module = ast.parse(source)
     classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
     ranges = _ranges(module)
@@ -80,6 +76,12 @@ def config_page(schema: pathlib.Path = SCHEMA) -> str:
                 lines.append(f"| `{name}.{field.target.id}` | `{kind}` | `{default}` | {comment} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _comments(source: str) -> dict[int, str]:
+    """The comment on each line that has one."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def _ranges(module: ast.Module) -> dict[str, str]:
@@ -132,7 +134,8 @@ def commands_page() -> str:
             command = re.search(r"^rho1 \w+", docstring, re.MULTILINE)
             usage = "\n".join(f"    {line}" for line in docstring.splitlines())
             lines += [f"## {command[0] if command else path.stem}", "", usage, ""]
-            lines += ["| flag | default | meaning |", "| --- | --- | --- |", *map(_flag_row, flags), ""]
+            lines += ["| flag | default | meaning |", "| --- | --- | --- |", *map(_flag_row, flags)]
+            lines += [*(_eval_flag_rows() if "EVAL_FIELDS" in source else []), ""]
     return "\n".join(lines)
 
 
@@ -149,6 +152,20 @@ def _flag_row(call: ast.Call) -> str:
     if ast.unparse(default) in ("None", "''", "[]") and not required:
         shown = ""
     return f"| `--{ast.literal_eval(name)}` | {shown} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def _eval_flag_rows(schema: pathlib.Path = SCHEMA) -> list[str]:
+    """The flags of `rho1 evaluate` that it derives from the keys of config.eval."""
+    source = schema.read_text(encoding="utf-8")
+    comments = _comments(source)
+    (section,) = [
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "EvalConfig"
+    ]
+    return [
+        f"| `--{field.target.id}` | the run's | {comments.get(field.lineno, '').replace('|', chr(92) + '|')} |"
+        for field in _fields(section)
+        if field.target.id != "every"
+    ]
 
 
 def public_names() -> str:

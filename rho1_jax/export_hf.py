@@ -40,8 +40,15 @@ from rho1_jax.training.description import read_description
 from rho1_jax.training.pretrained import Pretrained, write_parameters
 
 SHARD_BYTES = 4 << 30
-# For these model types, Transformers 5 uses its own byte-level tokenizer, regardless of the folder's files.
-BYTE_LEVEL_TYPES = ("qwen2",)
+# Of a qwen2 model's tokenizer.json, Transformers 5 reads vocabulary and merges. The rest is its own Qwen2Tokenizer.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_STEPS = [
+    {"type": "NFC"},
+    {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+]
 READS_TOKENIZER_JSON = "PreTrainedTokenizerFast"  # the class that Transformers 4 and 5 have for any tokenizer.json
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -110,13 +117,23 @@ def complete_tokenizer_settings(folder: pathlib.Path, tokenizer: Tokenizer) -> N
 
 def check_tokenizer(tokenizer: Tokenizer, family: Family) -> None:
     """Raises UserError if Transformers would tokenize differently, regardless of the folder's files."""
-    byte_level = tokenizer.path.name != SENTENCEPIECE_FILE and b'"ByteLevel"' in tokenizer.path.read_bytes()
-    if family.model_type in BYTE_LEVEL_TYPES and not byte_level:
+    if family.model_type == "qwen2" and not _splits_as_qwen2(tokenizer):
         raise UserError(
-            f"cannot export {tokenizer.path.name} with a {family.model_type} model: Transformers reads every "
-            f"{family.model_type} folder with a byte-level tokenizer, and would give other token ids. Train with a "
-            "byte-level tokenizer.json, or with another config.model.family"
+            f"cannot export {tokenizer.path.name} with a qwen2 model: Transformers normalizes and splits the text of "
+            "every qwen2 model as Qwen2's tokenizer does, and would give other token ids. Train with such a "
+            "tokenizer.json, or with another config.model.family"
         )
+
+
+def _splits_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """True for a tokenizer.json that differs from Qwen2's only in its vocabulary, merges and added tokens."""
+    if tokenizer.path.name == SENTENCEPIECE_FILE:
+        return False
+    content = read_json(tokenizer.path, dict[str, Any])
+    steps = [content.get("normalizer"), *(content.get("pre_tokenizer") or {}).get("pretokenizers", [])]
+    # trim_offsets does not change the ids.
+    steps = [{key: value for key, value in (step or {}).items() if key != "trim_offsets"} for step in steps]
+    return steps == QWEN2_STEPS and not content["model"].get("ignore_merges")
 
 
 def special_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -12,20 +12,18 @@ the conversation, /exit or Ctrl-D ends it, and Ctrl-C stops an answer.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import jax
-import pydantic
 from absl import flags
-from typing_extensions import TypedDict
 
 from rho1_jax.configs.default import Dtype
 from rho1_jax.data import records
-from rho1_jax.data.chat_template import ChatTemplate, Message
+from rho1_jax.data.chat_template import ChatTemplate
+from rho1_jax.data.messages import Message, read_prompt
 from rho1_jax.models import decoder
 from rho1_jax.models.generation import Continuation, Generator, Prompt
 from rho1_jax.models.terminal import chat as chat_on_terminal
@@ -35,24 +33,12 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import json_lines, local_path, write_text
 from rho1_jax.runtime.progress import Progress, waiting
-from rho1_jax.runtime.schema import parse_json
 from rho1_jax.training.pretrained import Pretrained
 
 CHECKPOINT = "--checkpoint"
 MAX_NEW_TOKENS, CHAT_MAX_NEW_TOKENS = 256, 1024
 STREAM_STRETCH = 4  # tokens between two pieces of text that are printed
 CHAT_SHORTEST = 256  # a conversation grows, and each new length is compiled
-
-
-class _Message(TypedDict):
-    """A message in a file. Templates may use other keys."""
-
-    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
-    role: str
-    content: str
-
-
-_Conversation = Annotated[list[_Message], pydantic.Field(min_length=1)]
 
 
 def generate_text(
@@ -109,7 +95,8 @@ def read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
     """The prompts of a file: each line of a text file, or each record of a JSON lines file.
 
     Returns:
-      For each {"prompt": text} or, in a chat, {"messages": [...]} if the record has that key.
+      For each {"prompt": text} or, in a chat, {"messages": [...], "tools": [...]} if the record holds a conversation in
+      one of the formats that `rho1 prepare` reads. "tools" only if it has any.
 
     Raises:
       UserError: the file is missing or holds no prompt, or a record is bad (with file and line).
@@ -119,11 +106,10 @@ def read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
         for line, raw, _ in records.read(file):
             try:
                 record = records.parse(file, raw)
-                if chat and isinstance(record, dict) and "messages" in record:
-                    where = f"{file}:{line}: messages"
-                    prompts.append(
-                        {"messages": parse_json(json.dumps(record["messages"], default=str), _Conversation, where)}
-                    )
+                if chat and isinstance(record, dict) and ("messages" in record or "prompt" not in record):
+                    conversation = read_prompt(record)
+                    tools = {"tools": conversation.tools} if conversation.tools else {}
+                    prompts.append({"messages": conversation.messages, **tools})
                     continue
                 text = records.document(record, ["{prompt}"])
             except records.BadRecord as error:
@@ -144,8 +130,8 @@ def _checked(text: str, flag: str) -> str:
     return text
 
 
-def _chat_encoder(model: Pretrained, system: str | None) -> Callable[[list[Message]], list[int]]:
-    """A function that gives the token ids of a conversation. Raises UserError if the model has no chat template.
+def _chat_encoder(model: Pretrained, system: str | None) -> Callable[..., list[int]]:
+    """A function that gives the token ids of messages and tools. Raises UserError if the model has no chat template.
 
     The function raises BadRecord if the template refuses a conversation.
     """
@@ -156,19 +142,21 @@ def _chat_encoder(model: Pretrained, system: str | None) -> Callable[[list[Messa
             "chat_template.jinja there, or leave --chat out"
         )
 
-    def encode(messages: list[Message]) -> list[int]:
+    def encode(messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         before: list[Message] = [{"role": "system", "content": system}] if system else []
-        return template.prompt_ids(messages if messages[0]["role"] == "system" else before + messages, tokenizer)
+        messages = messages if messages[0]["role"] == "system" else before + messages
+        return template.prompt_ids(messages, tokenizer, tools)
 
     return encode
 
 
-def _encode_all(items: list[dict[str, Any]], encode: Callable[[list[Message]], list[int]]) -> list[list[int]]:
+def _encode_all(items: list[dict[str, Any]], encode: Callable[..., list[int]]) -> list[list[int]]:
     """The token ids of each prompt. Raises UserError, with its number, if the template refuses one."""
     prompts = []
     for number, item in enumerate(items, start=1):
         try:
-            prompts.append(encode(item.get("messages") or [{"role": "user", "content": item["prompt"]}]))
+            messages = item.get("messages") or [{"role": "user", "content": item["prompt"]}]
+            prompts.append(encode(messages, item.get("tools")))
         except records.BadRecord as error:
             raise UserError(f"--chat: prompt {number}: {error}") from None
     return prompts
@@ -209,7 +197,10 @@ def main() -> None:
     )
     prompt = flags.DEFINE_multi_string("prompt", [], "Text to continue. May be given several times.")
     file = flags.DEFINE_string(
-        "prompts", None, 'JSON lines with "prompt", or "messages" with --chat, or text with one prompt a line.'
+        "prompts",
+        None,
+        'JSON lines with "prompt" or, with --chat, conversations as `rho1 prepare` reads them, or text with one prompt '
+        "a line.",
     )
     output = flags.DEFINE_string("output", None, "JSON lines file to write. By default, texts are printed.")
     chat = flags.DEFINE_boolean(

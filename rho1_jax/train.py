@@ -38,7 +38,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, 
 
     Args:
       config: every key of the run, as `rho1_jax.configs.default.get_config` gives them. If config.init.checkpoint names
-        a model, the `model` section comes from there.
+        a model, the `model` section comes from there, or from the run itself if it is resumed.
       workdir: directory of the run: metrics, checkpoints, config, tokenizer.
       given: the keys that were set on purpose, such as model.layers, beside those that differ from their default. They
         must not contradict the model of config.init.checkpoint.
@@ -51,9 +51,9 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, 
     """
     start_time, workdir = time.monotonic(), local_path(workdir, "--workdir")
     # 1. Check everything that can be refused, before anything is written.
-    setup, data = open_run(config, given)
+    setup, data = open_run(config, given, workdir)
     config, mesh = setup.config, setup.mesh
-    check_same_everywhere(config, data)
+    check_same_everywhere(setup, data)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         reference = open_reference(config, setup.needs, setup.model, data.stores, mesh)

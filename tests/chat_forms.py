@@ -177,3 +177,16 @@ def make_tokenizer(folder: pathlib.Path, kind: str = "byte level") -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_named_templates(folder: pathlib.Path, form: str, default: str, tool_use: str) -> None:
+    """Writes the templates "default" and "tool_use" of a folder, as "settings" in its JSON or as "files"."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if form == "settings":
+        named = {"tool_use": tool_use, "default": default}
+        settings["chat_template"] = [{"name": name, "template": source} for name, source in named.items()]
+    else:
+        (folder / "chat_template.jinja").write_text(default)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,6 +1,7 @@
 """The command `rho1 generate`: chat, streaming, files of conversations and command lines it refuses."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -114,8 +115,8 @@ def test_prompts_and_conversations_on_the_command_line(folder, continued, tmp_pa
     (item,) = map(json.loads, (tmp_path / "done" / "sampled" / "cwd" / "out.jsonl").open())
     assert item["continuation"] == drawn != done["plain"].stdout.removeprefix("Document 1:").strip("\n")
     for name, message in (
-        ("bad", "bad.jsonl:2: messages: 0.content: field required"),
-        ("no messages", "none.jsonl:1: messages: list should have at least 1 item"),
+        ("bad", "bad.jsonl:2: the key 'messages' must hold a list of objects with 'role' and 'content'"),
+        ("no messages", "none.jsonl:1: the key 'messages' holds no message"),
         ("not a chat", "chats.jsonl:1: missing keys: needs 'prompt'"),
         ("greedy", "--top_p=0.5 needs --temperature above 0"),
         ("top_p", "flag --top_p=1.5"),
@@ -129,6 +130,43 @@ def test_prompts_and_conversations_on_the_command_line(folder, continued, tmp_pa
         (line,) = done[name].stderr.splitlines()
         assert done[name].status == 2 and line.startswith("error: ") and message in line, line
         assert not done[name].stdout and not done[name].created
+
+
+def test_a_chat_reads_the_conversations_that_prepare_reads(tmp_path):
+    user, call = {"role": "user", "content": "6 times 7?"}, {"function": {"name": "f", "arguments": {}}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    share_gpt = [{"from": "human", "value": "6 times 7?"}]
+    records = {
+        '{"prompt": "6 times 7?"}': {"prompt": "6 times 7?"},
+        json.dumps({"conversations": share_gpt, "system": "S"}): {
+            "messages": [{"role": "system", "content": "S"}, user]
+        },
+        '{"instruction": "6", "input": "7", "output": "42"}': {"messages": [user | {"content": "6\n\n7"}]},
+        json.dumps({"messages": [user | {"content": [{"type": "text", "text": "x"}]}], "tools": json.dumps(tools)}): {
+            "messages": [user | {"content": "x"}],
+            "tools": tools,
+        },
+        json.dumps({"messages": [user, {"role": "assistant", "content": None, "tool_calls": [call]}]}): {
+            "messages": [user, {"role": "assistant", "tool_calls": [call]}]
+        },
+    }
+    (tmp_path / "chats.jsonl").write_text("\n".join(records))
+    assert generate.read_items(tmp_path / "chats.jsonl", chat=True) == list(records.values())
+    (tmp_path / "bad.jsonl").write_text('{"question": "x"}')
+    with pytest.raises(UserError, match="bad.jsonl:1: missing keys: needs 'messages', or 'prompt', or 'conversations'"):
+        generate.read_items(tmp_path / "bad.jsonl", chat=True)
+
+
+def test_tools_reach_the_template_of_a_chat(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    model = Pretrained.open(tmp_path / "model", "--checkpoint")
+    (ids,) = generate._encode_all(
+        [{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "on and on"}]}],
+        generate._chat_encoder(model, None),
+    )
+    assert model.tokenizer().decode(ids) == "on and on"
 
 
 def test_a_model_without_a_template_cannot_chat(reference):

@@ -39,11 +39,12 @@ from rho1_jax.models import decoder, generation
 from rho1_jax.models.attention import KERNELS
 from rho1_jax.models.families import family_of
 from rho1_jax.runtime import sharding
-from rho1_jax.runtime.command_line import define_config_flag, run
+from rho1_jax.runtime.command_line import define_config_flag, overridden_keys, run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 from rho1_jax.training import accounting
 from rho1_jax.training.config import model_config
+from rho1_jax.training.pretrained import with_first_model
 from rho1_jax.training.reference import Reference
 from rho1_jax.training.setup import abstract_state, build_setup, check, check_batch_size, jitted_step, placed, placement
 from tools import hlo_cost
@@ -277,10 +278,11 @@ def main() -> None:
     output = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
     def command() -> None:
+        resolved = with_first_model(config.value, overridden_keys(), seq_len.value)
         if decode_rows.value:
-            figures = compile_decoding(config.value, topology.value, slices.value, decode_rows.value, seq_len.value)
+            figures = compile_decoding(resolved, topology.value, slices.value, decode_rows.value, seq_len.value)
         else:
-            figures = compile_arms(config.value, arms.value, topology.value, slices.value, seq_len.value)
+            figures = compile_arms(resolved, arms.value, topology.value, slices.value, seq_len.value)
         if output.value:
             write_text(pathlib.Path(output.value), json.dumps(figures, indent=2) + "\n")
 

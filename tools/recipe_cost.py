@@ -11,9 +11,10 @@ from absl import flags
 from rho1_jax.method.signals import REFERENCE_SIGNALS
 from rho1_jax.method.token_scores import NO_SCORE
 from rho1_jax.models.decoder import param_count
-from rho1_jax.runtime.command_line import define_config_flag, run
+from rho1_jax.runtime.command_line import define_config_flag, overridden_keys, run
 from rho1_jax.training.accounting import ForwardFlops, training_flops
 from rho1_jax.training.config import model_config, selection_rule
+from rho1_jax.training.pretrained import with_first_model
 
 MASTER_BYTES = 4  # float32 parameters, and each of the optimizer's two moments
 REFERENCE_BYTES = 2  # bfloat16
@@ -48,7 +49,8 @@ def main() -> None:
     utilization = flags.DEFINE_float("utilization", 0.4, "Assumed share of the peak that training reaches.")
 
     def command() -> None:
-        for line in lines(config.value, seq_len.value, peak.value, utilization.value):
+        resolved = with_first_model(config.value, overridden_keys(), seq_len.value)
+        for line in lines(resolved, seq_len.value, peak.value, utilization.value):
             print(line)
 
     run(command)

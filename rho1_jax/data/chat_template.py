@@ -31,10 +31,12 @@ from rho1_jax.data.tracking import CALL_MARK, GENERATION_END, GENERATION_START, 
 from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import write_text
 from rho1_jax.runtime.schema import read_json
-from rho1_jax.runtime.time_limit import time_limit
+from rho1_jax.runtime.time_limit import memory_limit, time_limit
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-RENDER_SECONDS = 10.0  # of CPU time for one conversation; templates come from downloaded folders
+TOOL_USE_FILE = "additional_chat_templates/tool_use.jinja"
+# CPU time and memory for one conversation; templates come from downloaded folders.
+RENDER_SECONDS, RENDER_GIB = 10.0, 2
 # Log2 of the largest number, and of the most characters or items, that * and ** may make in a template.
 NUMBER_BITS, REPEATED_BITS = 64, 20
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -52,29 +54,35 @@ class _Settings(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, as Jinja source."""
+    """A chat template, as Jinja source.
+
+    Attributes:
+      source: the template.
+      tool_use: the template for conversations with tools; None: `source`.
+    """
 
     source: str
+    tool_use: str | None = None
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "ChatTemplate | None":
         """The chat template of a tokenizer's folder: chat_template.jinja, or else that of tokenizer_config.json.
 
         Returns:
-          The template called "default" if there are several; None if there is none.
+          The template called "default" if there are several, with that called "tool_use"; None if there is none.
 
         Raises:
           UserError: a file is damaged, or the template is not valid.
         """
-        settings = folder / "tokenizer_config.json"
-        if (folder / CHAT_TEMPLATE_FILE).is_file():
-            return cls.read(folder / CHAT_TEMPLATE_FILE)
-        if not settings.is_file():
-            return None
-        source = read_json(settings, _Settings).get("chat_template")
-        if isinstance(source, list):
-            source = {each["name"]: each["template"] for each in source}.get("default")
-        return None if source is None else cls._checked(source, f"{settings}: chat_template")
+        settings, named = folder / "tokenizer_config.json", dict[str, str]()
+        if settings.is_file() and not (folder / CHAT_TEMPLATE_FILE).is_file():
+            content = read_json(settings, _Settings).get("chat_template") or []
+            templates = content if isinstance(content, list) else [_Named(name="default", template=content)]
+            named = {each["name"]: _checked(each["template"], f"{settings}: chat_template") for each in templates}
+        for name, file in (("default", CHAT_TEMPLATE_FILE), ("tool_use", TOOL_USE_FILE)):
+            if (folder / file).is_file():
+                named[name] = cls.read(folder / file).source
+        return cls(named["default"], named.get("tool_use")) if "default" in named else None
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "ChatTemplate":
@@ -83,29 +91,27 @@ class ChatTemplate:
             source = path.read_text()
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot read the chat template: {error}") from None
-        return cls._checked(source, str(path))
-
-    @classmethod
-    def _checked(cls, source: str, where: str) -> "ChatTemplate":
-        try:
-            _compile(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{where}: not a Jinja template: {error.message} in line {error.lineno}") from None
-        except Exception as error:  # Python refuses the code that Jinja makes of it, or constants in it fail
-            raise UserError(f"{where}: not a usable Jinja template: {_reason(error)}") from None
-        return cls(source)
+        return cls(_checked(source, str(path)))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the template beside a tokenizer, where `open` and Transformers look first."""
         write_text(folder / CHAT_TEMPLATE_FILE, self.source)
+        tool_use = folder / TOOL_USE_FILE
+        tool_use.unlink(missing_ok=True)  # of the tokenizer's own template
+        if self.tool_use is not None:
+            tool_use.parent.mkdir(exist_ok=True)
+            write_text(tool_use, self.tool_use)
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, tools: list[Any] | None = None
+    ) -> list[int]:
         """Token ids of a conversation that the assistant is to continue.
 
         Raises:
           BadRecord: the template refuses the conversation.
+          UserError: the template takes too much time or memory.
         """
-        text, owners, _ = self._render(messages, [_OTHER] * len(messages), None, tokenizer, True)
+        text, owners, _ = self._for(tools)._render(messages, [_OTHER] * len(messages), tools, tokenizer, True)
         return [i for ids, _ in _encode(text, owners, [], tokenizer) for i in ids]
 
     def encode(
@@ -131,16 +137,18 @@ class ChatTemplate:
 
         Raises:
           BadRecord: the template refuses the conversation, or changes its text beyond recognition.
+          UserError: the template takes too much time or memory.
         """
+        template = self._for(tools)
         # Neighbouring responses have different owners.
         owners, count = [], len(tracking.OWNERS) - 1
         for number, is_trained in enumerate(trained):
             owners.append(_FIRST_RESPONSE + number % count if is_trained else _OTHER)
-        text, owner_L, generations = self._render(messages, owners, tools, tokenizer, False)
-        if _GENERATION.search(self.source):
+        text, owner_L, generations = template._render(messages, owners, tools, tokenizer, False)
+        if _GENERATION.search(template.source):
             spans = [span for span in generations if not _is_masked(owner_L[slice(*span)])]
         else:
-            spans = list(self._responses(text, owner_L, tokenizer))
+            spans = list(template._responses(text, owner_L, tokenizer))
         all_ids: list[int] = []
         flags: list[bool] = []
         for ids, in_response in _encode(text, owner_L, spans, tokenizer):
@@ -149,6 +157,10 @@ class ChatTemplate:
             if len(all_ids) > enough:
                 break
         return all_ids, flags
+
+    def _for(self, tools: list[Any] | None) -> "ChatTemplate":
+        """The template to render a conversation with, as Transformers chooses it."""
+        return ChatTemplate(self.tool_use) if tools and self.tool_use else self
 
     def _render(
         self,
@@ -159,15 +171,14 @@ class ChatTemplate:
         prompt: bool,
     ) -> tuple[str, np.ndarray, list[Span]]:
         """The text of a conversation, the owner of each character, and the spans inside {% generation %}."""
-        now, marker = datetime.datetime.now(), _marker(tokenizer)
-        messages, expected = self._first_accepted(messages, tools, prompt, now, tokenizer)
+        variables, marker = _variables(tokenizer, prompt), _marker(tokenizer)
+        messages, expected = self._first_accepted(messages, tools, variables)
         literals = _literals(self.source)
         tags = {literal for literal in literals if not literal.replace("_", "").isalnum()}
         for kept, kept_of_tools in (((), ()), (tags, literals)):
             marked = [marker.mark_all(message, owner, kept) for message, owner in zip(messages, owners)]
-            marked_tools = marker.mark_all(tools, _OTHER, kept_of_tools)
-            text = self._text(marked, marked_tools, prompt, now, tokenizer)
-            text, generations = _without_generation(text)
+            text = self._text(marked, marker.mark_all(tools, _OTHER, kept_of_tools), variables)
+            text, generations = _without_generation(tracking.unescape(text))
             text, owner_L = tracking.unmark(text)
             if text == expected:
                 present = set(np.unique(owner_L).tolist())
@@ -178,49 +189,31 @@ class ChatTemplate:
         raise BadRecord("the chat template changes the text of a message, so its characters cannot be tracked")
 
     def _first_accepted(
-        self,
-        messages: Sequence[Message],
-        tools: list[Any] | None,
-        prompt: bool,
-        now: datetime.datetime,
-        tokenizer: Tokenizer,
+        self, messages: Sequence[Message], tools: list[Any] | None, variables: dict[str, Any]
     ) -> tuple[list[Message], str]:
         """The first form of the messages that the template does not refuse, and their text."""
         refusals = []
         for variant in variants(messages):
+            calls = sum(len(message.get("tool_calls", ())) for message in variant)
             try:
-                text = self._text(variant, tools, prompt, now, tokenizer)
-                if count := sum(len(message.get("tool_calls", ())) for message in variant):
-                    probe = self._text(with_called_names(variant, CALL_MARK), tools, prompt, now, tokenizer)
-                    if probe.count(CALL_MARK) < count:
-                        raise BadRecord("the chat template does not write the assistant's tool_calls")
+                text = self._text(variant, tools, variables)
+                probe = self._text(with_called_names(variant, CALL_MARK), tools, variables) if calls else ""
             except BadRecord as refusal:
                 refusals.append(refusal)
-            else:
+                continue
+            if probe.count(CALL_MARK) >= calls:
                 return variant, _without_generation(text)[0]
+            refusals.insert(0, BadRecord("the chat template does not write the assistant's tool_calls"))
         raise refusals[0]
 
-    def _text(
-        self,
-        messages: Sequence[Message],
-        tools: list[Any] | None,
-        prompt: bool,
-        now: datetime.datetime,
-        tokenizer: Tokenizer,
-    ) -> str:
-        too_long = (
-            f"the chat template takes more than {RENDER_SECONDS:g} s of CPU time for one conversation; use another"
-        )
+    def _text(self, messages: Sequence[Message], tools: list[Any] | None, variables: dict[str, Any]) -> str:
+        too_much = "the chat template takes more than {} for one conversation; use another"
         try:
-            with time_limit(RENDER_SECONDS, too_long):
-                return _compile(self.source).render(
-                    messages=messages,
-                    tools=tools,
-                    documents=None,
-                    add_generation_prompt=prompt,
-                    strftime_now=now.strftime,
-                    **tokenizer.named_tokens,
-                )
+            with (
+                time_limit(RENDER_SECONDS, too_much.format(f"{RENDER_SECONDS:g} s of CPU time")),
+                memory_limit(RENDER_GIB << 30, too_much.format(f"{RENDER_GIB} GiB of memory")),
+            ):
+                return _compile(self.source).render(messages=messages, tools=tools, **variables)
         except UserError:
             raise
         except Exception as error:  # a template can raise anything
@@ -229,9 +222,9 @@ class ChatTemplate:
     @functools.lru_cache  # noqa: B019
     def _generation_prompt(self, tokenizer: Tokenizer) -> str:
         """What the template writes before a response; empty if it writes nothing, or refuses to be asked."""
-        messages, now = [{"role": "user", "content": "x"}], datetime.datetime.now()
+        messages = [{"role": "user", "content": "x"}]
         try:
-            texts = [self._text(messages, None, prompt, now, tokenizer) for prompt in (False, True)]
+            texts = [self._text(messages, None, _variables(tokenizer, prompt)) for prompt in (False, True)]
         except BadRecord:
             return ""
         return texts[1].removeprefix(texts[0]) if texts[1].startswith(texts[0]) else ""
@@ -254,6 +247,23 @@ class ChatTemplate:
             ends = list(_special_tokens(text[last + 1 : following], tokenizer))
             stops = [end for end in ends if end[1] in tokenizer.eos_ids] or ends
             yield begin, last + 1 + (stops[0][0][1] if stops else 0)
+
+
+def _checked(source: str, where: str) -> str:
+    """The source of a template. Raises UserError if it is not valid."""
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}: not a Jinja template: {error.message} in line {error.lineno}") from None
+    except Exception as error:  # Python refuses the code that Jinja makes of it, or constants in it fail
+        raise UserError(f"{where}: not a usable Jinja template: {_reason(error)}") from None
+    return source
+
+
+def _variables(tokenizer: Tokenizer, prompt: bool) -> dict[str, Any]:
+    """What a template gets beside the messages and the tools."""
+    named, now = tokenizer.named_tokens, datetime.datetime.now()
+    return {"documents": None, "add_generation_prompt": prompt, "strftime_now": now.strftime, **named}
 
 
 def _reason(error: Exception) -> str:

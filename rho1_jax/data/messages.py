@@ -17,6 +17,7 @@ SHARE_GPT_ROLES = {
 }
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
 ALPACA_KEYS = ("instruction", "output")
+MESSAGES_KEY = "messages"
 
 Message = dict[str, Any]  # "role", "content" (optional beside "tool_calls"), and other keys for chat templates
 
@@ -52,11 +53,11 @@ def read(record: dict[str, Any] | str, keys: Sequence[str], messages_key: str, t
     if messages_key in record:
         raw = _listed(record, messages_key)
     elif record.keys() >= set(keys):
-        raw = [{"role": "user", "content": record[keys[0]]}, {"role": "assistant", "content": record[keys[1]]}]
+        raw = [_of_user(record[keys[0]]), {"role": "assistant", "content": record[keys[1]]}]
     elif SHARE_GPT_KEY in record:
         raw = _listed(record, SHARE_GPT_KEY)
     elif record.keys() >= set(ALPACA_KEYS):
-        raw = _alpaca(record)
+        raw = [_of_user(_alpaca(record)), {"role": "assistant", "content": record["output"]}]
     else:
         raise missing_keys(record, [[messages_key], keys, [SHARE_GPT_KEY], ALPACA_KEYS])
     messages = [_message(message, templated) for message in raw]
@@ -68,6 +69,30 @@ def read(record: dict[str, Any] | str, keys: Sequence[str], messages_key: str, t
     if not templated:
         return Conversation(messages, trained, None)
     return Conversation(_as_json(messages), trained, _as_json(_tools(record)))
+
+
+def read_prompt(record: dict[str, Any]) -> Conversation:
+    """The conversation in a record that the assistant is to continue. None of its messages is trained on.
+
+    The formats are those of `read`, except for prompt and response. The output of Alpaca's is ignored.
+
+    Raises:
+      BadRecord: the record holds no conversation.
+    """
+    if key := next((key for key in (MESSAGES_KEY, SHARE_GPT_KEY) if key in record), None):
+        raw = _listed(record, key)
+    elif ALPACA_KEYS[0] in record:
+        raw = [_of_user(_alpaca(record))]
+    else:
+        raise missing_keys(record, [[MESSAGES_KEY], ["prompt"], [SHARE_GPT_KEY], ALPACA_KEYS[:1]])
+    if not raw:
+        raise BadRecord(f"the key {key!r} holds no message")
+    messages = [_message(message, templated=True) for message in raw]
+    return Conversation(_as_json(messages), [False] * len(messages), _as_json(_tools(record)))
+
+
+def _of_user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 def _as_json(value: Any) -> Any:
@@ -97,13 +122,13 @@ def _share_gpt(message: dict[str, Any]) -> dict[str, Any]:
     return converted | ({"function_call": value} if sender == "function_call" else {})
 
 
-def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
+def _alpaca(record: dict[str, Any]) -> str:
+    """What the user says: the instruction and the input, if there is one."""
     instruction, given = record["instruction"], record.get("input") or ""
     for key, text in (("instruction", instruction), ("input", given)):
         if not isinstance(text, str):
             raise BadRecord(f"the key {key!r} holds {type(text).__name__}, not text")
-    question = f"{instruction}\n\n{given}" if given else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return f"{instruction}\n\n{given}" if given else instruction
 
 
 def _weight(message: dict[str, Any]) -> float:

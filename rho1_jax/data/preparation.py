@@ -188,6 +188,8 @@ def _as_json(options: Options) -> dict[str, Any]:
     described = json.loads(json.dumps(dataclasses.asdict(options)))
     if described["transcripts"] and described["transcripts"]["chat_template"] is None:
         del described["transcripts"]["chat_template"]
+    elif described["transcripts"] and described["transcripts"]["chat_template"]["tool_use"] is None:
+        del described["transcripts"]["chat_template"]["tool_use"]
     return described
 
 

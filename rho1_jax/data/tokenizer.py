@@ -27,6 +27,7 @@ SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "vocab.json",
     "merges.txt",
 )
@@ -183,6 +184,7 @@ class Tokenizer:
         shutil.copyfile(self.path, directory / (JSON_FILE if is_json else SENTENCEPIECE_FILE))
         for name in (*SETTINGS_FILES, *([SENTENCEPIECE_FILE] if is_json else [])):
             if (self.path.parent / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.path.parent / name, directory / name)
 
 

@@ -6,6 +6,7 @@ one plane for each owner. A template copies, joins, trims and cuts them like any
 """
 
 import functools
+import json
 import re
 from collections.abc import Collection
 from typing import Any
@@ -21,14 +22,16 @@ FIRST_PLANE = 4  # of the unassigned planes 4 to 13
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
 CALL_MARK = "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdef\U00040000-\U000dffff]")
+# Marked characters in Python's repr, and in JSON of ASCII characters.
+_ESCAPED = re.compile(r"\\U(000[4-9a-d][0-9a-f]{4})|(?:\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})")
 _FIXED_KEYS = ("role", "type")  # templates compare their values, which are not free text
 
-# Characters that stay: whitespace, which templates trim, those that JSON escapes, and the private ones that make room
-# for emoji. Beyond the first plane, only emoji move: a whole message may consist of them.
+# Characters that stay: whitespace, which templates trim, those that JSON or Python's repr escapes, and the private ones
+# that make room for emoji. Beyond the first plane, only emoji move: a whole message may consist of them.
 EMOJI, EMOJI_ROOM = 0x1F000, 0xE000  # the first of 4096 characters each
 _STAY = np.array(
     [
-        chr(code).isspace() or code < 32 or chr(code) in '"\\' or code >> 12 == EMOJI_ROOM >> 12
+        chr(code).isspace() or code < 32 or chr(code) in "'\"\\" or code >> 12 == EMOJI_ROOM >> 12
         for code in range(1 << 16)
     ]
 )
@@ -115,6 +118,24 @@ def _codes(text: str) -> np.ndarray:
 def _moving(codes: np.ndarray) -> np.ndarray:
     """For each character, True if marking moves it."""
     return (codes >> 12 == EMOJI >> 12) | (codes < 1 << 16) & ~_STAY[codes & 0xFFFF]
+
+
+def unescape(text: str) -> str:
+    """A rendered text with the escapes of marked characters replaced by those of the original ones, marked.
+
+    Templates print lists and objects by Python's repr, or as JSON in ASCII, both of which escape marked characters.
+    """
+    return _ESCAPED.sub(_unescaped, text)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    marked = chr(int(escape[1], 16)) if escape[1] else json.loads(f'"{escape[0]}"')
+    plane = ord(marked) >> 16
+    if not FIRST_PLANE <= plane < FIRST_PLANE + len(OWNERS):
+        return escape[0]
+    original, _ = unmark(marked)
+    written = (repr(original) if escape[1] else json.dumps(original))[1:-1]
+    return marked if written == original else "".join(chr(ord(character) + (plane << 16)) for character in written)
 
 
 def unmark(text: str) -> tuple[str, np.ndarray]:

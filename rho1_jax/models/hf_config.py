@@ -298,6 +298,7 @@ def to_hf(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int) -> di
       UserError: the family has no Hugging Face format for this model.
     """
     family = family_of(model)
+    family.check(model)
     hf_config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,

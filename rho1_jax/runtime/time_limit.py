@@ -1,6 +1,8 @@
-"""Limit the CPU time of code that comes from outside."""
+"""Limit the CPU time and the memory of code that comes from outside."""
 
 import contextlib
+import pathlib
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -32,3 +34,24 @@ def time_limit(seconds: float, error: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def memory_limit(limit: int, error: str) -> Iterator[None]:
+    """Ends the block if it needs more than `limit` bytes of address space beyond what the process has.
+
+    The limit holds for the whole process while the block runs, so other threads should be idle.
+
+    Raises:
+      UserError: with the text `error`, when an allocation fails.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    bounds = [bound for bound in (used + limit, soft) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    except MemoryError:
+        raise UserError(error) from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

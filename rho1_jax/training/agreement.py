@@ -6,7 +6,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 
 from rho1_jax.models.hf_folder import is_hugging_face_folder
@@ -14,14 +13,14 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.processes import gather_json
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import as_saved, changes
-from rho1_jax.training.setup import TrainingData
+from rho1_jax.training.setup import RunSetup, TrainingData
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PACKAGE = pathlib.Path(__file__).parents[1]
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # read of each file of a model
 
 
-def check_same_everywhere(config: ml_collections.ConfigDict, data: TrainingData) -> None:
+def check_same_everywhere(setup: RunSetup, data: TrainingData) -> None:
     """Compares config, code, libraries, data, tokenizer and pretrained models. Does nothing in a single process.
 
     Raises:
@@ -29,16 +28,17 @@ def check_same_everywhere(config: ml_collections.ConfigDict, data: TrainingData)
     """
     if jax.process_count() == 1:
         return
-    first, *others = gather_json(_description(config, data))
+    first, *others = gather_json(_description(setup, data))
     for number, other in enumerate(others, start=1):
         for change in changes(first, other):
             key = change.key.removeprefix("config.")
             raise UserError(f"process {number} differs from process 0 in {key}: {change.new!r}, not {change.old!r}")
 
 
-def _description(config: ml_collections.ConfigDict, data: TrainingData) -> dict[str, Any]:
+def _description(setup: RunSetup, data: TrainingData) -> dict[str, Any]:
     """What must not differ between processes."""
-    models = {key: config[key].checkpoint for key in ("init", "reference")}
+    config = setup.config
+    models = {"init": config.init.checkpoint if setup.initial else "", "reference": config.reference.checkpoint}
     return {
         "config": as_saved(config),
         "code": {name: _digest(path) for name, path in _sources().items()},

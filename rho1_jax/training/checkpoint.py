@@ -42,6 +42,7 @@ from rho1_jax.training.retention import KeepBest, best_step, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+READS = 2  # of a checkpoint, before it counts as damaged
 BEST = "best"  # WORKDIR/best names the best checkpoint; nothing of that name is written
 
 T = TypeVar("T")
@@ -86,7 +87,8 @@ class Checkpoints:
     def newest(self, abstract: TrainState, check: Callable[[Meta], None]) -> tuple[TrainState, Meta] | None:
         """Restores the newest intact checkpoint; None if the run has no checkpoint.
 
-        Damaged ones are reported and renamed to STEP.damaged, but only if there is an older one to use instead.
+        Damaged ones are reported and renamed to STEP.damaged, but only if there is an older one to use instead. A
+        checkpoint counts as damaged if it cannot be read twice in a row: a file system may fail for a moment.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -99,17 +101,19 @@ class Checkpoints:
         damaged: dict[int, DamagedCheckpoint] = {}
         saved_steps = gather_json(steps(self._workdir))[0]  # a shared file system may show others an older list
         for step in reversed(saved_steps):
-            try:
-                meta = _load_meta_together(at(self._workdir, step))
-                _check_resumable(at(self._workdir, step))
-                check(meta)
-                state = self.restore(step, abstract)
-            except DamagedCheckpoint as error:
-                damaged[step] = error
-                continue
-            for damaged_step, damage in damaged.items():
-                self._set_aside(damaged_step, damage)
-            return state, meta
+            for _ in range(READS):
+                try:
+                    meta = _load_meta_together(at(self._workdir, step))
+                    _check_resumable(at(self._workdir, step))
+                    check(meta)
+                    state = self.restore(step, abstract)
+                except DamagedCheckpoint as error:
+                    damaged[step] = error
+                    continue
+                damaged.pop(step, None)
+                for damaged_step, damage in damaged.items():
+                    self._set_aside(damaged_step, damage)
+                return state, meta
         if damaged:
             newest = max(damaged)
             raise UserError(

@@ -34,6 +34,7 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
     for key, values in (("family", FAMILIES), ("attention", ATTENTION), ("remat", REMAT)):
         if config.model[key] not in values:
             raise UserError(f"config.model.{key}={config.model[key]!r} is not one of {', '.join(values)}")
+    FAMILIES[model.family].check(model)
     return model
 
 

@@ -123,7 +123,7 @@ class Loop:
                     self.meta = self.meta._replace(pending=line)
                     if not stop:
                         evaluations = self.evaluate_pending(state, line)
-                        save = save or self.is_out_of_patience()
+                        save = save or self.is_best() or self.is_out_of_patience()
                 if stop or save:
                     self.save(state, evaluations)
                 if stop:
@@ -157,6 +157,10 @@ class Loop:
         if self.meta.step == self.saved_step:  # a run that was stopped before this evaluation
             self.checkpoints.add_evaluations(self.meta, evaluations)
         return evaluations
+
+    def is_best(self) -> bool:
+        """True if the last evaluation gave the best value of config.checkpoint.best so far."""
+        return bool(self.config.checkpoint.best) and self.health.evaluations_since_best == 0
 
     def is_out_of_patience(self) -> bool:
         """True if config.checkpoint.best has not improved for config.checkpoint.patience evaluations."""

@@ -1,5 +1,6 @@
 """Models on disk: opened from runs, checkpoints and Hugging Face folders, and written without optimizer state."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -19,10 +20,12 @@ from rho1_jax.models.hf_folder import HuggingFaceFolder, is_hugging_face_folder
 from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.processes import gather_json
 from rho1_jax.training import checkpoint
 from rho1_jax.training.checkpoint import Meta
 from rho1_jax.training.checksums import check_finite
 from rho1_jax.training.config import changes, run_settings
+from rho1_jax.training.description import DamagedCheckpoint
 from rho1_jax.training.state import TrainState
 
 INIT = "config.init.checkpoint"
@@ -146,8 +149,23 @@ def open_pretrained(path: str, key: str, config: ml_collections.ConfigDict, stor
     return pretrained
 
 
-def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Collection[str], seq_len: int) -> None:
-    """Fills the `model` section of a run's config with the model that the run starts from.
+def recorded_model(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> ModelConfig | None:
+    """The model in a run's newest readable checkpoint, with the settings of `config` for how it is computed.
+
+    Returns:
+      None if the run has no such checkpoint.
+    """
+    for step in reversed(gather_json(checkpoint.steps(workdir))[0]):  # the list of process 0, as when it is resumed
+        with contextlib.suppress(DamagedCheckpoint):
+            saved = checkpoint.load_meta(checkpoint.at(workdir, step)).config
+            return ModelConfig(**saved["model"] | run_settings(config))
+    return None
+
+
+def take_model(
+    config: ml_collections.ConfigDict, initial: ModelConfig, named: str, given: Collection[str], seq_len: int
+) -> None:
+    """Fills the `model` section of a run's config with the model that the run starts from, or that it has.
 
     How the model is computed stays as the config says. So does context_length if it is given; otherwise, it is the
     model's or, if the rows are longer, theirs.
@@ -155,6 +173,7 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
     Args:
       config: the run's config, which is changed.
       initial: the model, with the run's settings for how it is computed.
+      named: what names the model, for errors.
       given: the keys that the command line sets, such as model.layers. Keys that differ from their default count too.
       seq_len: targets per row of the training data.
 
@@ -163,7 +182,7 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
     """
     contradicting, asked = [], ModelConfig(**config.model)
     for field in dataclasses.fields(ModelConfig):
-        value, of_model = getattr(asked, field.name), getattr(initial.model, field.name)
+        value, of_model = getattr(asked, field.name), getattr(initial, field.name)
         is_given = f"model.{field.name}" in given or value != field.default
         if field.name == "context_length":
             config.model.context_length = value if is_given else max(of_model, seq_len)
@@ -173,9 +192,28 @@ def take_model(config: ml_collections.ConfigDict, initial: Pretrained, given: Co
             config.model[field.name] = of_model
     if contradicting:
         given_values = ", ".join(f"config.model.{name}={config.model[name]}" for name in contradicting)
-        of_model = ", ".join(f"{name}={getattr(initial.model, name)}" for name in contradicting)
+        of_model = ", ".join(f"{name}={getattr(initial, name)}" for name in contradicting)
         verb, them = ("contradicts", "it") if len(contradicting) == 1 else ("contradict", "them")
-        raise UserError(f"{given_values} {verb} {INIT}={initial.path}, which has {of_model}; remove {them}")
+        raise UserError(f"{given_values} {verb} {named}, which has {of_model}; remove {them}")
+
+
+def with_first_model(
+    config: ml_collections.ConfigDict, given: Collection[str], seq_len: int
+) -> ml_collections.ConfigDict:
+    """A copy of a config with the model of config.init.checkpoint, as a run on rows of `seq_len` targets takes it.
+
+    A recipe that describes the model itself does not need the checkpoint, unless the command line names one.
+
+    Raises:
+      UserError: there is no such model, or a key that was given contradicts it.
+    """
+    config = config.copy_and_resolve_references()
+    is_described = ModelConfig(**config.model) != ModelConfig() and "init.checkpoint" not in given
+    if config.init.checkpoint and not (is_described and not pathlib.Path(config.init.checkpoint).exists()):
+        initial = Pretrained.open(config.init.checkpoint, INIT)
+        model = dataclasses.replace(initial.model, **run_settings(config))
+        take_model(config, model, f"{INIT}={initial.path}", given, seq_len)
+    return config
 
 
 def open_same_model(

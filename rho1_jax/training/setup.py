@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from rho1_jax.runtime.processes import say
 from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, check_values, model_config, selection_rule
 from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
-from rho1_jax.training.pretrained import INIT, Pretrained, open_pretrained, take_model
+from rho1_jax.training.pretrained import INIT, Pretrained, open_pretrained, recorded_model, take_model
 from rho1_jax.training.reference import Reference
 from rho1_jax.training.retention import check_retention
 from rho1_jax.training.state import TrainState
@@ -79,7 +80,7 @@ class RunSetup:
       needs: signals that the rule and the objective are computed from.
       schedule: learning rate by step.
       optimizer: AdamW under that schedule.
-      initial: the model the run starts from; None: new weights.
+      initial: the model the run starts from; None: new weights, or those of the run's newest checkpoint.
     """
 
     config: ml_collections.ConfigDict
@@ -93,12 +94,17 @@ class RunSetup:
     initial: Pretrained | None = None
 
 
-def open_run(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> tuple[RunSetup, TrainingData]:
+def open_run(
+    config: ml_collections.ConfigDict, given: Collection[str] = (), workdir: pathlib.Path | None = None
+) -> tuple[RunSetup, TrainingData]:
     """Checks a config, opens its data and its first model, and builds what they decide. Nothing is written.
+
+    A run that is resumed does not need the model of config.init.checkpoint any more.
 
     Args:
       config: the run's config.
       given: the keys that the command line sets, such as model.layers.
+      workdir: the run's directory, if it may hold checkpoints to resume from.
 
     Raises:
       UserError: a value is not allowed, the devices do not fit, the data or the first model cannot be opened, or the
@@ -107,8 +113,11 @@ def open_run(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> 
     mesh, data = open_data(config)
     config, initial = config.copy_and_resolve_references(), None
     if config.init.checkpoint:
-        initial = open_pretrained(config.init.checkpoint, INIT, config, data.stores[0])
-        take_model(config, initial, given, data.seq_len)
+        model, named = recorded_model(workdir, config) if workdir else None, f"the run in {workdir}"
+        if model is None:
+            initial = open_pretrained(config.init.checkpoint, INIT, config, data.stores[0])
+            model, named = initial.model, f"{INIT}={initial.path}"
+        take_model(config, model, named, given, data.seq_len)
     return dataclasses.replace(build_setup(resolve(config, data), mesh), initial=initial), data
 
 

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import json
 import re
+import resource
 
 import pytest
 from chat_forms import GENERATION, LLAMA, MISTRAL, PHI, QWEN, TEMPLATES, THINKING, make_tokenizer
@@ -151,6 +152,29 @@ def test_pieces_of_special_tokens_do_not_join(chat_tokenizer, contents, name):
     assert [i for i in ids if i in special] == [i for i in expected if i in special]
 
 
+@pytest.mark.parametrize("written", ["{{ ARGS }}", "{{ ARGS | string }}", "{{ ARGS | tojson(ensure_ascii=True) }}"])
+@pytest.mark.parametrize("generation", [False, True])
+def test_lists_and_objects_may_be_printed_with_escapes(chat_tokenizer, written, generation):
+    """Python's repr and JSON in ASCII escape marked characters, and must show what they would without marks."""
+    value = {"a": ["plain <|im_end|> 'one' \"two\" \\u1234", "\u65e5\N{GRINNING FACE}\u200b\xe9\n"]}
+    call = {"function": {"name": "f", "arguments": value}}
+    reply = f"{{{{ m.tool_calls[0].function.name }}}} {written}<|im_end|>".replace(
+        "ARGS", "m.tool_calls[0].function.arguments"
+    )
+    if generation:
+        reply = "{% generation %}" + reply + "{% endgeneration %}"
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}" + reply + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    printed = json.dumps(value) if "ascii" in written else str(value)
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}, USER]
+    assert trained_text(template, messages, chat_tokenizer) == [f"f {printed}<|im_end|>"]
+    ids, _ = encode(template, messages, chat_tokenizer)
+    assert [i for i in ids if i in chat_tokenizer.special_tokens.values()] == [
+        chat_tokenizer.special_tokens["<|im_end|>"]
+    ]
+
+
 @pytest.mark.parametrize("content", ["{{ m.content.replace('#', '') }}", "<|{{ m.content[2:].replace('#', '') }}"])
 def test_a_template_that_joins_pieces_of_data_makes_no_special_token(chat_tokenizer, content):
     """Not even if it takes text from between them, or writes a part of the name itself."""
@@ -205,6 +229,11 @@ def test_tools_are_given_to_the_template_as_data(chat_tokenizer):
             [USER, {"role": "assistant", "tool_calls": [CALL]}],
             "the chat template does not write the assistant's tool_calls",
         ),
+        (
+            "{% for m in messages %}{{ m.content + '' }}{% endfor %}",  # needs the content, and then drops the calls
+            [USER, {"role": "assistant", "tool_calls": [CALL]}],
+            "the chat template does not write the assistant's tool_calls",
+        ),
         (QWEN, [{"role": "user", "content": "\ufdd2" + "4\ufdd3"}], "U.FDD2 is not assigned in Unicode"),
         (QWEN, [{"role": "user", "content": "\U00040041"}], "U.40041 is not assigned in Unicode"),
         (QWEN, [{"role": "user", "content": "\ud800"}], "a lone surrogate"),
@@ -223,6 +252,26 @@ def test_a_template_that_does_not_end_ends_the_command(chat_tokenizer, monkeypat
     with pytest.raises(UserError, match="takes more than 0.1 s of CPU time for one conversation"):
         encode(numbers * 3 + "{% endfor %}" * 3, [USER, ASSISTANT], chat_tokenizer)
     assert trained_text("{{ 2 * 3 }}{{ '-' * 3 }}{{ 2 ** 3 }}" + QWEN, [USER, ASSISTANT], chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' | center(10 ** 11) }}",
+        "{{ '%100000000000d' % 1 }}",
+        "{{ '{:100000000000}'.format(1) }}",
+        "{% set n = namespace(x='x' * 999) %}{% for _ in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set x = 'x' * 999999 %}{{ x.replace('x', x) }}",
+        "{% set x = 'x' * 999999 %}{% for _ in range(99999) %}{{ x }}{% endfor %}",
+        "{{ [1] | batch(10 ** 11, 'x') | list }}",
+    ],
+)
+def test_a_template_that_takes_all_memory_ends_the_command(chat_tokenizer, template):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="takes more than 2 GiB of memory for one conversation; use another"):
+        encode(template, [USER, ASSISTANT], chat_tokenizer)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert trained_text(QWEN, [USER, ASSISTANT], chat_tokenizer)
 
 
 def test_a_template_gets_what_transformers_gives(chat_tokenizer):
@@ -256,36 +305,6 @@ def test_a_sentencepiece_model_has_its_control_pieces_as_special_tokens(tokenize
     assert tokenizer.decode([i for i, flag in zip(ids, flags) if flag]).count("and</s> so on") == 2
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("chat_template.jinja", "{% for %}", "chat_template.jinja: not a Jinja template: .* in line 1"),
-        (
-            "chat_template.jinja",
-            "{% for _ in [1] %}" * 25 + "{% endfor %}" * 25,
-            "not a usable Jinja template: too many",
-        ),
-        ("chat_template.jinja", "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "not a usable Jinja template: maximum"),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot read the chat template"),
-        ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template"),
-        ("tokenizer_config.json", '{"chat_template": "\\n{{"}', "tokenizer_config.json: chat_template: .* in line 2"),
-    ],
-)
-def test_an_invalid_template_is_refused_by_file(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
-        ChatTemplate.open(tmp_path)
-
-
-def test_a_folder_may_have_no_template(folder, tmp_path):
-    assert ChatTemplate.open(tmp_path) is None
-    for path in (folder, folder / "tokenizer.json"):
-        with pytest.raises(UserError, match="--chat_template=model: .* has no chat_template.jinja"):
-            open_chat_template("model", path)
-    with pytest.raises(UserError, match="none.jinja: cannot read the chat template"):
-        open_chat_template(str(tmp_path / "none.jinja"), folder)
-
-
 def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_path):
     (tmp_path / "qwen.jinja").write_text(QWEN)
     template = open_chat_template(str(tmp_path / "qwen.jinja"), folder)
@@ -304,6 +323,7 @@ def test_prepared_conversations_keep_their_template(chat_tokenizer, folder, tmp_
     assert ChatTemplate.open(tmp_path / "rows" / "tokenizer") == template
     without = prepare(*arguments[:2], tmp_path / "plain", options(transcripts=Transcripts(), seq_len=60), workers=1)
     assert "chat_template" not in without["options"]["transcripts"]  # as older versions wrote it
+    assert list(manifest["options"]["transcripts"]["chat_template"]) == ["source"]  # the same
 
 
 def test_messages_of_parquet_may_hold_what_json_cannot(chat_tokenizer):

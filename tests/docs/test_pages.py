@@ -1,5 +1,6 @@
 """The documentation: its code blocks run as they stand, and its generated pages leave nothing out."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -10,6 +11,7 @@ from helpers import TINY, root
 
 import rho1_jax
 from rho1_jax.configs import default
+from rho1_jax.configs.default import EvalConfig
 from rho1_jax.evals import answers
 from rho1_jax.evals.grading import Grader
 from rho1_jax.evals.tasks import TASKS
@@ -84,6 +86,8 @@ def test_the_commands_page_has_every_flag(hooks):
     for path in (root() / "rho1_jax").glob("*.py"):
         for flag in re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', path.read_text()):
             assert f"| `--{flag}` |" in page
+    for field in dataclasses.fields(EvalConfig):
+        assert (f"| `--{field.name}` | the run's | " in page) == (field.name != "every")
     assert page.count("| `--input` | required | Files or glob patterns") == 2  # of prepare and tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Attack the sandbox, its parent and the machine; then run harmless programs in it."""
+"""Attack the sandbox, its parent and the machine."""
 
 import ctypes
 import os
@@ -355,47 +355,3 @@ def test_program_ends_with_its_parent_even_if_it_resists():
             return
         time.sleep(0.1)
     pytest.fail("the program still runs after its parent was killed")
-
-
-HARMLESS = {
-    "sympy": ("import sympy\nx = sympy.symbols('x')\nsympy.integrate(sympy.sin(x)**2, x)", "x/2 - sin(x)*cos(x)/2\n"),
-    "numpy": ("import numpy as np\nprint(np.linalg.solve([[2., 1.], [1., 3.]], [3., 5.]))", "[0.8 1.4]\n"),
-    "scipy": ("from scipy.optimize import linprog\nprint(linprog([1, 2], bounds=(1, 2)).fun)", "3.0\n"),
-    "matplotlib": (
-        "import os, matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.savefig('a.png')\nos.path.getsize('a.png') > 999",
-        "True\n",
-    ),
-    "fractions": ("from fractions import Fraction\nprint(Fraction(1, 3) + Fraction(1, 6))", "1/2\n"),
-    "decimal": ("from decimal import Decimal\nDecimal('0.1') * 3", "0.3\n"),
-    "itertools": ("import itertools\nlen(list(itertools.permutations(range(5), 3)))", "60\n"),
-    "datetime": ("import datetime\nprint(datetime.date(2024, 2, 28) + datetime.timedelta(2))", "2024-03-01\n"),
-    "random": ("import random\nrandom.seed(1)\nrandom.randint(1, 100)", "18\n"),
-    "math": ("import math\nmath.comb(50, 25)", "126410606437752\n"),
-    "statistics": ("import statistics\nstatistics.stdev([1, 2, 3, 4])", "1.2909944487358056\n"),
-    "re": ("import re\nre.findall(r'\\d+', 'a1b22')", "['1', '22']\n"),
-    "collections": ("from collections import Counter\nCounter('abca').most_common(1)", "[('a', 2)]\n"),
-    "time limit": (
-        "import signal\ndef end(*_): raise TimeoutError('alarm')\nsignal.signal(signal.SIGALRM, end)\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0.05)\nwhile True: pass",
-        "TimeoutError: alarm\n",
-    ),
-    "sleep": ("import time\nt = time.time()\ntime.sleep(0.01)\ntime.time() - t >= 0.01", "True\n"),
-    "temporary file": (
-        "import tempfile\nwith tempfile.NamedTemporaryFile('w+') as f:\n"
-        "    f.write('x')\n    f.seek(0)\n    print(f.read())",
-        "x\n",
-    ),
-    "rename": (
-        "import os\nopen('n', 'w').close()\nos.replace('n', 'm')\nos.remove('m')\nos.path.exists('m')",
-        "False\n",
-    ),
-    "processors": ("import os\nos.cpu_count() > 0 and os.getpid() > 0", "True\n"),
-    "input": ("import sys\nprint(repr(sys.stdin.read()))", "''\n"),
-}
-
-
-@pytest.mark.parametrize("program, output", HARMLESS.values(), ids=HARMLESS)
-def test_harmless_program(program, output, box):
-    box._seconds = 30
-    assert box.run(program) == output
-    box._seconds = 2

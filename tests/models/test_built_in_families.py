@@ -84,6 +84,7 @@ OPTIONAL = {
     "rope_attention_factor": 7.0,
     "rope_fraction": 0.25,
     "parallel_residual": False,
+    "gelu_tanh": True,
     "embedding_scale": 7.0,
     "residual_scale": 7.0,
     "query_scale": 0.5,

@@ -130,7 +130,8 @@ def test_long_rotary_positions_depend_on_the_length_of_the_row():
 
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 30.0]}
 REFUSED = [
-    ("gpt_neox", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not supported, only 'gelu'"),
+    ("gpt_neox", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only 'gelu', 'gelu_fast'"),
+    ("gpt_neox", {"hidden_act": ["gelu"]}, "hidden_act=.'gelu'. is not supported, only 'gelu', 'gelu_fast'"),
     ("gpt_neox", {"attention_bias": False}, "attention_bias=False is not supported, only True"),
     ("gpt_neox", {"layer_norm_eps": None}, "lacks layer_norm_eps"),
     ("gpt_neox", {"num_attention_heads": 3}, "num_attention_heads=3 does not divide hidden_size=32"),
@@ -213,14 +214,27 @@ def test_a_model_that_hugging_faces_format_cannot_express_is_not_exported(config
         ({"rope_fraction": 0.5}, "config.model.rope_fraction=0.5: the family llama does not use this key"),
         ({"rope_scaling": "long"}, "config.model.rope_short_factors has 0 factors, but 16 pairs rotate"),
         ({"family": "phi3", "rope_fraction": 0.1}, "rope_fraction=0.1 of config.model.head_width=32 is 3"),
+        ({"family": "phi3", "rope_factor": 8.0}, "config.model.rope_factor=8: Phi-3 stretches rotary positions only"),
+        ({"family": "gpt_neox"}, "config.model.kv_heads=4: GPT-NeoX needs kv_heads equal to heads=8"),
+        ({"family": "gpt_neox", "kv_heads": 8, "head_width": 16}, "config.model.head_width=16: GPT-NeoX needs width"),
     ],
     ids=str,
 )
-def test_a_config_with_rotary_positions_or_multipliers_that_do_not_fit_is_refused(changes, message):
+def test_a_config_that_its_family_cannot_have_is_refused(changes, message):
     config = default.get_config("clm")
     config.model.update(changes)
     with pytest.raises(UserError, match=message):
         family_of(model_config(config))
+
+
+@pytest.mark.parametrize("activation", ["gelu_fast", "gelu_new", "gelu_pytorch_tanh"])
+def test_the_tanh_approximation_of_gelu_has_several_names(activation):
+    described = hf_config.to_hf(SWITCHED["gpt_neox"], "float32", None, 2)
+    assert described["hidden_act"] == "gelu"
+    model = hf_config.from_hf(described | {"hidden_act": activation}, "here", RUN_SETTINGS)
+    assert model == dataclasses.replace(SWITCHED["gpt_neox"], gelu_tanh=True)
+    assert family_of(model).structure(model).activation == "gelu_tanh"
+    assert hf_config.to_hf(model, "float32", None, 2)["hidden_act"] == "gelu_fast"
 
 
 def test_a_saved_config_gives_lists_of_factors_back_as_tuples():

@@ -94,6 +94,7 @@ CASES = {
         transformers.GPTNeoXConfig,
         {"num_key_value_heads": 4, "use_parallel_residual": False, "tie_word_embeddings": True},
     ),
+    "GPT-NeoX 20B, tanh GELU": Case(transformers.GPTNeoXConfig, {"num_key_value_heads": 4, "hidden_act": "gelu_fast"}),
     "Granite 3, tied": Case(
         transformers.GraniteConfig,
         {

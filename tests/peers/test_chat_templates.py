@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import transformers
-from chat_forms import TEMPLATES, make_tokenizer
+from chat_forms import TEMPLATES, make_tokenizer, write_named_templates
 
 from rho1_jax.data.chat_template import ChatTemplate
 from rho1_jax.data.records import BadRecord
@@ -91,6 +91,16 @@ def test_responses_are_those_that_transformers_marks(folder, conversation):
     trained = [message["role"] == "assistant" for message in messages]
     _, flags = ChatTemplate(TEMPLATES["generation"]).encode(messages, trained, None, tokenizer)
     assert flags == [bool(flag) for flag in expected] and any(flags)
+
+
+@pytest.mark.parametrize("form", ["settings", "files"])
+def test_the_template_for_tools_is_the_one_that_transformers_takes(tmp_path, form):
+    make_tokenizer(tmp_path)
+    write_named_templates(tmp_path, form, TEMPLATES["llama"], TEMPLATES["qwen"])
+    peer, messages = transformers.AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS["calls"]
+    for tools in (None, TOOLS):
+        ours = ChatTemplate.open(tmp_path).prompt_ids(messages, Tokenizer(tmp_path), tools)
+        assert ours == apply(peer, None, messages, tools, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("form", ["string", "list", "jinja"])

@@ -1,5 +1,6 @@
 """Compares import and export of every family with Transformers (extra `peers`)."""
 
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -23,8 +24,9 @@ from rho1_jax.data.packing import Batch, Documents, pack_whole
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
-from rho1_jax.export_hf import complete_tokenizer_settings, export_hf, sentencepiece_settings
+from rho1_jax.export_hf import check_tokenizer, complete_tokenizer_settings, export_hf, sentencepiece_settings
 from rho1_jax.import_hf import import_hf
+from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime.errors import UserError
@@ -97,7 +99,7 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_
 
 NAMES = ["Llama 2 (TinyLlama), K < H", "Mistral 0.1, sliding window", "Qwen2.5, biases", "Qwen3, tied"]
 NAMES += ["Gemma 2", "Gemma 3", "OLMo 2, K < H", "SmolLM3"]
-NAMES += ["Pythia, parallel residual", "Granite 3, tied", "Phi-3, sliding window"]
+NAMES += ["Pythia, parallel residual", "GPT-NeoX 20B, tanh GELU", "Granite 3, tied", "Phi-3, sliding window"]
 
 
 @pytest.mark.parametrize("kind", ["small", "published", "byte level"])
@@ -295,6 +297,36 @@ def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
     for text in texts():
         assert converted.encode_prompt(text) == theirs(text)["input_ids"]
         assert converted.decode(converted.encode_prompt(text)) == theirs.decode(theirs(text)["input_ids"][1:])
+
+
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": None},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [EACH_CHARACTER, BYTE_LEVEL]}},
+    ],
+    ids=["normalizer", "pre_tokenizer"],
+)
+def test_transformers_tokenizes_every_qwen2_model_as_qwen2(changes, byte_level_tokenizer, tmp_path):
+    byte_level_tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for made, same in ((content, True), (content | changes, False)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+        tokenizer = Tokenizer(tmp_path)
+        complete_tokenizer_settings(tmp_path, tokenizer)
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        text = "and so on, e\u0301 \u212b"
+        assert (tokenizer.encode(text) == hf_tokenizer(text, add_special_tokens=False)["input_ids"]) == same
+        with (
+            contextlib.nullcontext() if same else pytest.raises(UserError, match="cannot export tokenizer.json with a")
+        ):
+            check_tokenizer(tokenizer, FAMILIES["qwen2"])
+        check_tokenizer(tokenizer, FAMILIES["llama"])
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_neox", "llama", "qwen3"])

@@ -5,10 +5,10 @@ import json
 import re
 
 import pytest
-from helpers import run_command
+from helpers import run_command, tiny, write_hf_folder
 
 from rho1_jax.configs.mistral_7b_math import get_config
-from rho1_jax.models.decoder import param_count
+from rho1_jax.models.decoder import init_params, param_count
 from rho1_jax.training.config import model_config
 
 pytestmark = pytest.mark.slow
@@ -61,6 +61,13 @@ def test_a_step_that_does_not_fit_is_an_error(tmp_path):
     )
     assert done.returncode != 0 and figures is None
     assert "clm on v5e:2x2 does not fit" in done.stderr and "available HBM" in done.stderr
+
+
+def test_the_model_is_that_of_the_first_checkpoint(tokenizer, tmp_path):
+    model = tiny(vocab_size=304)
+    folder = write_hf_folder(tmp_path / "model", model, init_params(model, 0), tokenizer)
+    done, _ = compile_small("v5e:2x2", tmp_path, f"--config.init.checkpoint={folder}")
+    assert done.returncode == 2 and f"contradict config.init.checkpoint={folder}" in done.stderr
 
 
 def test_an_unknown_topology_is_refused(tmp_path):

@@ -1,7 +1,22 @@
 """The estimated cost of a recipe, against a calculation by hand."""
 
 import pytest
-from helpers import run_command
+from helpers import run_command, tiny, write_hf_folder
+
+from rho1_jax.models.decoder import init_params, param_count
+
+
+def test_the_model_is_that_of_the_first_checkpoint(tokenizer, tmp_path):
+    model = tiny(family="qwen2", vocab_size=304)
+    folder = write_hf_folder(tmp_path / "model", model, init_params(model, 0), tokenizer)
+    command = ["tools.recipe_cost", "--config=default:clm", f"--config.init.checkpoint={folder}"]
+    done = run_command(*command)
+    assert done.returncode == 0 and done.stdout.startswith(f"{param_count(model):,} parameters"), done.stderr
+    done = run_command(*command[:2], "--config.init.checkpoint=nowhere", "--config.model.layers=7")
+    assert done.returncode == 2 and "config.init.checkpoint=nowhere is neither a run" in done.stderr
+    done = run_command(*command, "--config.model.layers=7")
+    assert done.returncode == 2
+    assert f"config.model.layers=7 contradicts config.init.checkpoint={folder}, which has layers=2" in done.stderr
 
 
 def test_the_command_prints_the_cost_of_a_recipe():

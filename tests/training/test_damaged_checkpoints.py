@@ -1,11 +1,13 @@
 """A damaged checkpoint is never used: it is named, and the one before it is restored."""
 
+import errno
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from rho1_jax.configs import default
@@ -152,6 +154,21 @@ def test_a_damaged_checkpoint_is_not_used(run, original, capfd, pattern, damage_
         assert printed.startswith(f"{damaged} is damaged: ") and printed.endswith("; renamed it to 4.damaged\n")
         assert printed.count("\n") == 1
         assert sorted(child.name for child in damaged.parent.iterdir()) == ["3", "4.damaged"]
+
+
+@pytest.mark.parametrize("failures, step", [(1, NEWEST), (2, BEFORE)])
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(original, run, monkeypatch, failures, step):
+    read, errors = ocp.StandardCheckpointHandler.restore, iter(range(failures))
+
+    def fail_at_first(self, directory, *arguments, **options):
+        if next(errors, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, directory, *arguments, **options)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail_at_first)
+    state, meta = newest(run, original[1])
+    assert meta.step == step and checkpoint.steps(run) == [BEFORE, NEWEST][: 3 - failures]
+    assert_equal(state, original[1][step])
 
 
 def replace_params(workdir):

@@ -65,6 +65,23 @@ def test_a_run_takes_its_whole_model_from_a_folder(folder, data, tmp_path):
     assert setup.model == trained.model
 
 
+def test_a_resumed_run_does_not_need_its_first_model(folder, data, tmp_path):
+    shutil.copytree(folder, tmp_path / "first")
+    config = config_from(tmp_path / "first", data)
+    config.reference.checkpoint = str(folder)
+    train_model(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "first")
+    config.steps = 3
+    train_model(config, tmp_path / "run")
+    resumed = Pretrained.open(tmp_path / "run", "--checkpoint")
+    assert resumed.meta.step == 3 and resumed.model == shape_of(MODELS[folder.name])
+    message = rf"config.model.layers=6 contradicts the run in {tmp_path}/run, which has layers={resumed.model.layers}"
+    with pytest.raises(UserError, match=message):
+        train_model(config, tmp_path / "run", given=["model.layers"])
+    with pytest.raises(UserError, match="config.init.checkpoint=.*first is neither a run"):
+        train_model(config, tmp_path / "new")
+
+
 def test_how_a_model_is_computed_stays_the_users(folder, data):
     config = config_from(folder, data)
     config.model.update(compute_dtype="bfloat16", remat="full", loss_chunk=32, unroll=2)

@@ -207,11 +207,13 @@ def test_a_run_ends_when_its_patience_is_spent_and_stays_ended(data, tmp_path, m
     assert checkpoint.find(tmp_path / "run", "--checkpoint").name == "12"
 
 
-def test_the_step_that_spends_the_patience_is_saved(data, tmp_path, monkeypatch):
+def test_the_best_step_and_the_step_that_spends_the_patience_are_saved(data, tmp_path, monkeypatch):
+    """Step 2 is the best, and not a multiple of config.checkpoint.every."""
     values = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"eval/held_out/loss": next(values)})
     train_model(impatient(data), tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run") == [4, 6]
+    assert checkpoint.steps(tmp_path / "run") == [2, 6]
+    assert checkpoint.find(tmp_path / "run" / "best", "--checkpoint").name == "2"
 
 
 def test_an_interrupted_run_ends_at_the_same_step(data, tmp_path, monkeypatch):

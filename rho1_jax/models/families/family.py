@@ -20,6 +20,7 @@ OPTIONAL_KEYS = (
     "rope_attention_factor",
     "rope_fraction",
     "parallel_residual",
+    "gelu_tanh",
     "embedding_scale",
     "residual_scale",
     "query_scale",
@@ -60,6 +61,7 @@ class Family:
       model_type: `model_type` in config.json.
       tensors: parameter path -> Hugging Face tensor, for every parameter that a model of the family may have.
       structure: the switches of the decoder, from a model's sizes.
+      check: raises UserError, naming the key, if the family has no such model.
       from_hf: fields of ModelConfig, from config.json and its path (for errors). They override the common ones, which
         are the sizes, the rotary positions and `tied_embeddings`.
       to_hf: keys of config.json beyond the common ones. Raises UserError if the family cannot express the model.
@@ -77,6 +79,7 @@ class Family:
     model_type: str
     tensors: Mapping[str, Tensor]
     structure: Callable[[ModelConfig], Structure] = lambda model: Structure(windows=(model.sliding_window,))
+    check: Callable[[ModelConfig], None] = lambda model: None
     from_hf: Callable[[ConfigJson, str], dict[str, Any]] = lambda hf_config, path: {}
     to_hf: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
     constants: ConfigJson = dataclasses.field(default_factory=lambda: {"hidden_act": "silu"})

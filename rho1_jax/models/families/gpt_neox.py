@@ -4,6 +4,7 @@ LayerNorms and biases everywhere, a feed-forward without a gate, rotary position
 and feed-forward in parallel. One tensor stores queries, keys and values, head by head.
 """
 
+import reprlib
 from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
@@ -12,6 +13,7 @@ from rho1_jax.models.families.llama import refuse_window
 from rho1_jax.models.structure import Structure
 from rho1_jax.runtime.errors import UserError
 
+GELU, GELU_TANH = "gelu", ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")  # values of hidden_act
 LAYER = "gpt_neox.layers.{n}."
 QKV = LAYER + "attention.query_key_value."
 TENSORS = {
@@ -43,7 +45,7 @@ def _structure(model: ModelConfig) -> Structure:
         norm="layer",
         parallel_residual=model.parallel_residual,
         gated=False,
-        activation="gelu",
+        activation="gelu_tanh" if model.gelu_tanh else "gelu",
         qkv_bias=True,
         output_bias=True,
         feed_forward_bias=True,
@@ -51,7 +53,18 @@ def _structure(model: ModelConfig) -> Structure:
     )
 
 
+def _check(model: ModelConfig) -> None:
+    if model.kv_heads != model.heads:
+        raise UserError(f"config.model.kv_heads={model.kv_heads}: GPT-NeoX needs kv_heads equal to heads={model.heads}")
+    if model.width != model.heads * model.head_width:
+        raise UserError(f"config.model.head_width={model.head_width}: GPT-NeoX needs width / heads")
+
+
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
+    activation = hf_config.get("hidden_act", GELU)
+    if activation not in (GELU, *GELU_TANH):
+        allowed = ", ".join(map(repr, (GELU, *GELU_TANH)))
+        raise UserError(f"{path}: hidden_act={reprlib.repr(activation)} is not supported, only {allowed}")
     if hf_config["hidden_size"] % hf_config["num_attention_heads"]:
         raise UserError(
             f"{path}: num_attention_heads={hf_config['num_attention_heads']} does not divide "
@@ -61,16 +74,14 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
         "kv_heads": hf_config["num_attention_heads"],
         "head_width": hf_config["hidden_size"] // hf_config["num_attention_heads"],
         "parallel_residual": hf_config.get("use_parallel_residual", True),
+        "gelu_tanh": activation in GELU_TANH,
     }
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
     refuse_window(model)
-    if model.kv_heads != model.heads:
-        raise UserError(f"config.model.kv_heads={model.kv_heads}: GPT-NeoX needs kv_heads equal to heads={model.heads}")
-    if model.width != model.heads * model.head_width:
-        raise UserError(f"config.model.head_width={model.head_width}: GPT-NeoX needs width / heads")
-    return {"use_parallel_residual": model.parallel_residual}
+    activation = GELU_TANH[0] if model.gelu_tanh else GELU
+    return {"use_parallel_residual": model.parallel_residual, "hidden_act": activation}
 
 
 FAMILY = Family(
@@ -79,9 +90,10 @@ FAMILY = Family(
     model_type="gpt_neox",
     tensors=TENSORS,
     structure=_structure,
+    check=_check,
     from_hf=_from_hf,
     to_hf=_to_hf,
-    constants={"hidden_act": "gelu", "attention_bias": True},
+    constants={"attention_bias": True},
     required=(),
     defaults={"partial_rotary_factor": 0.25},
     renamed={
@@ -89,5 +101,5 @@ FAMILY = Family(
         "rope_theta": "rotary_emb_base",
         "partial_rotary_factor": "rotary_pct",
     },
-    optional_keys=("parallel_residual", "rope_fraction"),
+    optional_keys=("parallel_residual", "gelu_tanh", "rope_fraction"),
 )

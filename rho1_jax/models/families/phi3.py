@@ -20,13 +20,12 @@ def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     }
 
 
-def _to_hf(model: ModelConfig) -> dict[str, Any]:
+def _check(model: ModelConfig) -> None:
     if model.rope_factor != 1:
         raise UserError(
             f"config.model.rope_factor={model.rope_factor:g}: Phi-3 stretches rotary positions only with "
             "config.model.rope_scaling='long'; leave rope_factor at 1"
         )
-    return {"sliding_window": model.sliding_window}
 
 
 FAMILY = Family(
@@ -41,8 +40,9 @@ FAMILY = Family(
         "layers/feed_forward/gate": Tensor(GATE_UP, "DF", "|F D"),
         "layers/feed_forward/up": Tensor(GATE_UP, "DF", "|F D"),
     },
+    check=_check,
     from_hf=_from_hf,
-    to_hf=_to_hf,
+    to_hf=lambda model: {"sliding_window": model.sliding_window},
     constants={"hidden_act": "silu", "lm_head_bias": False},
     required=(),
     defaults={"original_max_position_embeddings": 4096},
