@@ -39,6 +39,7 @@ PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
 PositiveOrInfinite = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -125,6 +126,14 @@ class SelectionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Which tokens the backward pass of a layer goes through. Below 1.0, the gradient is an approximation."""
+
+    tokens: PositiveFraction = 1.0  # share of a device's tokens; 1.0: the exact gradient
+    choice: Literal["largest", "drawn", "selected"] = "largest"  # by cotangent norm, drawn by it, or the selected ones
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     """Where the first weights come from."""
 
@@ -200,6 +209,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     selection: SelectionConfig = SelectionConfig()
+    backward: BackwardConfig = BackwardConfig()
     init: InitConfig = InitConfig()
     reference: ReferenceConfig = ReferenceConfig()
     eval: EvalConfig = EvalConfig()

@@ -19,6 +19,7 @@ from flax import nnx
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.attention import attention
 from rho1_jax.models.families import family_of
+from rho1_jax.models.few_tokens import HEADS, ROWS, FewTokens, Probe, mark_selected
 from rho1_jax.models.structure import ACTIVATIONS, Structure, soft_cap
 from rho1_jax.runtime.sharding import shard_activations
 
@@ -98,6 +99,10 @@ def _project(x: jax.Array, kernel: jax.Array, decoding: bool, contracted: int = 
     return flat_TX.reshape(*x.shape[:2], *outer)
 
 
+def _times(kernel: jax.Array, x: jax.Array, contracted: int = 1) -> jax.Array:
+    return _project(x, kernel, decoding=False, contracted=contracted)
+
+
 def _times_few(kernel_XD: jax.Array, x_TD: jax.Array) -> jax.Array:
     """x @ kernel.T for a few rows on CPU, where XLA copies the right operand, so the smaller one goes there."""
     return jax.lax.optimization_barrier(jnp.matmul(kernel_XD, x_TD.T, preferred_element_type=jnp.float32)).T
@@ -125,9 +130,15 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
             self.k_norm = RMSNorm(C, config.norm_eps, structure.norm_offset)
 
-    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix, decoding: bool) -> jax.Array:
+    def __call__(
+        self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix, decoding: bool, few: FewTokens | None
+    ) -> jax.Array:
         """The output [B, L, D] of attention, to be added to the hidden states."""
-        q_BLHC, k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...], decoding) for kernel in (self.q, self.k, self.v))
+        if few:
+            q_BLHC = few(_times, self.q[...], hidden_BLD, (ROWS, HEADS))
+        else:
+            q_BLHC = _project(hidden_BLD, self.q[...], decoding)
+        k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...], decoding) for kernel in (self.k, self.v))
         if self.structure.qkv_bias:
             q_BLHC += self.q_bias[...].astype(q_BLHC.dtype)
             k_BLKC += self.k_bias[...].astype(k_BLKC.dtype)
@@ -136,7 +147,10 @@ class Attention(nnx.Module):
             q_BLHC, k_BLKC = self.q_norm(q_BLHC), self.k_norm(k_BLKC)
         frequencies = rotary_frequencies(self.config)
         q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, frequencies), rotate(k_BLKC, positions_BL, frequencies)
-        return _project(mix(q_BLHC, k_BLKC, v_BLKC), self.o[...], decoding, contracted=2)
+        mixed_BLHC = mix(q_BLHC, k_BLKC, v_BLKC)
+        if few:
+            return few(partial(_times, contracted=2), self.o[...], mixed_BLHC, (HEADS, ROWS))
+        return _project(mixed_BLHC, self.o[...], decoding, contracted=2)
 
 
 class FeedForward(nnx.Module):
@@ -144,15 +158,37 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, structure: Structure, rngs: nnx.Rngs):
         D, F = config.width, config.ff_width
-        self.activation = structure.activation
+        self.activation, self.recomputed = structure.activation, config.remat == "full"
         self.gate = _weight(rngs, (D, F), D**-0.5)
         self.up = _weight(rngs, (D, F), D**-0.5)
         self.down = _weight(rngs, (F, D), (2 * config.layers * F) ** -0.5)
 
     def __call__(self, hidden_BLD: jax.Array, decoding: bool) -> jax.Array:
         """The output [B, L, D] of the feed-forward, to be added to the hidden states."""
-        gate_BLF = ACTIVATIONS[self.activation](_project(hidden_BLD, self.gate[...], decoding))
-        return _project(gate_BLF * _project(hidden_BLD, self.up[...], decoding), self.down[...], decoding)
+        return self.contract(self.expand(hidden_BLD, decoding), decoding)
+
+    def expand(self, hidden_BLD: jax.Array, decoding: bool) -> tuple[jax.Array, jax.Array]:
+        """The gate and what it multiplies, [B, L, F] each."""
+        return _project(hidden_BLD, self.gate[...], decoding), _project(hidden_BLD, self.up[...], decoding)
+
+    def contract(self, expanded: tuple[jax.Array, jax.Array], decoding: bool) -> jax.Array:
+        """The output [B, L, D] from what `expand` returns."""
+        gate_BLF, up_BLF = expanded
+        return _project(ACTIVATIONS[self.activation](gate_BLF) * up_BLF, self.down[...], decoding)
+
+    def through(self, few: FewTokens, hidden_BLD: jax.Array) -> jax.Array:
+        """The output [B, L, D], with gradients from few tokens."""
+        graphdef, params = nnx.split(self)
+
+        def expand(params, hidden_BLD):
+            return nnx.merge(graphdef, params).expand(hidden_BLD, decoding=False)
+
+        def contract(params, expanded):
+            return nnx.merge(graphdef, params).contract(expanded, decoding=False)
+
+        if self.recomputed:
+            return few(lambda params, x: contract(params, expand(params, x)), params, hidden_BLD, (ROWS, ROWS))
+        return few(expand, params, hidden_BLD, (ROWS, ROWS), then=(contract, HEADS))
 
 
 class Layer(nnx.Module):
@@ -168,14 +204,21 @@ class Layer(nnx.Module):
         if self.post_norm:
             self.attention_post_norm, self.feed_forward_post_norm = norm(), norm()
 
-    def __call__(self, hidden_BLD: jax.Array, positions_BL: jax.Array, mix: Mix, decoding: bool) -> jax.Array:
-        """The hidden states [B, L, D] after the layer."""
+    def __call__(
+        self,
+        hidden_BLD: jax.Array,
+        positions_BL: jax.Array,
+        mix: Mix,
+        decoding: bool,
+        few: FewTokens | None = None,
+    ) -> jax.Array:
+        """The hidden states [B, L, D] after the layer. `few`: how its backward pass goes through few tokens."""
         x_BLD = self.attention_norm(hidden_BLD) if self.pre_norm else hidden_BLD
-        x_BLD = self.attention(x_BLD, positions_BL, mix, decoding)
+        x_BLD = self.attention(x_BLD, positions_BL, mix, decoding, few)
         hidden_BLD = hidden_BLD + (self.attention_post_norm(x_BLD) if self.post_norm else x_BLD)
         hidden_BLD = shard_activations(hidden_BLD, decoding)
         x_BLD = self.feed_forward_norm(hidden_BLD) if self.pre_norm else hidden_BLD
-        x_BLD = self.feed_forward(x_BLD, decoding)
+        x_BLD = self.feed_forward.through(few, x_BLD) if few else self.feed_forward(x_BLD, decoding)
         hidden_BLD = hidden_BLD + (self.feed_forward_post_norm(x_BLD) if self.post_norm else x_BLD)
         return shard_activations(hidden_BLD, decoding)
 
@@ -211,12 +254,13 @@ class Decoder(nnx.Module):
         )
         return soft_cap(logits_BV, self.structure.logit_soft_cap)
 
-    def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, probe: Probe | None = None) -> jax.Array:
         """Runs the decoder on whole rows.
 
         Args:
           tokens_BL: [B, L] token ids.
           segment_ids_BL: [B, L] document numbers. Attention stays within equal ones, and positions restart at each.
+          probe: makes the backward pass go through few tokens; None: through all.
 
         Returns:
           [B, L, D] hidden states after the last norm, in the compute dtype.
@@ -227,14 +271,21 @@ class Decoder(nnx.Module):
         def layer_with(window: int | None) -> Callable:
             mix = self.mix_within(segment_ids_BL, window)
 
-            def layer(hidden_BLD, params):
-                return nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mix, decoding=False), None
+            def layer(states, inputs):
+                hidden_BLD, mark_BL = states
+                params, layer_probe = inputs
+                few = FewTokens(layer_probe, mark_BL) if layer_probe else None
+                hidden_BLD = nnx.merge(graphdef, params)(hidden_BLD, positions_BL, mix, decoding=False, few=few)
+                return (hidden_BLD, few.mark if few else None), None
 
             return layer if self.config.remat == "none" else jax.checkpoint(layer, policy=REMAT[self.config.remat])
 
         layers = [layer_with(window) for window in windows]
-        hidden_BLD = _scan_layers(layers, self._embed(tokens_BL, decoding=False), stacked, self.config.unroll)
-        return self.norm(hidden_BLD)
+        selected = probe is not None and probe.backward.choice == "selected"
+        mark_BL = jnp.zeros(tokens_BL.shape) if selected else None
+        states = self._embed(tokens_BL, decoding=False), mark_BL
+        hidden_BLD, mark_BL = _scan_layers(layers, states, (stacked, probe), self.config.unroll)
+        return self.norm(hidden_BLD if mark_BL is None else mark_selected(hidden_BLD, mark_BL))
 
     def mix_within(self, segment_ids_BL: jax.Array, window: int | None) -> Mix:
         """Attention within the documents of whole rows, for a layer with this sliding window."""
@@ -278,25 +329,25 @@ class Decoder(nnx.Module):
         return shard_activations(hidden_BLD if scale == 1 else hidden_BLD * scale, decoding)
 
 
-def _scan_layers(layers: Sequence[Callable], hidden_BLD: jax.Array, stacked: Any, unroll: int) -> jax.Array:
+def _scan_layers(layers: Sequence[Callable], states: Any, stacked: Any, unroll: int) -> Any:
     """Runs N layers with a pattern of P functions, the bodies of `jax.lax.scan`, that repeats over them.
 
     The scan runs over groups of P layers; the N % P layers at the end follow it.
     """
     if len(layers) == 1:
-        return jax.lax.scan(layers[0], hidden_BLD, stacked, unroll=unroll)[0]
+        return jax.lax.scan(layers[0], states, stacked, unroll=unroll)[0]
     P, N = len(layers), jax.tree.leaves(stacked)[0].shape[0]
     grouped = jax.tree.map(lambda x: x[: N // P * P].reshape(N // P, P, *x.shape[1:]), stacked)
 
-    def group(hidden_BLD, params):
+    def group(states, inputs):
         for n, layer in enumerate(layers):
-            hidden_BLD, _ = layer(hidden_BLD, jax.tree.map(lambda x, n=n: x[n], params))
-        return hidden_BLD, None
+            states, _ = layer(states, jax.tree.map(lambda x, n=n: x[n], inputs))
+        return states, None
 
-    hidden_BLD, _ = jax.lax.scan(group, hidden_BLD, grouped, unroll=-(-unroll // P))
+    states, _ = jax.lax.scan(group, states, grouped, unroll=-(-unroll // P))
     for n in range(N // P * P, N):
-        hidden_BLD, _ = layers[n % P](hidden_BLD, jax.tree.map(lambda x, n=n: x[n], stacked))
-    return hidden_BLD
+        states, _ = layers[n % P](states, jax.tree.map(lambda x, n=n: x[n], stacked))
+    return states
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
