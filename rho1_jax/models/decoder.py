@@ -375,3 +375,8 @@ def abstract_params(config: ModelConfig) -> Params:
 def param_count(config: ModelConfig) -> int:
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def layer_count(params: Params) -> int:
+    """The number of layers N that parameters have."""
+    return jax.tree.leaves(params["layers"])[0].shape[0]

@@ -44,9 +44,9 @@ class Probe:
     key: jax.Array
 
     @classmethod
-    def of(cls, backward: BackwardConfig, layers: int, key: jax.Array) -> "Probe":
-        """The probe of a forward pass through so many layers."""
-        return cls(backward, jnp.zeros((layers, 2)), jax.random.split(key, layers))
+    def of(cls, backward: BackwardConfig, energy_N2: jax.Array, key: jax.Array) -> "Probe":
+        """The probe of a whole model, with a key of its own for each layer."""
+        return cls(backward, energy_N2, jax.random.split(key, len(energy_N2)))
 
 
 class FewTokens:
@@ -92,7 +92,7 @@ class FewTokens:
             params, x, between, key = kept
             y_bar, mark_BL = cotangents
             energy_BL = (y_bar.astype(jnp.float32) ** 2).sum(axis=tuple(range(2, y_bar.ndim)))
-            index, scale, energy = choose(energy_BL, mark_BL, backward, key)
+            index, place_BL, scale, energy = choose(energy_BL, mark_BL, backward, key)
             y_bar_k = take(y_bar, index, y_spec)
             if backward.choice == "drawn":
                 y_bar_k = (y_bar_k * scale.reshape(-1, *[1] * (y_bar_k.ndim - 1))).astype(y_bar.dtype)
@@ -103,7 +103,7 @@ class FewTokens:
                 params_bar, y_bar_k = jax.vjp(then[0], params, between_k)[1](y_bar_k)
             first_bar, x_bar_k = jax.vjp(first, params, x_k)[1](y_bar_k)
             params_bar = first_bar if params_bar is None else jax.tree.map(jnp.add, params_bar, first_bar)
-            return params_bar, put(x_bar_k, index, x.shape, x_spec), mark_BL, energy, None
+            return params_bar, put(x_bar_k, place_BL, x_spec), mark_BL, energy, None
 
         function = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         function.defvjp(forward, gradients)
@@ -118,7 +118,7 @@ def kept_tokens(tokens: float, T: int) -> int:
 
 def choose(
     energy_BL: jax.Array, mark_BL: jax.Array | None, backward: BackwardConfig, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Chooses k tokens on each device.
 
     Args:
@@ -128,8 +128,9 @@ def choose(
       key: random key for "drawn".
 
     Returns:
-      Indices of the tokens among the device's, ascending, [k] on each device; what each cotangent is multiplied by,
-      [k] on each device; and the energy that is left out and that of all tokens, [2].
+      Indices of the tokens among the device's, [k] on each device; the place of each token in these, [B, L], k if it
+      was left out; what each cotangent is multiplied by, [k] on each device; and the energy that is left out and that
+      of all tokens, [2].
     """
     device_key = jax.random.key_data(key)
 
@@ -142,19 +143,20 @@ def choose(
         if backward.choice == "drawn":
             norm_T = jnp.sqrt(energy_T)
             priority_T = norm_T / _uniform(key_data, energy_T.size)
-        if k == energy_T.size:
-            return jnp.arange(k), jnp.ones(k)
-        priority, index = jax.lax.top_k(priority_T, k + 1)
-        index, threshold = jnp.sort(index[:k]), priority[k]
-        if backward.choice != "drawn":
-            return index, jnp.ones(k)
-        norm_k = norm_T[index]
-        return index, jnp.where(norm_k > 0, jnp.maximum(norm_k, threshold) / norm_k, 0)
+        priority, index = jax.lax.top_k(priority_T, min(k + 1, energy_T.size))
+        threshold, index = priority[-1], index[:k]
+        place_bL = jnp.full(energy_T.size, k).at[index].set(jnp.arange(k)).reshape(energy_bL.shape)
+        scale = jnp.ones(k)
+        if backward.choice == "drawn" and k < energy_T.size:
+            norm_k = norm_T[index]
+            scale = jnp.where(norm_k > 0, jnp.maximum(norm_k, threshold) / norm_k, 0)
+        return index, place_bL, scale
 
     mark_spec = None if mark_BL is None else ROWS
-    index, scale = on_mesh(local, (ROWS, mark_spec, PartitionSpec()), (ROWS, ROWS))(energy_BL, mark_BL, device_key)
+    on_devices = on_mesh(local, (ROWS, mark_spec, PartitionSpec()), ROWS)
+    index, place_BL, scale = on_devices(energy_BL, mark_BL, device_key)
     total = energy_BL.sum()
-    return index, scale, jnp.stack([total - take(energy_BL, index, ROWS).sum(), total])
+    return index, place_BL, scale, jnp.stack([total - take(energy_BL, index, ROWS).sum(), total])
 
 
 def _uniform(key_data: jax.Array, size: int) -> jax.Array:
@@ -175,16 +177,13 @@ def take(x: jax.Array, index: jax.Array, spec: PartitionSpec) -> jax.Array:
     return on_mesh(local, (spec, ROWS), spec)(x, index)
 
 
-def put(x_k: jax.Array, index: jax.Array, shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+def put(x_k: jax.Array, place_BL: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The inverse of `take`: an array [B, L, ...] that is zero everywhere else."""
 
-    def local(x_k1: jax.Array, index_k: jax.Array, like: jax.Array) -> jax.Array:
-        flat = jnp.zeros((like.size, *x_k1.shape[2:]), x_k1.dtype)
-        flat = flat.at[index_k].set(x_k1[:, 0], unique_indices=True, indices_are_sorted=True)
-        return flat.reshape(*like.shape, *x_k1.shape[2:])
+    def local(x_k1: jax.Array, place_bL: jax.Array) -> jax.Array:
+        return x_k1[:, 0].at[place_bL].get(mode="fill", fill_value=0)
 
-    like = jnp.zeros(shape[:2], jnp.int8)  # tells the number of rows on a device
-    return on_mesh(local, (spec, ROWS, ROWS), spec)(x_k, index, like)
+    return on_mesh(local, (spec, ROWS), spec)(x_k, place_BL)
 
 
 @jax.custom_vjp
