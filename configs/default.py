@@ -35,6 +35,7 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # JAX counts in int32
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ExitStatus = Annotated[int, Field(ge=0, lt=256)]
+Period = Annotated[int, Field(ge=0, le=1024)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
 PositiveOrInfinite = Annotated[float, Field(gt=0)]
@@ -68,17 +69,37 @@ class ModelConfig:
     context_length: NonNegativeInt = 0  # longest row the model is built for; 0: the data's
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary frequencies
     rope_factor: PositiveFloat = 1.0  # stretches the slow rotary waves, as Llama 3.1 does with 8; 1: no stretching
+    rope_scaling: Literal["llama3", "linear", "long"] = "llama3"  # stretches slow waves, all alike, or by lists
     rope_low_frequency_factor: PositiveFloat = 1.0  # turns in the original length below which a wave is fully stretched
     rope_high_frequency_factor: PositiveFloat = 4.0  # turns above which a wave is left alone
     rope_original_length: PositiveInt = 8192  # context length before the stretching
+    rope_short_factors: tuple[PositiveFloat, ...] = ()  # "long": stretches each wave in rows up to the original length
+    rope_long_factors: tuple[PositiveFloat, ...] = ()  # "long": stretches each wave in longer rows
+    rope_attention_factor: PositiveFloat = 1.0  # "long": scales the rotated part of queries and keys
+    rope_fraction: PositiveFraction = 1.0  # share of each head that rotates (gpt_neox, phi3)
     norm_eps: PositiveFloat = 1e-5  # epsilon of the norms
     tied_embeddings: bool = True  # one matrix for input and output
     sliding_window: PositiveInt | None = None  # keys a query sees, itself included; None: all of them
+    # For the families that read them. None or 0: the family's own value.
+    global_every: Period = 0  # one layer in this many has no sliding window (Gemma)
+    rope_local_theta: PositiveFloat | None = None  # base of the rotary frequencies in layers with a window (Gemma 3)
+    no_rope_every: Period = 0  # one layer in this many has no rotary positions (SmolLM3)
+    attention_soft_cap: NonNegativeFloat | None = None  # soft cap on the attention logits; 0: no cap (Gemma 2)
+    logit_soft_cap: NonNegativeFloat | None = None  # soft cap on the output logits; 0: no cap (Gemma)
+    parallel_residual: bool = True  # attention and feed-forward both read the layer's input (gpt_neox)
+    embedding_scale: PositiveFloat = 1.0  # factor on the input embeddings (granite)
+    residual_scale: PositiveFloat = 1.0  # factor on what each layer adds to the hidden states (granite)
+    query_scale: PositiveFloat | None = None  # factor on queries; None: 1 / sqrt(head_width) (granite, Gemma)
+    logit_divisor: PositiveFloat = 1.0  # divides the output logits (granite)
     compute_dtype: Dtype = "float32"  # dtype of activations and of the reference; "bfloat16" on TPU and GPU
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
     loss_chunk: PositiveInt = 512  # tokens per device whose logits exist at the same time
+
+    def __post_init__(self) -> None:
+        for key in ("rope_short_factors", "rope_long_factors"):  # lists, if they come from JSON
+            object.__setattr__(self, key, tuple(getattr(self, key)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +209,7 @@ class CheckpointConfig:
     keep: NonNegativeInt = 2  # newest checkpoints to keep; 0: all
     keep_every: NonNegativeInt = 0  # also keeps the checkpoint of every K-th step; 0: none
     best: str = ""  # also keeps the checkpoint with the best eval/NAME/loss or eval/NAME/accuracy; "": none
+    patience: NonNegativeInt = 0  # evaluations without a better `best` after which the run ends; 0: never
     grace_seconds: PositiveFloat = 30.0  # time to finish a step and write a checkpoint after SIGTERM or SIGINT
     stop_status: ExitStatus = 0  # exit status after such a stop; above 0 where only what fails is started again
 

@@ -51,3 +51,22 @@ LLAMA3_70B = {
     "rope_theta": 500_000.0,
     "tied_embeddings": False,
 }
+GEMMA3_4B = {
+    "family": "gemma3",
+    "vocab_size": 262_208,
+    "width": 2560,
+    "layers": 34,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_width": 256,
+    "ff_width": 10_240,
+    "context_length": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_scaling": "linear",
+    "rope_factor": 8.0,
+    "norm_eps": 1e-6,
+    "sliding_window": 1024,
+    "global_every": 6,
+    "rope_local_theta": 10_000.0,
+    "query_scale": 256**-0.5,
+}

@@ -1,12 +1,12 @@
-"""Held-out losses and answer accuracies of a checkpoint.
+"""Held-out losses and answer accuracies of a model: a run, one of its checkpoints, or a Hugging Face folder.
 
 rho1 evaluate --checkpoint=DIR [--tasks=gsm8k,math_oai,... --data_dir=DIR] [--questions=NAME=FILE,...]
     [--data=NAME=DIR,...] [--lm_eval=TASK,...] [--output=DIR]
 
 Each key of config.eval except `every` is a flag: --rows, --exemplars, --tool_use, --max_new_tokens, --stops and so on.
 
-All other settings come from the run that wrote the checkpoint, unless a flag overrides them. To resume after an
-interruption, run the same command again with the same --output.
+All other settings come from the run that wrote the checkpoint. For a Hugging Face folder, they are the defaults. To
+resume after an interruption, run the same command again with the same --output.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
 from rho1_jax.runtime.schema import read_json
 from rho1_jax.training.config import changes, check_values, complete
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 # The keys of config.eval that a flag may replace.
 EVAL_FIELDS = [field for field in dataclasses.fields(EvalConfig) if field.name != "every"]
@@ -63,10 +63,10 @@ def evaluate_model(
     seed: int = 0,
     lm_eval: LmEval | None = None,
 ) -> dict[str, float]:
-    """Evaluates a checkpoint on what its config names.
+    """Evaluates a model on what its config and `overrides` name.
 
     Args:
-      checkpoint: a run directory or one of its checkpoints.
+      checkpoint: a run directory, one of its checkpoints, or a Hugging Face folder.
       overrides: keys of the config's `eval` section to change; None leaves a key as it is.
       output: folder for results.json and, per question set, the items in NAME.jsonl.
       temperature: sampling temperature; 0 takes the likeliest token.
@@ -77,9 +77,9 @@ def evaluate_model(
       {"eval/NAME/loss": nats per token, "eval/NAME/accuracy": share of right answers}.
 
     Raises:
-      UserError: there is no checkpoint, nothing to evaluate, or an input is bad.
+      UserError: there is no model, nothing to evaluate, or an input is bad.
     """
-    trained = TrainedRun.open(checkpoint, "--checkpoint")
+    trained = Pretrained.open(checkpoint, "--checkpoint")
     config = trained.config
     config.eval.update({key: value for key, value in overrides.items() if value is not None})
     check_values(config)
@@ -87,7 +87,7 @@ def evaluate_model(
         raise UserError("nothing to evaluate: give --tasks=NAME,NAME, --questions=NAME=FILE or --data=NAME=DIR")
     if overrides.get("stops") is not None and not config.eval.questions:
         raise UserError("--stops applies only to --questions, since tasks have their own stops; remove --stops")
-    path = str(trained.directory)
+    path = str(trained.path.absolute())
     lm_eval_settings = lm_eval._asdict() if lm_eval else None
     settings = Settings(path, config.eval.to_dict(), temperature, seed, lm_eval_settings)
     tokenizer, mesh, graphdef = trained.tokenizer(), sharding.mesh_of_run(**config.mesh), decoder.build(trained.model)
@@ -143,7 +143,7 @@ class Settings:
     """What an evaluation depends on, stored as settings.json in its output folder.
 
     Attributes:
-      checkpoint: the evaluated checkpoint.
+      checkpoint: the evaluated checkpoint or folder.
       eval: the `eval` section of the config.
       temperature: sampling temperature.
       seed: seed for sampling.
@@ -178,11 +178,13 @@ def check_settings(output: pathlib.Path, settings: Settings) -> None:
 
 def main() -> None:
     """The command `rho1 evaluate`."""
-    checkpoint = flags.DEFINE_string("checkpoint", None, "A run's directory or one of its checkpoints.", required=True)
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", None, "A run, one of its checkpoints, or a Hugging Face folder.", required=True
+    )
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     overrides = {
         field.name: define.get(FIELD_TYPES[field.name], flags.DEFINE_multi_string)(
-            field.name, None, f"Replaces the run's config.eval.{field.name}.{MORE_HELP.get(field.name, '')}"
+            field.name, None, f"Replaces config.eval.{field.name}.{MORE_HELP.get(field.name, '')}"
         )
         for field in EVAL_FIELDS
     }

@@ -7,36 +7,21 @@ Nothing is downloaded: the folder must be on this machine. --verify needs torch 
 """
 
 import pathlib
-import shutil
 import time
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 from absl import flags
 
-from rho1_jax.configs import default
-from rho1_jax.data.tokenizer import TOKENIZER_DIR
-from rho1_jax.models import hf_config
 from rho1_jax.models.hf_folder import DTYPES, HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
-from rho1_jax.models.vocabulary import open_tokenizer
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.processes import usage
-from rho1_jax.training.checkpoint import Checkpoints, Meta
-from rho1_jax.training.config import as_saved, model_config, run_settings
-from rho1_jax.training.state import TrainState
-
-
-def config_of(folder: HuggingFaceFolder) -> ml_collections.ConfigDict:
-    """The default config, with the folder's model."""
-    config = default.get_config("clm")
-    model = hf_config.from_hf(folder.config, f"{folder.path}/config.json", run_settings(config))
-    config.model.update(vars(model))
-    return config
+from rho1_jax.training.checkpoint import Meta
+from rho1_jax.training.config import as_saved
+from rho1_jax.training.pretrained import Pretrained, write_parameters
 
 
 def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
@@ -57,27 +42,20 @@ def import_hf(hf: pathlib.Path, output: pathlib.Path, dtype: str | None) -> int:
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     folder = HuggingFaceFolder(hf)
-    config = config_of(folder)
-    model = model_config(config)
-    tokenizer = open_tokenizer(folder.path, model)
+    pretrained = Pretrained.of_folder(folder)
+    tokenizer = pretrained.tokenizer()
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-    params = folder.load(model, mesh, dtype)
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save(partial / TOKENIZER_DIR)
-    checkpoints = Checkpoints(partial, keep=1)
+    params = folder.load(pretrained.model, mesh, dtype)
     meta = Meta(
         step=0,
         tokens_seen=0,
         tokens_selected=0,
-        config=as_saved(config),
+        config=as_saved(pretrained.config),
         data=[],
         tokenizer=tokenizer.fingerprint,
         reference=None,
     )
-    checkpoints.save(TrainState(jnp.int32(0), params, None), meta, {})
-    checkpoints.close()
-    partial.rename(output)
+    write_parameters(output, params, meta, {}, tokenizer)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -100,7 +78,7 @@ def main() -> None:
             print(f"{output.value}: {count:,} parameters, {usage(start)}")
         elif text.value is not None:
             text_path, folder = local_path(text.value, "--verify"), HuggingFaceFolder(hf_path)
-            for line in verify(folder, model_config(config_of(folder)), text_path):
+            for line in verify(folder, Pretrained.of_folder(folder).model, text_path):
                 print(line)
 
     run(command)

@@ -2,20 +2,38 @@
 
 rho1 prepare --input=FILES --tokenizer=FILE.model --output=DIR --seq_len=2048 [--eval_fraction=0.01]
 
-Reads JSON lines (plain, .gz, .zst), Parquet and plain text. Run the same command again to resume after an interruption.
+Reads JSON lines and arrays (plain, .gz, .zst), Parquet and plain text. Run the same command again to resume after an
+interruption.
 """
 
 import os
+import pathlib
 
 from absl import flags
 
 from rho1_jax.data import records
+from rho1_jax.data.chat_template import ChatTemplate
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, parse_role_templates
 from rho1_jax.runtime import stopping
 from rho1_jax.runtime.command_line import run
+from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
+
+
+def open_chat_template(name: str, tokenizer: pathlib.Path) -> ChatTemplate:
+    """The chat template that --chat_template names. Raises UserError if it does not exist, or is not valid."""
+    if name != "model":
+        return ChatTemplate.read(local_path(name, "--chat_template"))
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    template = ChatTemplate.open(folder)
+    if template is None:
+        raise UserError(
+            f"--chat_template=model: {folder} has no chat_template.jinja, and no chat_template in "
+            "tokenizer_config.json; give a Jinja file with --chat_template=FILE"
+        )
+    return template
 
 
 def main() -> None:
@@ -39,6 +57,11 @@ def main() -> None:
     role_templates = flags.DEFINE_multi_string(
         "role_template", [], r"Conversations: text format of a role's messages: 'user=Q: {content}\nA: '."
     )
+    chat_template = flags.DEFINE_string(
+        "chat_template",
+        None,
+        "Conversations: write them with a chat template: 'model' for the one beside --tokenizer, or a Jinja file.",
+    )
     eval_fraction = flags.DEFINE_float("eval_fraction", 0.0, "Share of the documents to hold out for evaluation.")
     max_bad_fraction = flags.DEFINE_float("max_bad_fraction", 0.0, "Share of bad records to skip without an error.")
     workers = flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Tokenizing processes.", lower_bound=1)
@@ -47,12 +70,18 @@ def main() -> None:
         stopping.listen()
         files = records.expand(inputs.value)
         tokenizer_path, directory = local_path(tokenizer.value, "--tokenizer"), local_path(output.value, "--output")
+        if chat_template.value and role_templates.value:
+            raise UserError("give either --chat_template or --role_template")
         options = Options(
             templates=records.parse_templates(text_key.value, text_templates.value),
             transcripts=Transcripts(
-                parse_role_templates(role_templates.value), prompt_key.value, response_key.value, messages_key.value
+                parse_role_templates(role_templates.value),
+                prompt_key.value,
+                response_key.value,
+                messages_key.value,
+                open_chat_template(chat_template.value, tokenizer_path) if chat_template.value else None,
             )
-            if is_transcripts.value
+            if is_transcripts.value or chat_template.value
             else None,
             seq_len=seq_len.value,
             eval_fraction=eval_fraction.value,

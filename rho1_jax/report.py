@@ -17,7 +17,7 @@ from rho1_jax.models import decoder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.files import local_path, write_text
-from rho1_jax.training.pretrained import TrainedRun, open_pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 
 def compare(
@@ -26,11 +26,11 @@ def compare(
     """Scores the first held-out rows of a data set with two models.
 
     Args:
-      policy: a run directory or one of its checkpoints.
-      reference: the same, or a Hugging Face folder.
+      policy: a run directory, one of its checkpoints, or a Hugging Face folder.
+      reference: the same.
       store: a data set with a split "eval", prepared with the tokenizer of both.
       rows: number of rows, at most. Padding rows fill them up to a multiple of the mesh's data-parallel size.
-      ratio: share of the tokens to select; None: that of the policy's run.
+      ratio: share of the tokens to select; None: that of the policy's run, or the default for a folder.
 
     Returns:
       Both models' token losses with the tokens selected, and the ratio.
@@ -38,7 +38,7 @@ def compare(
     Raises:
       UserError: a model is missing, or its tokenizer is not that of the data.
     """
-    config = TrainedRun.open(policy, "--policy").config
+    config = Pretrained.open(policy, "--policy").config
     ratio = config.selection.ratio if ratio is None else ratio
     models, mesh = [], sharding.mesh_of_run(**config.mesh)
     with jax.set_mesh(mesh):
@@ -52,14 +52,16 @@ def compare(
 
 def main() -> None:
     """The command: parses the flags, calls `compare` and writes the page."""
-    policy = flags.DEFINE_string("policy", None, "Run directory or checkpoint of the model in training.", required=True)
+    policy = flags.DEFINE_string(
+        "policy", None, "The model in training: run, checkpoint or Hugging Face folder.", required=True
+    )
     reference = flags.DEFINE_string(
-        "reference", None, "Run directory, checkpoint or Hugging Face folder of the reference.", required=True
+        "reference", None, "The reference: run, checkpoint or Hugging Face folder.", required=True
     )
     data = flags.DEFINE_string("data", None, "Prepared data set with a split 'eval'.", required=True)
     rows = flags.DEFINE_integer("rows", 16, "Rows to score and show, at most.", lower_bound=1)
     ratio = flags.DEFINE_float(
-        "ratio", None, "Share of the tokens to select. By default, that of the policy's run.", 0.0001, 1.0
+        "ratio", None, "Share of the tokens to select. By default, that of the policy's config.", 0.0001, 1.0
     )
     output = flags.DEFINE_string("output", None, "HTML file to write.", required=True)
 

@@ -21,7 +21,7 @@ from rho1_jax.runtime.processes import define_distributed_flag, say, start
 from rho1_jax.training.accounting import ForwardFlops
 from rho1_jax.training.reference import load_frozen
 from rho1_jax.training.scoring import score_rows
-from rho1_jax.training.setup import open_run
+from rho1_jax.training.setup import open_data
 
 
 def score_data(config: ml_collections.ConfigDict, dtype: str = "float16", entropies: bool = False) -> None:
@@ -35,8 +35,7 @@ def score_data(config: ml_collections.ConfigDict, dtype: str = "float16", entrop
     Raises:
       UserError: config, data or reference do not fit, or something else is stored under the name.
     """
-    setup, data = open_run(config)
-    config, mesh = setup.config, setup.mesh
+    mesh, data = open_data(config)
     with jax.set_mesh(mesh):
         reference, params, description = load_frozen(config, data.stores[0], mesh)
         signals = make_reference_signals(decoder.build(reference), config.data.document_mask, entropies)

@@ -32,7 +32,7 @@ from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, replacing, write_text
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.training import checkpoint
-from rho1_jax.training.pretrained import TrainedRun, open_pretrained
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 SHOWN_ROWS = 8
 BATCH_ROWS = 32
@@ -81,9 +81,9 @@ def measure(workdir: pathlib.Path, data: pathlib.Path, rows: int, reference: str
             f"--run={workdir}: {len(steps)} checkpoints, but at least two are needed; train with "
             "config.checkpoint.keep=0 to keep them all"
         )
-    trained, store = TrainedRun.open(workdir, "--run"), Store(data)
+    trained, store = Pretrained.open(workdir, "--run"), Store(data)
     config, model_config = trained.config, trained.model
-    if store.tokenizer_fingerprint != trained.meta.tokenizer:
+    if not store.has_tokenizer(trained.tokenizer_path, trained.tokenizer_fingerprint):
         raise UserError(f"--data={data} was prepared with a different tokenizer than the run's data")
     mesh = sharding.mesh_of_run(**config.mesh)
     held_out = store.rows("eval")
@@ -188,7 +188,11 @@ def main() -> None:
     workdir = flags.DEFINE_string("run", None, "Run directory.", required=True)
     data = flags.DEFINE_string("data", None, "Prepared data set with a split 'eval'.", required=True)
     rows = flags.DEFINE_integer("rows", 256, "Rows to measure, at most.", lower_bound=1)
-    reference = flags.DEFINE_string("reference", "", "Reference, for the losses of selected and unselected tokens.")
+    reference = flags.DEFINE_string(
+        "reference",
+        "",
+        "Reference (run, checkpoint or Hugging Face folder), for the losses of selected and unselected tokens.",
+    )
     output = flags.DEFINE_string("output", None, "Folder to write. By default, RUN/dynamics.")
 
     def command() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Collection
 
 import jax
 import ml_collections
@@ -19,7 +20,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.evals.evaluator import Evaluator
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime import sharding, stopping
-from rho1_jax.runtime.command_line import define_config_flag, run
+from rho1_jax.runtime.command_line import define_config_flag, overridden_keys, run
 from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.lock import LOCK_FILE, locked
 from rho1_jax.runtime.processes import define_distributed_flag, is_first, say, start
@@ -28,17 +29,19 @@ from rho1_jax.training.agreement import check_same_everywhere
 from rho1_jax.training.checkpoint import Checkpoints
 from rho1_jax.training.config import write_config
 from rho1_jax.training.loop import Loop
-from rho1_jax.training.pretrained import open_same_model
 from rho1_jax.training.reference import open_reference
 from rho1_jax.training.setup import describe_run, first_state, jitted_step, open_run
 
 
-def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Params:
+def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: Collection[str] = ()) -> Params:
     """Trains one stage to its end, or resumes it.
 
     Args:
-      config: every key of the run, as `rho1_jax.configs.default.get_config` gives them.
+      config: every key of the run, as `rho1_jax.configs.default.get_config` gives them. If config.init.checkpoint names
+        a model, the `model` section comes from there.
       workdir: directory of the run: metrics, checkpoints, config, tokenizer.
+      given: the keys that were set on purpose, such as model.layers, beside those that differ from their default. They
+        must not contradict the model of config.init.checkpoint.
 
     Returns:
       The final parameters, float32.
@@ -48,12 +51,11 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
     """
     start_time, workdir = time.monotonic(), local_path(workdir, "--workdir")
     # 1. Check everything that can be refused, before anything is written.
-    setup, data = open_run(config)
+    setup, data = open_run(config, given)
     config, mesh = setup.config, setup.mesh
     check_same_everywhere(config, data)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        initial = open_same_model(config.init.checkpoint, "config.init.checkpoint", config, setup.model, data.stores[0])
         reference = open_reference(config, setup.needs, setup.model, data.stores, mesh)
         evaluator = Evaluator(config, setup.policy, data.tokenizer, mesh)
 
@@ -61,7 +63,7 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) 
         if is_first():
             stack.enter_context(locked(workdir / LOCK_FILE, f"--workdir={workdir}"))
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
-        state, meta = first_state(setup, checkpoints, describe_run(setup, data, reference), initial, reference)
+        state, meta = first_state(setup, checkpoints, describe_run(setup, data, reference), reference)
         if is_first():
             write_config(config, workdir)
             data.tokenizer.save(workdir / TOKENIZER_DIR)
@@ -101,7 +103,7 @@ def main() -> None:
     def command() -> None:
         stopping.listen()
         start(distributed_flag.value)
-        train_model(config.value, workdir.value)
+        train_model(config.value, workdir.value, overridden_keys())
 
     run(command)
 

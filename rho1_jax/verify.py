@@ -17,7 +17,7 @@ from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.training import checkpoint
-from rho1_jax.training.description import META_FILE
+from rho1_jax.training.path_kind import Kind, kind_of
 
 WITHOUT_CHECKSUMS = "an older version wrote it without checksums; the next checkpoint of the run will have them"
 
@@ -32,15 +32,16 @@ def verify(path: str | pathlib.Path) -> list[str]:
       UserError: something is damaged, or the folder holds nothing that can be verified.
     """
     folder = local_path(path, "DIR")
-    if stored_scores.is_scores(folder):
-        return [_verify_scores(folder)]
-    if (folder / MANIFEST).exists():
-        scores = sorted(manifest.parent for manifest in folder.glob(f"{stored_scores.FOLDER}/*/{MANIFEST}"))
-        return [_verify_data(folder), *map(_verify_scores, scores)]
-    if checkpoint.steps(folder):
-        return [_verify_checkpoint(checkpoint.at(folder, step)) for step in checkpoint.steps(folder)]
-    if (folder / META_FILE).exists():
-        return [_verify_checkpoint(folder)]
+    match kind_of(folder):
+        case Kind.SCORES:
+            return [_verify_scores(folder)]
+        case Kind.DATA:
+            scores = sorted(manifest.parent for manifest in folder.glob(f"{stored_scores.FOLDER}/*/{MANIFEST}"))
+            return [_verify_data(folder), *map(_verify_scores, scores)]
+        case Kind.RUN:
+            return [_verify_checkpoint(checkpoint.at(folder, step)) for step in checkpoint.steps(folder)]
+        case Kind.CHECKPOINT:
+            return [_verify_checkpoint(folder)]
     raise UserError(
         f"{path} is neither a prepared data set, nor a folder of stored scores, nor a run, nor a checkpoint"
     )

@@ -22,7 +22,7 @@ from rho1_jax.method.selection import Selection
 from rho1_jax.models import hf_config
 from rho1_jax.models.families import FAMILIES
 from rho1_jax.models.generation import Generator
-from rho1_jax.models.hf_folder import named_tensors
+from rho1_jax.models.hf_tensors import named_tensors
 from rho1_jax.runtime.sharding import path_name
 
 # The small model of the tests. Other keys have their defaults.
@@ -44,6 +44,46 @@ def selection_of(**changes) -> Selection:
     return Selection(**changes)
 
 
+# A small model of each family with switches of its own. Patterns over the layers end in the middle.
+MODELS = {
+    "gemma2": tiny(
+        family="gemma2",
+        layers=3,
+        sliding_window=3,
+        global_every=2,
+        query_scale=5**-0.5,
+        attention_soft_cap=2.0,
+        logit_soft_cap=4.0,
+    ),
+    "gemma3": tiny(
+        family="gemma3",
+        layers=5,
+        sliding_window=3,
+        global_every=2,
+        query_scale=8**-0.5,
+        rope_local_theta=100.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        logit_soft_cap=5.0,
+    ),
+    "olmo2": tiny(family="olmo2", layers=2, tied_embeddings=False),
+    "smollm3": tiny(family="smollm3", layers=5, no_rope_every=2),
+    "gpt_neox": tiny(family="gpt_neox", kv_heads=4, rope_fraction=0.5, tied_embeddings=False),
+    "granite": tiny(family="granite", embedding_scale=12.0, residual_scale=0.22, query_scale=0.25, logit_divisor=5.0),
+    "phi3": tiny(
+        family="phi3",
+        sliding_window=9,
+        rope_fraction=0.5,
+        rope_scaling="long",
+        rope_short_factors=(1.0, 1.5),
+        rope_long_factors=(2.0, 30.0),
+        rope_original_length=8,
+        rope_attention_factor=1.2,
+    ),
+}
+RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
+
+
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) -> Batch:
     """Random tokens [rows, length + 1] in documents of random lengths. Every third row ends in padding."""
     rng = np.random.default_rng(seed)
@@ -58,8 +98,8 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 64) ->
 
 def tensors(tree, family="llama") -> dict[str, np.ndarray]:
     """Parameters or their gradients, under Hugging Face's names and in its shapes."""
-    leaves, table = jax.tree_util.tree_flatten_with_path(tree)[0], FAMILIES[family].tensors
-    return dict(pair for path, leaf in leaves for pair in named_tensors(table[path_name(path)], np.asarray(leaf)))
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(named_tensors(FAMILIES[family].tensors, {path_name(path): np.asarray(leaf) for path, leaf in leaves}))
 
 
 def write_hf_folder(path, config: ModelConfig, params, tokenizer):
@@ -115,6 +155,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, **cache, "PYTHONPATH": str(root())}
 
 
-def run_command(module, *arguments, seconds=300):
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=root(), env=environment(), capture_output=True, text=True, timeout=seconds)
+def run_command(module, *arguments, seconds=300, stdin=None):
+    command, options = [sys.executable, "-m", module, *arguments], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=root(), env=environment(), timeout=seconds, input=stdin, **options)

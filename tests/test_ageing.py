@@ -7,10 +7,13 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from helpers import config_of
+from helpers import config_of, options
 from safetensors.numpy import load_file
+from sentencepiece import sentencepiece_model_pb2
 
 from rho1_jax.configs import default
+from rho1_jax.data.loader import open_mixture
+from rho1_jax.data.preparation import prepare
 from rho1_jax.data.store import Store
 from rho1_jax.data.stored_scores import ScoreStore
 from rho1_jax.data.tokenizer import Tokenizer
@@ -23,7 +26,7 @@ from rho1_jax.score import score_data
 from rho1_jax.train import train_model
 from rho1_jax.training import checkpoint
 from rho1_jax.training.config import as_saved, complete
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained, open_pretrained
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -95,6 +98,30 @@ def test_data_of_0_1_is_prepared_data(old):
     assert store.tokenizer().fingerprint == Tokenizer("tokenizer.model").fingerprint == store.tokenizer_fingerprint
 
 
+def test_models_and_data_of_0_1_go_with_new_data_of_the_same_tokenizer(old):
+    """The tokenizer of the new data is saved again, so its fingerprint is not the one recorded in 0.1."""
+    model = sentencepiece_model_pb2.ModelProto.FromString((old / "tokenizer.model").read_bytes())
+    model.trainer_spec.input.append("elsewhere.txt")
+    (old / "again.model").write_bytes(model.SerializeToString())
+    (old / "text.jsonl").write_text("".join(json.dumps({"text": f"{n}+{n}={2 * n}"}) + "\n" for n in range(90)))
+    prepare([old / "text.jsonl"], Tokenizer("again.model"), old / "new", options(), workers=1)
+    stores, _ = open_mixture("rows,new")
+    assert stores[0].tokenizer_fingerprint != stores[1].tokenizer_fingerprint
+    config = config_of_old_run()
+    for path in ("reference", "run"):
+        trained = Pretrained.open(path, "--checkpoint")
+        config.model = trained.config.model
+        for store in stores:
+            assert open_pretrained(path, "config.reference.checkpoint", config, store).model == trained.model
+    model.pieces[-1].piece = "another"
+    (old / "another.model").write_bytes(model.SerializeToString())
+    prepare([old / "text.jsonl"], Tokenizer("another.model"), old / "another", options(), workers=1)
+    with pytest.raises(UserError, match="config.reference.checkpoint=.* has another tokenizer"):
+        open_pretrained("reference", "config.reference.checkpoint", config, Store("another"))
+    with pytest.raises(UserError, match="another was prepared with a different tokenizer"):
+        open_mixture("rows,another")
+
+
 def edit_meta(workdir, change):
     """Changes the description of a run's newest checkpoint on disk."""
     (path,) = (checkpoint.find(workdir, "run") / "meta").glob("metadata")
@@ -109,7 +136,7 @@ def test_a_checkpoint_without_the_newest_keys_opens_with_their_defaults(old):
         del stored["config"]["selection"]["stairs"]
 
     edit_meta("run", forget)
-    trained = TrainedRun.open("run", "--checkpoint")
+    trained = Pretrained.open("run", "--checkpoint")
     assert (trained.model.unroll, trained.config.eval.task_items, trained.config.selection.stairs) == (1, 0, 4)
     assert trained.config.objective == "cross_entropy"
     train_model(config_of_old_run(), old / "run")
@@ -127,7 +154,7 @@ def test_a_checkpoint_with_an_unknown_key_is_refused_by_name(old, key):
     edit_meta("run", add)
     message = f"checkpoints/4: this version of rho1_jax does not know config.{key}"
     with pytest.raises(UserError, match=message):
-        TrainedRun.open("run", "--checkpoint")
+        Pretrained.open("run", "--checkpoint")
     with pytest.raises(UserError, match=message):
         train_model(config_of_old_run(), old / "run")
 
@@ -141,7 +168,7 @@ def test_what_a_newer_version_wrote_is_refused_by_name(old):
     message = f"a newer version of rho1_jax wrote this .format {formats.FORMAT_VERSION + 1}"
     edit_meta("run", lambda stored: stored.update(format_version=formats.FORMAT_VERSION + 1))
     with pytest.raises(UserError, match=f"checkpoints/4: {message}"):
-        TrainedRun.open("run", "--checkpoint")
+        Pretrained.open("run", "--checkpoint")
     newer(old / "rows" / "scores" / "stored" / "manifest.json")
     with pytest.raises(UserError, match=f"scores/stored: {message}"):
         ScoreStore(Store("rows"), "stored", True, None)

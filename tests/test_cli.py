@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from forks import run_all
 from helpers import config_of, edit_manifest, environment
 
 import rho1_jax
@@ -18,65 +20,12 @@ from rho1_jax import cli, generate, report
 from rho1_jax.configs import default
 from rho1_jax.data.store import Store
 from rho1_jax.evaluate import evaluate_model
+from rho1_jax.export_hf import export_hf
 from rho1_jax.models.generation import Continuation
 from rho1_jax.runtime.errors import UserError
 
 REMOTE = "gs://bucket/x"
 REFUSED = "rho1 reads and writes local files only; mount the bucket, for example with gcsfuse"
-
-# Imports every command once, then runs each command line in a fork, from an empty folder of its own.
-FORKS = """
-import importlib, json, os, sys, traceback
-from rho1_jax import cli
-for module, _ in cli.COMMANDS.values():
-    importlib.import_module(f"rho1_jax.{module}")
-for name, arguments in json.load(sys.stdin).items():
-    os.makedirs(f"{name}/cwd")
-    child = os.fork()
-    if not child:
-        os.chdir(f"{name}/cwd")
-        for stream, file in ((1, "../stdout"), (2, "../stderr")):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-        status = 0
-        try:
-            sys.argv = ["rho1", *arguments]
-            cli.main()
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with open(f"{name}/status", "w") as file:
-        file.write(str(status))
-"""
-
-
-class Done:
-    """What a command left: status, output, and the names of the files it created."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.status = int((folder / "status").read_text())
-        self.stdout, self.stderr = ((folder / name).read_text() for name in ("stdout", "stderr"))
-        self.created = [path.name for path in (folder / "cwd").iterdir()]
-
-
-def run_all(commands: dict[str, list[str]], folder: pathlib.Path, make: bool = False) -> dict[str, Done]:
-    if make:
-        folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS],
-        input=json.dumps(commands),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: Done(folder / name) for name in commands}
 
 
 def rho1(*arguments, code="from rho1_jax.cli import main; main()", cwd=None):
@@ -334,7 +283,7 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     assert all(max(item["logprobs"]) <= 0 for item in items)
     assert [item["prompt"] for item in items] == ["Document 1:", "two\nlines"]
     assert done["printed"].stdout == "\n\n".join(item["prompt"] + item["continuation"] for item in items) + "\n"
-    assert done["none"].status == 2 and "give --prompt=TEXT or --prompts=FILE" in done["none"].stderr
+    assert done["none"].status == 2 and "give --prompt=TEXT, --prompts=FILE or --chat" in done["none"].stderr
 
 
 def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference, tmp_path):
@@ -351,6 +300,15 @@ def test_report_shows_the_selected_tokens_of_any_two_checkpoints(data, reference
     page = (tmp_path / "report" / "cwd" / "new" / "page.html").read_text()
     assert page.count('class="row"') == 3 and 'class="selected"' in page and "SLM selects 60%" in page
     assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', page)
+
+
+def test_report_takes_hugging_face_folders(data, reference, tmp_path):
+    export_hf(str(reference), tmp_path / "folder", dtype=None)
+    of_folders, ratio = report.compare(tmp_path / "folder", tmp_path / "folder", Store(data), rows=3, ratio=None)
+    of_runs, _ = report.compare(reference, reference, Store(data), rows=3, ratio=None)
+    assert ratio == 0.6
+    np.testing.assert_allclose(of_folders.policy_loss_BL, of_runs.policy_loss_BL, rtol=1e-5)
+    np.testing.assert_array_equal(of_folders.reference_loss_BL, of_folders.policy_loss_BL)
 
 
 def test_report_refuses_data_of_another_tokenizer(data, reference, tmp_path):

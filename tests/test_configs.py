@@ -37,7 +37,7 @@ def test_fine_tuning_has_its_own_stages(stage, score):
         finetune_tora.get_config("clm")
 
 
-@pytest.mark.parametrize("recipe", ["tinyllama_math", "llama3_8b_math", "llama3_70b_math"])
+@pytest.mark.parametrize("recipe", ["tinyllama_math", "llama3_8b_math", "llama3_70b_math", "gemma3_4b_math"])
 def test_each_stage_refers_to_the_right_reference(recipe):
     get_config = importlib.import_module(f"rho1_jax.configs.{recipe}").get_config
     assert get_config("slm").reference.checkpoint == f"runs/{recipe}/reference"
@@ -60,6 +60,7 @@ COUNTS = {
     "MISTRAL_7B": 7_241_732_096,
     "LLAMA3_8B": 8_030_261_248,
     "LLAMA3_70B": 70_553_706_496,
+    "GEMMA3_4B": 3_880_263_168,  # the text model
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import example, given, strategies
 from rho1_jax.evals.sandbox import Sandbox
 from rho1_jax.evals.tool_use import program_at_end
 from rho1_jax.evaluate import Settings, check_settings, evaluate_model
+from rho1_jax.export_hf import export_hf
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.metrics import read_metrics
 from rho1_jax.runtime.progress import Progress
@@ -37,6 +38,18 @@ def test_losses_are_those_of_the_run_and_items_are_written(data, reference, ques
     assert metrics["eval/sums/accuracy"] == sum(item["correct"] for item in items) / 5
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved.items() >= metrics.items() and saved["checkpoint"].endswith("checkpoints/12")
+
+
+def test_a_hugging_face_folder_is_evaluated_without_an_import(data, reference, questions, tmp_path):
+    export_hf(str(reference), tmp_path / "folder", dtype=None)
+    overrides = {"questions": f"sums={questions}", "data": f"held_out={data}", "max_new_tokens": 4, "rows": 32}
+    of_run = evaluate_model(reference, overrides)
+    of_folder = evaluate_model(tmp_path / "folder", overrides, tmp_path / "out")
+    assert of_folder == pytest.approx(of_run, rel=1e-5)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["checkpoint"] == str(tmp_path / "folder")
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        evaluate_model(tmp_path / "folder", {})
 
 
 def test_nothing_to_evaluate_is_an_error(reference):
@@ -74,7 +87,7 @@ def test_the_command(reference, questions, tmp_path):
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["eval/held_out/loss", "eval/sums/accuracy"]
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["eval"]["stops"] == ["\nQ:"]
     missing = run_command("rho1_jax.evaluate", "--checkpoint=nowhere")
-    assert missing.returncode == 2 and missing.stderr.startswith("error: --checkpoint=nowhere: no checkpoint")
+    assert missing.returncode == 2 and missing.stderr.startswith("error: --checkpoint=nowhere is neither a run")
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def step_ways(size: Size) -> Ways:
 class _Tokenizer:
     """A tokenizer for `Work`: a prompt is its number as text, and a continuation of the right length ends in a dot."""
 
-    eos_id = -1
+    eos_ids = (-1,)
 
     def __init__(self, work: Work):
         self._work = work

@@ -33,9 +33,11 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.models import decoder, generation
 from rho1_jax.models.attention import KERNELS
+from rho1_jax.models.families import family_of
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.command_line import define_config_flag, run
 from rho1_jax.runtime.errors import UserError
@@ -70,6 +72,12 @@ def for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.model.attention == "auto":
         config.model.attention = KERNELS["tpu"][0]
     return config
+
+
+def windows_of(model: ModelConfig) -> list[int | None]:
+    """The sliding window of each layer."""
+    structure = family_of(model).structure(model)
+    return [structure.kind(model, layer).window for layer in range(model.layers)]
 
 
 def lowered_step(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh: Mesh) -> jax.stages.Lowered:
@@ -139,7 +147,7 @@ def arm_figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh:
     ratio = 1.0 if arm == "clm" else config.selection.ratio
     chips_of_rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     head_rounds = math.ceil(ratio * tokens / config.microbatches / chips_of_rows / config.model.loss_chunk)
-    program = hlo_cost.Program(compiled.as_text() or "", lambda _: head_rounds, policy_config.sliding_window)
+    program = hlo_cost.Program(compiled.as_text() or "", lambda _: head_rounds, windows_of(policy_config))
     cost = program.cost()
     times = roofline_seconds(cost, chip)
     forward = accounting.ForwardFlops.of(policy_config, seq_len)
@@ -206,7 +214,7 @@ def compile_decoding(
         state = outputs(generation.empty_state.lower(policy_config, rows, positions))
         start = time.monotonic()
         compiled = generation.decode.lower(graphdef, params, state, key, temperature=0.0).compile()
-    cost = hlo_cost.Program(compiled.as_text() or "", lambda _: 1, policy_config.sliding_window).cost()
+    cost = hlo_cost.Program(compiled.as_text() or "", lambda _: 1, windows_of(policy_config)).cost()
     memory, compile_seconds = memory_gib(compiled, chip), time.monotonic() - start
     times = {part: seconds / generation.STRETCH for part, seconds in roofline_seconds(cost, chip).items()}
     received, bound = cost.collective_bytes / generation.STRETCH, max(times, key=lambda part: times[part])

@@ -7,7 +7,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 from rho1_jax.training.accounting import seen_keys
 
@@ -93,15 +94,16 @@ class Cost:
 class Program:
     """A compiled TPU program, parsed from its text."""
 
-    def __init__(self, text: str, dynamic_trips: Callable[[str], float], sliding_window: int | None):
+    def __init__(self, text: str, dynamic_trips: Callable[[str], float], sliding_windows: Sequence[int | None]):
         """Parse a program.
 
         Args:
           text: the optimized program, from `jax.stages.Compiled.as_text()`.
           dynamic_trips: maps a loop's op_name to its number of iterations, for loops whose count is not in the text.
-          sliding_window: the window of the attention kernels, in tokens; None for full causal attention.
+          sliding_windows: the window of each layer's attention, in tokens; None for full causal attention. Every
+            attention kernel counts as the mean over the layers, because the text does not say which layers use it.
         """
-        self._dynamic_trips, self._window = dynamic_trips, sliding_window
+        self._dynamic_trips, self._windows = dynamic_trips, sliding_windows
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._costs: dict[tuple[str, bool], Cost] = {}
         self._channels: dict[str, Instruction] = {}
@@ -187,7 +189,8 @@ class Program:
         operands = (sizes for operand in kernel.operands for _, sizes, _ in around[operand].arrays())
         queries = max(operands, key=math.prod)
         products = next(count for part, count in SPLASH_PRODUCTS.items() if part in kernel.name)
-        return 2 * products * math.prod(queries) * seen_keys(queries[-2], self._window)
+        keys = statistics.fmean(seen_keys(queries[-2], window) for window in self._windows)
+        return 2 * products * math.prod(queries) * keys
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:

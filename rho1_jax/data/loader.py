@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
+from rho1_jax.data.tokenizer import TOKENIZER_DIR
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.sharding import batch_sharding, local_rows
@@ -72,7 +73,7 @@ def open_mixture(text: str) -> tuple[list[Store], list[float]]:
 
 def check_same_tokenizer(store: Store, other: Store) -> None:
     """Raises UserError if two data sets were prepared with different tokenizers."""
-    if store.tokenizer_fingerprint != other.tokenizer_fingerprint:
+    if not store.has_tokenizer(other.path / TOKENIZER_DIR, other.tokenizer_fingerprint):
         raise UserError(
             f"{store.path} was prepared with a different tokenizer ({store.tokenizer_fingerprint[:12]}) than "
             f"{other.path} ({other.tokenizer_fingerprint[:12]}): prepare both with the same one"

@@ -28,7 +28,7 @@ from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
 from rho1_jax.data.transcripts import Transcripts
 from rho1_jax.runtime import formats, stopping
 from rho1_jax.runtime.children import end_with_parent
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import json_sha256, replacing, sha256, write_text
 from rho1_jax.runtime.lock import locked
 from rho1_jax.runtime.progress import Progress
@@ -128,10 +128,8 @@ def tokenize(chunk: RawChunk, tokenizer: Tokenizer, options: Options) -> Chunk:
                 text = records.document(parsed, options.templates)
                 ids = tokenizer.encode_document(text)
             else:
-                conversation = transcripts.exchanges(parsed, options.transcripts)
-                text = "".join(exchange.text for exchange in conversation)
                 row_length = options.seq_len + 1
-                tokens, in_response = transcripts.encode(conversation, tokenizer, row_length)
+                text, tokens, in_response = transcripts.tokenize(parsed, options.transcripts, tokenizer, row_length)
                 if not any(in_response[:row_length]):
                     raise records.BadRecord(f"no response within the {row_length} tokens of a row")
                 truncated += len(tokens) > row_length
@@ -179,11 +177,24 @@ def describe(files: list[pathlib.Path], tokenizer: Tokenizer, options: Options) 
             progress.advance(size)
     description: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
+        "options": _as_json(options),
         "inputs": inputs,
     }
-    identity = description | {"inputs": [entry["sha256"] for entry in inputs]}
-    return {"fingerprint": json_sha256(identity), **description}
+    return {"fingerprint": _fingerprint(description), **description}
+
+
+def _as_json(options: Options) -> dict[str, Any]:
+    """The options for the manifest. What older versions did not have is left out unless it is set."""
+    described = json.loads(json.dumps(dataclasses.asdict(options)))
+    if described["transcripts"] and described["transcripts"]["chat_template"] is None:
+        del described["transcripts"]["chat_template"]
+    return described
+
+
+def _fingerprint(description: Mapping[str, Any]) -> str:
+    """Hash of the tokenizer, the options and the content of the inputs."""
+    parts = {key: description[key] for key in ("tokenizer_fingerprint", "options")}
+    return json_sha256(parts | {"inputs": [entry["sha256"] for entry in description["inputs"]]})
 
 
 def prepare(
@@ -202,7 +213,7 @@ def prepare(
     _check(options)
     description = describe(files, tokenizer, options)
     if output.exists():
-        return _existing(output, description)
+        return _existing(output, description, tokenizer)
     partial = output.with_name(output.name + ".partial")
     with locked(partial.with_name(partial.name + ".lock"), f"--output={output}"):
         stopping.save_on_stop()
@@ -214,6 +225,8 @@ def prepare(
             shutil.rmtree(partial)
             raise
         tokenizer.save(partial / TOKENIZER_DIR)
+        if options.transcripts and options.transcripts.chat_template:
+            options.transcripts.chat_template.save(partial / TOKENIZER_DIR)
         paths = [path for folder in store.FOLDERS for path in (partial / folder).rglob("*") if path.is_file()]
         sealed = manifest.write(partial, description | counts | {"files": manifest.describe(partial, paths)})
         store.Store(partial).verify()
@@ -232,16 +245,22 @@ def _check(options: Options) -> None:
             raise UserError(f"--{name}={getattr(options, name)} must be between 0 and 1")
 
 
-def _existing(output: pathlib.Path, description: dict[str, Any]) -> dict[str, Any]:
+def _existing(output: pathlib.Path, description: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists but is not a prepared data set; choose another --output")
-    stored: Mapping[str, Any] = store.Store(output).manifest
-    for part in ("tokenizer_fingerprint", "options", "fingerprint"):
-        if stored[part] != description[part]:
-            changed = {"tokenizer_fingerprint": "another tokenizer", "options": "other options"}
-            difference = changed.get(part, "other inputs")
-            raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
-    return dict(stored)
+    existing = store.Store(output)
+    stored: Mapping[str, Any] = existing.manifest
+    if not existing.has_tokenizer(tokenizer.path, tokenizer.fingerprint):
+        difference = "another tokenizer"
+    elif stored["options"] != description["options"]:
+        difference = "other options"
+    elif stored["fingerprint"] != _fingerprint(
+        description | {"tokenizer_fingerprint": existing.tokenizer_fingerprint}  # may be another file of the same one
+    ):
+        difference = "other inputs"
+    else:
+        return dict(stored)
+    raise UserError(f"{output} exists and was made with {difference}; remove it or choose another --output")
 
 
 def _start_or_resume(partial: pathlib.Path, description: dict[str, Any]) -> None:
@@ -271,7 +290,7 @@ def _tokenize_all(
         result, position = pending.popleft()
         chunk = result()
         for reason in chunk.bad[: max(0, BAD_RECORDS_SHOWN - bad_count)]:
-            print(f"bad record: {reason}", file=sys.stderr)
+            print(f"bad record: {printable(reason)}", file=sys.stderr)
         bad_count += len(chunk.bad)
         document_count += len(chunk.lengths)
         progress.advance_to(position)

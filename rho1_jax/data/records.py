@@ -1,4 +1,4 @@
-"""Read records from JSON lines, Parquet and plain text files. Each record holds one document."""
+"""Read records from JSON lines, JSON arrays, Parquet and plain text files. Each record holds one document."""
 
 import collections
 import glob
@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from absl import flags
 
+from rho1_jax.data import json_array
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path, split_list
 
@@ -59,8 +60,9 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
     """Reads the raw records of a file. MAX_BYTES bounds the memory, also for compressed files.
 
     Yields:
-      (number, record, position). `number` counts lines or rows from 1. `record` is for `parse`: a JSON line or a whole
-      text file, as bytes, a Parquet row, as a dict, or a BadRecord. `position` is the number of bytes read so far.
+      (number, record, position). `number` counts lines, rows, or items of a JSON array from 1. `record` is for `parse`:
+      a line, an item or a whole text file, as bytes, a Parquet row, as a dict, or a BadRecord. `position` is the number
+      of bytes read so far.
 
     Raises:
       UserError: the file cannot be read in the format that its name implies.
@@ -82,11 +84,19 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Any, int]]:
                 text = stream.read(MAX_BYTES[kind] + 1)
                 yield 1, text if len(text) <= MAX_BYTES[kind] else _too_long(kind), file.tell()
                 return
-            for number, line in enumerate(_lines(stream), start=1):
+            for number, line in enumerate(_json_texts(path, stream), start=1):
                 if isinstance(line, BadRecord) or line.strip():
                     yield number, line, file.tell()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _json_texts(path: pathlib.Path, stream: BinaryIO) -> Iterator[bytes | BadRecord]:
+    """The items of a JSON array in a .json file, or else lines."""
+    if ".json" in path.suffixes and json_array.is_array(stream):
+        limit = MAX_BYTES["json"]
+        return (_too_long("json") if item is None else item for item in json_array.split(stream, limit))
+    return _lines(stream)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | BadRecord]:

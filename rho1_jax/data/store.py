@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from rho1_jax.data import manifest
 from rho1_jax.data.manifest import MANIFEST
 from rho1_jax.data.packing import Batch
-from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer
+from rho1_jax.data.tokenizer import TOKENIZER_DIR, Tokenizer, same_tokenizer
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 
@@ -153,6 +153,15 @@ class Store:
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer's file and special ids."""
         return self.manifest["tokenizer_fingerprint"]
+
+    def has_tokenizer(self, path: pathlib.Path, fingerprint: str) -> bool:
+        """True if the rows were made with this tokenizer.
+
+        Args:
+          path: the tokenizer's file or folder.
+          fingerprint: the fingerprint recorded for it.
+        """
+        return same_tokenizer(self.path / TOKENIZER_DIR, self.tokenizer_fingerprint, path, fingerprint)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the rows were made with. Raises UserError if it was replaced."""

@@ -28,6 +28,7 @@ KEY = "config.reference.scores"
 EXTERNAL_KEY = "config.data.external"
 SPLIT = "train"
 FOLDER = "scores"  # folder in a data set that holds its scores
+DESCRIPTION = "description.json"  # in a folder of scores that are not complete yet
 SHARD_TOKENS = 2**22
 DTYPES = ("float16", "float32")
 # The parts of a description that must match, and what to call a mismatch in an error.
@@ -47,11 +48,10 @@ def _has_fingerprint(reference: dict[str, str]) -> dict[str, str]:
     return reference
 
 
-class ScoreManifest(TypedDict):
-    """What scores were made from, their shape and their files. Formats before 3 store only the SHA-256 of each file."""
+class ScoreDescription(TypedDict):
+    """What scores are made from, and their shape."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
-    format_version: NotRequired[int]
     data: str
     tokenizer: str
     reference: Annotated[dict[str, str], pydantic.AfterValidator(_has_fingerprint)]
@@ -61,6 +61,12 @@ class ScoreManifest(TypedDict):
     rows_per_shard: _Positive
     dtype: Literal["float16", "float32"]
     signals: list[Literal["losses", "entropies"]]
+
+
+class ScoreManifest(ScoreDescription):
+    """The description of complete scores, and their files. Formats before 3 store only the SHA-256 of each file."""
+
+    format_version: NotRequired[int]
     flops: pydantic.FiniteFloat
     files: dict[str, str | File]
 
@@ -75,6 +81,30 @@ def scores_path(store: Store, name: str) -> pathlib.Path:
 def is_scores(path: pathlib.Path) -> bool:
     """True if a folder holds scores."""
     return path.absolute().parent.name == FOLDER and (path / MANIFEST).exists()
+
+
+def is_partial_scores(path: pathlib.Path) -> bool:
+    """True if a folder holds scores that are not complete yet."""
+    return path.absolute().parent.name == FOLDER and (path / DESCRIPTION).exists()
+
+
+def read_scores(path: pathlib.Path) -> tuple[ScoreDescription, int]:
+    """The description of a folder of scores, and the number of rows stored in it. Verifies no file.
+
+    Raises:
+      UserError: the manifest, or the description of scores that are not complete, is damaged.
+    """
+    if not is_partial_scores(path):
+        stored = manifest.read(path, ScoreManifest, _remedy(path))
+        return stored, stored["rows"]
+    partial = read_json(path / DESCRIPTION, ScoreDescription)
+    rows, size = partial["rows"], partial["rows_per_shard"]
+    complete = [
+        min(size, rows - shard * size)
+        for shard in range(math.ceil(rows / size))
+        if all((path / _file(name, shard)).exists() for name in partial["signals"])
+    ]
+    return partial, sum(complete)
 
 
 def describe(store: Store, reference: dict[str, str], document_mask: bool) -> dict[str, Any]:
@@ -126,7 +156,7 @@ class ScoreWriter:
 
     def start(self) -> None:
         """Creates NAME.partial, or resumes one with the same description. Call it in one process only."""
-        marker = self._partial / "description.json"
+        marker = self._partial / DESCRIPTION
         if not (marker.exists() and read_json(marker, dict[str, Any]) == json.loads(json.dumps(self._description))):
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
@@ -166,7 +196,7 @@ class ScoreWriter:
         files = manifest.describe(self._partial, paths)
         manifest.write(self._partial, self._description | totals | {"files": files})
         verify(self._partial)
-        (self._partial / "description.json").unlink()
+        (self._partial / DESCRIPTION).unlink()
         self._partial.rename(self._final)
 
     @property
@@ -188,7 +218,7 @@ def _remedy(path: pathlib.Path) -> str:
     return f"remove {path} and score again"
 
 
-def _open_shards(path: pathlib.Path, stored: ScoreManifest, name: str) -> list[np.ndarray]:
+def _open_shards(path: pathlib.Path, stored: ScoreDescription, name: str) -> list[np.ndarray]:
     """The shards of a signal, mapped from disk. Raises UserError if one does not match the manifest."""
     shards = []
     for shard in range(math.ceil(stored["rows"] / stored["rows_per_shard"])):
@@ -279,8 +309,7 @@ class ScoreStore:
         """The column "losses" or "entropies". Raises UserError if it was not stored, or is damaged."""
         if name not in self.manifest["signals"]:
             raise UserError(f"{self.path} has no {name}; score again with --{name} under another {KEY}")
-        shards = _open_shards(self.path, self.manifest, name)
-        return ScoreColumn(shards, self.manifest["rows_per_shard"], self.path, name)
+        return open_column(self.path, self.manifest, name)
 
 
 class ScoreColumn:
@@ -293,6 +322,11 @@ class ScoreColumn:
         """Float32 [seq_len]. Raises UserError if a number is not finite."""
         shard, position = divmod(row, self._rows_per_shard)
         return _finite(self._shards[shard][position].astype(np.float32), self._path, self._name, row)
+
+
+def open_column(path: pathlib.Path, stored: ScoreDescription, name: str) -> ScoreColumn:
+    """A column of a folder of complete scores. Verifies shapes, but no checksum. Raises UserError if one is wrong."""
+    return ScoreColumn(_open_shards(path, stored, name), stored["rows_per_shard"], path, name)
 
 
 class ExternalColumn:

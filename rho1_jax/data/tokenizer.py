@@ -1,5 +1,6 @@
 """Tokenize text with a SentencePiece model, or with a tokenizer.json of the library `tokenizers`."""
 
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -8,12 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired
 
 import numpy as np
-import sentencepiece
-import tokenizers
 from typing_extensions import TypedDict
 
+from rho1_jax.data.tokenizer_backends import JsonBackend, SentencePieceBackend, Span
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.files import local_path
+from rho1_jax.runtime.files import json_sha256, local_path
 from rho1_jax.runtime.schema import read_json
 
 TOKENIZER_DIR = "tokenizer"  # folder of the tokenizer in a run or a prepared data set
@@ -30,11 +30,8 @@ SETTINGS_FILES = (
     "vocab.json",
     "merges.txt",
 )
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece piece
-
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 PART_CHARACTERS = 1 << 19  # tokenized at once: SentencePiece needs up to 300 bytes of memory per character
-
-Span = tuple[int, int]  # the first character, and the one after the last
 
 
 class _Token(TypedDict):
@@ -48,6 +45,8 @@ class _Settings(TypedDict):
 
     bos_token: NotRequired[str | _Token | None]
     eos_token: NotRequired[str | _Token | None]
+    unk_token: NotRequired[str | _Token | None]
+    pad_token: NotRequired[str | _Token | None]
     eos_token_id: NotRequired[int | list[int] | None]  # of several, the first one ends documents
     add_bos_token: NotRequired[bool | None]
 
@@ -60,7 +59,9 @@ class Tokenizer:
       vocab_size: the highest id plus one.
       bos_id: the id to add before each text, according to the model's files; None if they add none.
       eos_id: the id to add after each document.
-      fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex.
+      eos_ids: the ids that end a generation: `eos_id`, and those of generation_config.json or else config.json.
+      fingerprint: sha256 of the model file and of the ids of BOS and EOS, in hex. This is what gets recorded; use
+        `same_tokenizer` to compare, since a program may save a tokenizer in another form.
     """
 
     def __init__(self, path: str | pathlib.Path, expected: str | None = None):
@@ -82,9 +83,9 @@ class Tokenizer:
             self.path /= names[0]
         if not self.path.is_file():
             raise UserError(f"{path}: no such tokenizer file; train one with `rho1 tokenizer`")
-        settings = _settings(self.path.parent)
-        backend = _Json if self.path.suffix == ".json" else _SentencePiece
-        self._model = backend(self.path, settings)
+        self._settings = _settings(self.path.parent)
+        backend = JsonBackend if self.path.suffix == ".json" else SentencePieceBackend
+        self._model = backend(self.path, self._settings)
         self.vocab_size = self._model.vocab_size
         self.bos_id = self._model.bos_id
         if self._model.eos_id is None:
@@ -93,6 +94,7 @@ class Tokenizer:
                 "set eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = self._model.eos_id
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *_generation_eos_ids(self.path.parent)]))
         identity = self.path.read_bytes() + f"{self.bos_id} {self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
         if expected is not None and expected != self.fingerprint:
@@ -105,11 +107,36 @@ class Tokenizer:
         """Token ids of a text, without BOS and EOS. The name of a special token in it counts as ordinary text."""
         return self._model.encode(text)
 
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids as from `encode`, with the span of characters that each token covers."""
-        return self._model.encode_spans(text)
+    @functools.cached_property
+    def behavior(self) -> str:
+        """Sha256 of what the tokenizer does, in hex: two files of one tokenizer have the same.
 
-    def encode_parts(self, text: str) -> Iterator[tuple[list[int], list[Span]]]:
+        Comparable only within one version of the tokenizer libraries, so it is never recorded.
+        """
+        return json_sha256({"does": self._model.behavior(), "bos_id": self.bos_id, "eos_id": self.eos_id})
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens, by name."""
+        return self._model.special_tokens()
+
+    @functools.cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """The names of bos_token, eos_token, unk_token and pad_token, of those that the tokenizer has."""
+        named = {key: self._settings[key] for key in NAMED_TOKENS if key in self._settings}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {key: self._model.name(token_id) for key, token_id in ids.items() if token_id is not None} | named
+
+    def encode_spans(self, text: str, marked: bool = False) -> tuple[list[int], list[Span]]:
+        """Token ids as from `encode`, with the span of characters that each token covers.
+
+        Args:
+          text: the text.
+          marked: True if a match of MARK stands for a special token.
+        """
+        return self._model.encode_marked(text) if marked else self._model.encode_spans(text)
+
+    def encode_parts(self, text: str, marked: bool = False) -> Iterator[tuple[list[int], list[Span]]]:
         """Token ids and spans as from `encode_spans`, at most PART_CHARACTERS at a time, to bound the memory.
 
         Parts end at line breaks, where tokenizers end tokens. The ids can differ from those of `encode` only if a text
@@ -121,7 +148,7 @@ class Tokenizer:
             # One more character at each end makes a part tokenize as it does within the text.
             first = start - int(start > 0 and text[start - 1] == "\n")
             last = end + int(end < len(text) and text[end - 1] == "\n")
-            ids, spans = self.encode_spans(text[first:last])
+            ids, spans = self.encode_spans(text[first:last], marked)
             tokens = [(i, (a + first, b + first)) for i, (a, b) in zip(ids, spans)]
             inside = [(i, span) for i, span in tokens if span[0] < end and (span[0] >= start or span[1] > start)]
             yield [i for i, _ in inside], [span for _, span in inside]
@@ -159,6 +186,27 @@ class Tokenizer:
                 shutil.copyfile(self.path.parent / name, directory / name)
 
 
+def same_tokenizer(path: pathlib.Path, fingerprint: str, other_path: pathlib.Path, other_fingerprint: str) -> bool:
+    """True if two tokenizers give the same ids. All comparisons of tokenizers are made here.
+
+    Those of different fingerprints are opened, and are the same if they do the same.
+
+    Args:
+      path: the first tokenizer's file or folder.
+      fingerprint: the fingerprint recorded for it.
+      other_path: the same of the second tokenizer.
+      other_fingerprint: the same of the second tokenizer.
+
+    Raises:
+      UserError: they have different fingerprints, and one of them cannot be opened.
+    """
+    if fingerprint == other_fingerprint:
+        return True
+    first, second = Tokenizer(path), Tokenizer(other_path)
+    recorded = (first.fingerprint, second.fingerprint) == (fingerprint, other_fingerprint)
+    return recorded and first.behavior == second.behavior
+
+
 def _part_end(text: str, start: int) -> int:
     """The end of the part of a text that begins at `start`: after its last line break that is followed by more text."""
     end = start + PART_CHARACTERS
@@ -189,62 +237,13 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-class _SentencePiece:
-    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
-            raise UserError(f"{path}: not a SentencePiece model") from error
-        self.vocab_size = self._processor.vocab_size()
-        # The model file does not say whether to add BOS.
-        bos_id = self._processor.bos_id() if settings.get("add_bos_token", False) else -1
-        self.bos_id = bos_id if bos_id >= 0 else None
-        eos_id = self._processor.eos_id()
-        self.eos_id = eos_id if eos_id >= 0 else None
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self._processor.encode(text, return_type="offset_mapping")
-        return encoding["ids"], encoding["offsets"]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
-
-    def piece(self, token_id: int) -> str:
-        return self._processor.id_to_piece(token_id).replace(SPACE, " ")
-
-
-class _Json:
-    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path}: not a tokenizer of the library `tokenizers`: {error}") from error
-        self._tokenizer.encode_special_tokens = True  # treats "</s>" in a document as text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        added = self._tokenizer.encode("", add_special_tokens=True).ids
-        self.eos_id = self._id(settings.get("eos_token"), settings.get("eos_token_id"))
-        bos_id = self._id(settings.get("bos_token"), added[0] if added and added[0] != self.eos_id else None)
-        self.bos_id = bos_id if settings.get("add_bos_token", bos_id in added) else None
-
-    def _id(self, token: str | None, default: int | None) -> int | None:
-        return default if token is None else self._tokenizer.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def piece(self, token_id: int) -> str:
-        piece = self._tokenizer.id_to_token(token_id) or ""
-        # Pieces of a byte-level vocabulary are readable only after decoding.
-        return piece.replace(SPACE, " ") if SPACE in piece else self._tokenizer.decode([token_id])
+def _generation_eos_ids(directory: pathlib.Path) -> list[int]:
+    """The ids that end a generation, according to the first of the model's files that names any."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = read_json(directory / name, _Settings).get("eos_token_id")
+            if isinstance(ids, int):
+                return [ids]
+            if ids:
+                return ids
+    return []

@@ -1,6 +1,7 @@
 """Read conversations for fine-tuning, and mark the tokens to train on: the responses, without tool output."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -8,8 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rho1_jax.data.records import BadRecord, check_text, missing_keys
-from rho1_jax.data.tokenizer import Span, Tokenizer
+from rho1_jax.data import messages
+from rho1_jax.data.chat_template import ChatTemplate
+from rho1_jax.data.messages import Conversation
+from rho1_jax.data.records import BadRecord
+from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer_backends import Span
 from rho1_jax.runtime.errors import UserError
 
 # The text of each role's message, in the form of ToRA (arXiv 2309.17452). The assistant asks for the output of its
@@ -34,12 +39,19 @@ class Transcripts:
       prompt_key: key of the user's text, in records without messages.
       response_key: key of the assistant's text, in records without messages.
       messages_key: key of a list of {"role", "content"}, in records with messages.
+      chat_template: the model's template, instead of `role_templates`.
     """
 
     role_templates: tuple[tuple[str, str], ...] = tuple(ROLE_TEMPLATES.items())
     prompt_key: str = "prompt"
     response_key: str = "response"
     messages_key: str = "messages"
+    chat_template: ChatTemplate | None = None
+
+    def read(self, record: dict[str, Any] | str) -> Conversation:
+        """The messages in a record. Raises BadRecord if it holds no conversation, or one without a response."""
+        keys = (self.prompt_key, self.response_key)
+        return messages.read(record, keys, self.messages_key, self.chat_template is not None)
 
 
 def parse_role_templates(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -66,35 +78,43 @@ class Exchange(NamedTuple):
 
     text: str
     responses: list[Span]  # the characters to train on
+    train_eos: bool  # False if the last response has weight 0
 
 
-def _messages(record: dict[str, Any] | str, options: Transcripts) -> list[tuple[str, str]]:
-    """(role, content) of each message in a record."""
-    if isinstance(record, str):
-        raise BadRecord("plain text, not a conversation")
-    keys = (options.prompt_key, options.response_key)
-    if options.messages_key in record:
-        messages = record[options.messages_key]
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and message.keys() >= {"role", "content"} for message in messages
-        ):
-            raise BadRecord(f"the key {options.messages_key!r} must hold a list of objects with 'role' and 'content'")
-        turns = [(message["role"], message["content"]) for message in messages]
-    elif record.keys() >= set(keys):
-        turns = [("user", record[keys[0]]), ("assistant", record[keys[1]])]
-    else:
-        raise missing_keys(record, [[options.messages_key], keys])
-    for role, content in turns:
-        if not isinstance(role, str):
-            raise BadRecord(f"the role of a message is {type(role).__name__}, not text")
-        if role not in ROLE_TEMPLATES:
-            raise BadRecord(f"unknown role {role[:50]!r}; use one of {', '.join(ROLE_TEMPLATES)}")
-        if not isinstance(content, str):
-            raise BadRecord(f"the {role}'s content is {type(content).__name__}, not text")
-        check_text(content)
-    if not any(role == "assistant" for role, _ in turns):
-        raise BadRecord("no message from the assistant: there is nothing to train on")
-    return turns
+class Tokens(NamedTuple):
+    """A tokenized conversation: its text, its token ids, and a flag for each token, True to train on it."""
+
+    text: str
+    ids: list[int]
+    in_response: list[bool]
+
+
+def tokenize(
+    record: dict[str, Any] | str, options: Transcripts, tokenizer: Tokenizer, enough: float = math.inf
+) -> Tokens:
+    """Tokenizes the conversation in a record.
+
+    Args:
+      record: a record that `records.parse` returned.
+      options: how to read it.
+      tokenizer: the tokenizer.
+      enough: stop soon after this many tokens, to bound memory and time.
+
+    Returns:
+      The tokens. With a chat template, `text` is that of the messages as JSON, which does not depend on the date.
+
+    Raises:
+      BadRecord: the record holds no conversation, or one without a response.
+    """
+    if options.chat_template is None:
+        parts = exchanges(record, options)
+        return Tokens("".join(part.text for part in parts), *encode(parts, tokenizer, enough))
+    try:
+        conversation = options.read(record)
+        ids, in_response = options.chat_template.encode(*conversation, tokenizer, enough)
+        return Tokens(json.dumps([conversation.messages, conversation.tools]), ids, in_response)
+    except RecursionError:
+        raise BadRecord("nested too deeply") from None
 
 
 def exchanges(record: dict[str, Any] | str, options: Transcripts) -> list[Exchange]:
@@ -106,21 +126,27 @@ def exchanges(record: dict[str, Any] | str, options: Transcripts) -> list[Exchan
     templates = {role: template.split("{content}") for role, template in options.role_templates}
     parts: list[list[str]] = []  # the texts of each exchange
     responses: list[list[Span]] = []
+    train_eos: list[bool] = []
     length, last_role = 0, "assistant"
-    for role, content in _messages(record, options):
+    conversation = options.read(record)
+    for message, is_trained in zip(conversation.messages, conversation.trained):
+        role, content = message["role"], message["content"]
         if not parts or (role not in RESPONDING and last_role in RESPONDING):
             parts.append([])
             responses.append([])
+            train_eos.append(True)
             length = 0
         last_role = role
         before, after = templates[role]
         if role == "assistant":
-            responses[-1] += _without_output(length + len(before), content + after)
-        elif role == "tool":
+            train_eos[-1] = is_trained
+            if is_trained:
+                responses[-1] += _without_output(length + len(before), content + after)
+        elif role == "tool" and train_eos[-1]:
             responses[-1].append((length, length + len(before)))
         parts[-1].append(before + content + after)
         length += len(parts[-1][-1])
-    return [Exchange("".join(texts), spans) for texts, spans in zip(parts, responses)]
+    return [Exchange("".join(texts), spans, eos) for texts, spans, eos in zip(parts, responses, train_eos)]
 
 
 def _without_output(start: int, text: str) -> list[Span]:
@@ -137,7 +163,7 @@ def encode(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, with EOS after each exchange, and a flag for each token: True to train on it.
 
-    The flag is True for EOS, and for each token whose last character is part of a response.
+    The flag is True for EOS after a response, and for each token whose last character is part of a response.
 
     Args:
       conversation: its exchanges.
@@ -157,5 +183,5 @@ def encode(
             if len(ids) > enough:
                 return ids, in_response
         ids.append(tokenizer.eos_id)
-        in_response.append(True)
+        in_response.append(exchange.train_eos)
     return ids, in_response

@@ -58,7 +58,7 @@ class Evaluator:
         self._rows = {}
         for name, path in parse_named(settings.data, "config.eval.data").items():
             store = Store(path)
-            if store.tokenizer_fingerprint != tokenizer.fingerprint:
+            if not store.has_tokenizer(tokenizer.path, tokenizer.fingerprint):
                 raise UserError(
                     f"config.eval.data: {path} was prepared with a different tokenizer than the training data; "
                     "prepare it with the same one"

@@ -1,7 +1,7 @@
 """Decoding with a key/value cache: a batch of rows, each of which takes the next prompt when its own has ended.
 
 Prompts are padded on the left to one of a few lengths, and their keys and values are computed for a few rows at a time
-(prefill). Then all rows decode STRETCH tokens together on the device. Between two stretches, the host looks for
+(prefill). Then all rows decode a stretch of tokens together on the device. Between two stretches, the host looks for
 continuations that have ended and fills their rows. The cache is a ring: all rows write the same position, no matter
 where each of them began.
 
@@ -23,15 +23,17 @@ from flax import nnx
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.models.attention import cached_attention
-from rho1_jax.models.decoder import Decoder, Params, segment_positions
+from rho1_jax.models.decoder import Params, segment_positions
+from rho1_jax.models.sampling import next_token
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.sharding import even_rows, replicate, shard_cache
 
-STRETCH = 16
+STRETCH = 16  # tokens decoded between two looks at them
 SHORTEST = 32  # lengths are multiples of this
 PREFILL_TOKENS = 2048  # approximate number of tokens in the prompts that are filled together
 TAIL = 8  # tokens at the end of a prompt that are detokenized together with its continuation
 
+Prompt = str | list[int]  # a text, or its token ids, with BOS if the model needs it
 Request = tuple[int, str]  # the caller's number for it, and the prompt
 
 
@@ -60,6 +62,7 @@ class State(NamedTuple):
     token_B: jax.Array  # newest token, which is not in the cache yet
     logprob_B: jax.Array  # its log-probability
     length_B: jax.Array  # number of tokens in the cache
+    limit_B: jax.Array  # number of tokens that prompt and continuation may have together
     number_B: jax.Array  # number of the request; seeds draws that do not depend on the rest of the batch
     next: jax.Array  # position of the ring that all rows write next
 
@@ -73,9 +76,9 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def bucket(length: int) -> int:
-    """Rounds a length up to a multiple of SHORTEST and by at most a quarter, so that few shapes are compiled."""
-    step = max(SHORTEST, 1 << max(0, (length - 1).bit_length() - 3))
+def bucket(length: int, shortest: int = SHORTEST) -> int:
+    """Rounds a length up to a multiple of `shortest` and by at most a quarter, so that few shapes are compiled."""
+    step = max(shortest, 1 << max(0, (length - 1).bit_length() - 3))
     return _up(length, step)
 
 
@@ -101,27 +104,11 @@ def empty_state(config: ModelConfig, rows: int, positions: int) -> State:
     keys = [shard_cache(jnp.zeros(shape, config.compute_dtype)) for _ in range(config.layers)]
     none_B = jnp.zeros(rows, jnp.int32)
     caches = [(k, k.swapaxes(2, 3)) for k in keys]
-    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, jnp.int32(0))
+    return State(caches, none_B, jnp.zeros(rows, jnp.float32), none_B, none_B, none_B, jnp.int32(0))
 
 
-def _next_token(model: Decoder, hidden_BD, number_B, length_B, key, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token, or one drawn with a separate key for each request and length; and its log-probability."""
-    logits_BV = model.logits(hidden_BD)
-
-    def draw(number, length, logits_V):
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), length), logits_V)
-
-    if temperature == 0:
-        token_B = logits_BV.argmax(axis=-1)
-    else:
-        token_B = jax.vmap(draw)(number_B, length_B, logits_BV / temperature)
-    # A sum over the vocabulary keeps it sharded; indexing would gather the logits.
-    is_token_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
-    return token_B, jnp.where(is_token_BV, logits_BV, 0).sum(axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
-def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, key, *, temperature):
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="state")
+def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_P, limit_P, key, *, temperature, top_p):
     """Writes prompts into the rows `slot_P` of the cache. A prompt whose row does not exist is dropped."""
     outer, layers = params
     model, caches = nnx.merge(graphdef, outer), list(state.caches)
@@ -135,12 +122,13 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
     def mix(n, q_PLHC, k_PLKC, v_PLKC):
         k_BKCS, v_BKSC = caches[n]
         caches[n] = written(k_BKCS, k_PLKC, (0, 2, 3, 1)), written(v_BKSC, v_PLKC, (0, 2, 1, 3))
-        return model.mix_within(segment_ids_PL, model.structure.window(n))(q_PLHC, k_PLKC, v_PLKC)
+        return model.mix_within(segment_ids_PL, model.structure.kind(model.config, n).window)(q_PLHC, k_PLKC, v_PLKC)
 
     positions_PL = segment_positions(segment_ids_PL)
-    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, mix, decoding=False)
+    hidden_PLD = model.layer_by_layer(layers, tokens_PL, positions_PL, limit_P, mix, decoding=False)
     length_P = segment_ids_PL.sum(axis=1)
-    token_P, logprob_P = _next_token(model, hidden_PLD[:, -1], number_P, length_P, key, temperature)
+    logits_PV = model.logits(hidden_PLD[:, -1])
+    token_P, logprob_P = next_token(logits_PV, number_P, length_P, key, temperature, top_p)
 
     def filled(old_B, new_P):
         return old_B.at[slot_P].set(new_P, mode="drop")
@@ -150,16 +138,24 @@ def _prefill(graphdef, params, state, tokens_PL, segment_ids_PL, slot_P, number_
         filled(state.token_B, token_P),
         filled(state.logprob_B, logprob_P),
         filled(state.length_B, length_P),
+        filled(state.limit_B, limit_P),
         filled(state.number_B, number_P),
         state.next,
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p", "stretch"), donate_argnames="state")
 def decode(
-    graphdef: nnx.GraphDef, params: tuple[Params, list[Params]], state: State, key: jax.Array, *, temperature: float
+    graphdef: nnx.GraphDef,
+    params: tuple[Params, list[Params]],
+    state: State,
+    key: jax.Array,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    stretch: int = STRETCH,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Decodes STRETCH more tokens of each row.
+    """Decodes more tokens of each row.
 
     Args:
       graphdef: structure of the model.
@@ -167,6 +163,8 @@ def decode(
       state: donated.
       key: random key for sampling.
       temperature: sampling temperature; 0 takes the likeliest token.
+      top_p: probability of the tokens to sample from, see `sampling.nucleus`.
+      stretch: number T of tokens.
 
     Returns:
       The state afterwards, the tokens [B, T] and their log-probabilities [B, T] in nats. They begin with the newest
@@ -188,17 +186,18 @@ def decode(
             k_BKCS = jax.lax.dynamic_update_slice_in_dim(k_BKCS, k_B1KC.transpose(0, 2, 3, 1), state.next, axis=3)
             v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_B1KC.swapaxes(1, 2), state.next, axis=2)
             caches[n] = shard_cache(k_BKCS), shard_cache(v_BKSC)
-            visible_BS = visible_by_window[structure.window(n)]
+            visible_BS = visible_by_window[structure.kind(model.config, n).window]
             scale, soft_cap = structure.query_scale, structure.attention_soft_cap
             return cached_attention(q_B1HC[:, 0], k_BKCS, v_BKSC, visible_BS, scale, soft_cap)[:, None]
 
         token_B1, length_B1 = state.token_B[:, None], state.length_B[:, None]
-        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, mix, decoding=True)
+        hidden_B1D = model.layer_by_layer(layers, token_B1, length_B1, state.limit_B, mix, decoding=True)
         length_B, number_B, last = state.length_B + 1, state.number_B, (state.token_B, state.logprob_B)
-        token_B, logprob_B = _next_token(model, hidden_B1D[:, 0], number_B, length_B, key, temperature)
-        return State(caches, token_B, logprob_B, length_B, number_B, (state.next + 1) % S), last
+        logits_BV = model.logits(hidden_B1D[:, 0])
+        token_B, logprob_B = next_token(logits_BV, number_B, length_B, key, temperature, top_p)
+        return State(caches, token_B, logprob_B, length_B, state.limit_B, number_B, (state.next + 1) % S), last
 
-    state, (tokens_TB, logprobs_TB) = jax.lax.scan(decode_token, state, length=STRETCH)
+    state, (tokens_TB, logprobs_TB) = jax.lax.scan(decode_token, state, length=stretch)
     return state, replicate(tokens_TB.T), replicate(logprobs_TB.T)
 
 
@@ -222,12 +221,28 @@ class _Row:
     ids: list[int]  # of the prompt
     new_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    reported: int = 0  # characters given to `on_text`
+
+
+def _final(text: str, stops: Sequence[str]) -> int:
+    """The number of characters that no later token changes: those before half a character, or half a stop string."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    parts = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return len(text) - max(parts, default=0)
 
 
 class Generator:
     """Continues prompts with one model, `rows` of them at a time."""
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, rows: int):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Params,
+        tokenizer: Tokenizer,
+        rows: int,
+        stretch: int = STRETCH,
+        shortest: int = SHORTEST,
+    ):
         """Copies the parameters into the form that decoding needs.
 
         Args:
@@ -235,33 +250,41 @@ class Generator:
           params: its parameters.
           tokenizer: of the model.
           rows: number of rows in the batch, rounded up to a multiple of the mesh's data-parallel size.
+          stretch: number of tokens decoded between two looks at them. With fewer, text arrives more often.
+          shortest: lengths are rounded up to multiples of this. With a larger number, fewer shapes are compiled.
         """
         self._graphdef, self._tokenizer = graphdef, tokenizer
         self._config = nnx.merge(graphdef, params).config
         self._params = decoding_params(graphdef, params)
-        self._rows = even_rows(rows)
+        self._rows, self._stretch, self._shortest = even_rows(rows), stretch, shortest
 
     def run(
         self,
-        requests: deque[Request],
+        requests: deque[Request] | deque[tuple[int, Prompt]],
         *,
         max_new_tokens: int,
         stops: Sequence[str],
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         max_prompt_tokens: int | None = None,
         on_tokens: Callable[[int], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[Continuation]:
-        """Continues each prompt until the end-of-sequence token, a stop string, or `max_new_tokens`.
+        """Continues each prompt until an end-of-sequence token, a stop string, or `max_new_tokens`.
 
         Args:
           requests: the prompts, taken from the left. The caller may add more between two continuations.
           max_new_tokens: maximum number of tokens to generate for each prompt.
           stops: strings that end a continuation and are not part of its text.
           temperature: sampling temperature; 0 takes the likeliest token.
+          top_p: sample from the fewest tokens whose probabilities reach this; 1 samples from all.
           seed: seed for sampling. A continuation does not depend on the rest of the batch.
           max_prompt_tokens: a longer prompt keeps only this many tokens at its end.
           on_tokens: called after each stretch with the number of tokens decoded.
+          on_text: called after each stretch with the number of a request and its new text, if there is any. The pieces
+            join to the text of its continuation. Each ends with a whole character, and none holds a stop string or a
+            part of one.
 
         Yields:
           The continuations, in the order in which they end.
@@ -271,12 +294,13 @@ class Generator:
         """
         if not requests:
             return
-        key, room = jax.random.key(seed), _up(max_new_tokens, STRETCH)
+        key, room = jax.random.key(seed), _up(max_new_tokens, self._stretch)
+        sampling = {"temperature": temperature, "top_p": top_p}
         longest = max((prompt for _, prompt in requests), key=len)
-        length = bucket(len(self._tokenizer.encode_prompt(longest)[-(max_prompt_tokens or 0) :]))
+        length = self._bucket(max(1, len(self._ids(longest, max_prompt_tokens))))
         together = max(1, min(PREFILL_TOKENS // length, self._rows // 8))
         width = even_rows(together)
-        state = empty_state(self._config, self._rows, bucket(length + room))
+        state = empty_state(self._config, self._rows, self._bucket(length + room))
         rows: list[_Row | None] = [None] * self._rows
         while requests or any(rows):
             free = [slot for slot, row in enumerate(rows) if row is None]
@@ -284,46 +308,60 @@ class Generator:
                 new = []
                 for _ in range(min(width, len(free), len(requests))):
                     number, prompt = requests.popleft()
-                    ids = self._tokenizer.encode_prompt(prompt)[-(max_prompt_tokens or 0) :]
+                    ids = self._ids(prompt, max_prompt_tokens)
                     if not ids:
                         raise UserError(f"prompt {number} is empty: there is nothing to continue")
                     new.append(_Row(number, ids))
                 slots, free = free[: len(new)], free[len(new) :]
-                state = self._read(state, new, slots, width, room, key, temperature)
+                state = self._read(state, new, slots, width, max_new_tokens, key, sampling)
                 for slot, added in zip(slots, new):
                     rows[slot] = added
-            state, *stretch = decode(self._graphdef, self._params, state, key, temperature=temperature)
+            state, *stretch = decode(self._graphdef, self._params, state, key, **sampling, stretch=self._stretch)
             tokens_BT, logprobs_BT = (np.asarray(x_BT).tolist() for x_BT in stretch)
             if on_tokens:
-                on_tokens(STRETCH * sum(row is not None for row in rows))
+                on_tokens(self._stretch * sum(row is not None for row in rows))
             for slot, row in enumerate(rows):
                 if row is not None:
                     text, ended = self._extend(row, tokens_BT[slot], logprobs_BT[slot], max_new_tokens, stops)
+                    final = len(text) if ended or not on_text else _final(text, stops)
+                    if on_text and final > row.reported:
+                        on_text(row.number, text[row.reported : final])
+                        row.reported = final
                     if ended:
                         rows[slot] = None
                         yield Continuation(row.number, text, row.new_ids, row.logprobs[: len(row.new_ids)])
 
-    def _read(self, state, new, slots, width, room, key, temperature) -> State:
+    def _bucket(self, length: int) -> int:
+        return bucket(length, self._shortest)
+
+    def _ids(self, prompt: Prompt, limit: int | None) -> list[int]:
+        """The token ids of a prompt, or the last `limit` of them."""
+        ids = self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        return ids[-(limit or 0) :]
+
+    def _read(self, state, new, slots, width, max_new_tokens, key, sampling) -> State:
         """The state with new requests in free slots."""
-        L = bucket(max(len(row.ids) for row in new))
-        if bucket(L + room) > state.positions:
-            state = _grow(state, positions=bucket(L + room))
+        L, room = self._bucket(max(len(row.ids) for row in new)), _up(max_new_tokens, self._stretch)
+        if self._bucket(L + room) > state.positions:
+            state = _grow(state, positions=self._bucket(L + room))
         tokens_PL, segment_ids_PL = np.zeros((2, width, L), np.int32)
-        slot_P, number_P = np.full(width, self._rows, np.int32), np.zeros(width, np.int32)
+        slot_P = np.full(width, self._rows, np.int32)
+        number_P, limit_P = np.zeros((2, width), np.int32)
         for index, (row, slot) in enumerate(zip(new, slots)):
             tokens_PL[index, L - len(row.ids) :] = row.ids
             segment_ids_PL[index, L - len(row.ids) :] = 1
-            slot_P[index], number_P[index] = slot, row.number
-        arrays = tokens_PL, segment_ids_PL, slot_P, number_P
-        return _prefill(self._graphdef, self._params, state, *arrays, key, temperature=temperature)
+            slot_P[index], number_P[index], limit_P[index] = slot, row.number, len(row.ids) + max_new_tokens
+        arrays = tokens_PL, segment_ids_PL, slot_P, number_P, limit_P
+        return _prefill(self._graphdef, self._params, state, *arrays, key, **sampling)
 
     def _extend(self, row, tokens, logprobs, max_new_tokens, stops) -> tuple[str, bool]:
         """Adds a stretch to a row. Returns the row's text, and True if it has ended."""
         before = len(row.new_ids)
         row.new_ids, row.logprobs = (row.new_ids + tokens)[:max_new_tokens], row.logprobs + logprobs
-        ended = self._tokenizer.eos_id in row.new_ids
+        ends = [row.new_ids.index(eos_id) for eos_id in self._tokenizer.eos_ids if eos_id in row.new_ids]
+        ended = bool(ends)
         if ended:
-            row.new_ids = row.new_ids[: row.new_ids.index(self._tokenizer.eos_id)]
+            row.new_ids = row.new_ids[: min(ends)]
         text = self._text(row, len(row.new_ids))
         if not any(stop in text for stop in stops):
             return text, ended or len(row.new_ids) == max_new_tokens

@@ -5,7 +5,7 @@ The tensor table of the model's family says which tensor stores each parameter, 
 
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.decoder import Params, abstract_params, param_count
 from rho1_jax.models.families import Tensor, family_of
-from rho1_jax.models.hf_config import HfConfigJson
+from rho1_jax.models.hf_config import HfConfigJson, text_model
+from rho1_jax.models.hf_tensors import Place, from_hf_axes, fused_axis, places
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import local_path
 from rho1_jax.runtime.progress import Progress
@@ -56,40 +57,8 @@ class _Stored(NamedTuple):
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ALIGNMENT = 64  # bytes
 SHOWN = 150  # characters of a name from a file
-# Buffers in older files. Both we and Transformers compute them.
-_IGNORED = ("rotary_emb.inv_freq",)
-
-
-def to_hf_axes(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """A parameter of one layer, with the axes of its Hugging Face tensor."""
-    letters = tensor.hf_axes.replace(" ", "")
-    return array.transpose([tensor.axes.index(letter) for letter in letters]).reshape(_hf_shape(tensor, array.shape))
-
-
-def _hf_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the Hugging Face tensor that stores a parameter of one layer."""
-    sizes = dict(zip(tensor.axes, shape))
-    return tuple(math.prod(sizes[letter] for letter in group) for group in tensor.hf_axes.split())
-
-
-def _from_hf_axes(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    letters = tensor.hf_axes.replace(" ", "")
-    sizes = dict(zip(tensor.axes, shape))
-    return array.reshape([sizes[letter] for letter in letters]).transpose([letters.index(x) for x in tensor.axes])
-
-
-def _hf_slices(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of the tensor that stores a part of the parameter. Only the first letter of a group may be sharded."""
-    ranges = {letter: part.indices(size)[:2] for letter, part, size in zip(tensor.axes, index, shape)}
-    sizes = dict(zip(tensor.axes, shape))
-    slices = []
-    for group in tensor.hf_axes.split():
-        rest = group[1:]
-        assert all(ranges[letter] == (0, sizes[letter]) for letter in rest)
-        unit = math.prod(sizes[letter] for letter in rest)
-        start, stop = ranges[group[0]]
-        slices.append(slice(start * unit, stop * unit))
-    return tuple(slices)
+# Buffers in older files: rotary frequencies, and the causal masks of GPT-NeoX. Both we and Transformers compute them.
+_IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 def is_hugging_face_folder(path: str | pathlib.Path) -> bool:
@@ -102,13 +71,14 @@ class HuggingFaceFolder:
 
     Attributes:
       path: the folder.
-      config: content of its config.json.
+      config: content of its config.json. For a model of text and images, that of its text model.
     """
 
     def __init__(self, path: str | pathlib.Path):
         """Raises UserError if the folder has no config.json or no safetensors, or if one of its files is damaged."""
         self.path = local_path(path, "Hugging Face folder")
-        self.config: HfConfigJson = read_json(self.path / "config.json", HfConfigJson)
+        config_file = self.path / "config.json"
+        self.config, prefix = text_model(read_json(config_file, HfConfigJson), str(config_file))
         weight_map: dict[str, str] = {}
         if (self.path / INDEX_FILE).is_file():
             weight_map = read_json(self.path / INDEX_FILE, Index).weight_map
@@ -123,12 +93,21 @@ class HuggingFaceFolder:
         for file in (self.path / name for name in files):
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if not name.endswith(_IGNORED):
+                    if name.startswith(prefix) and not name.endswith(_IGNORED):
                         view = opened.get_slice(name)
-                        self._stored[name] = _Stored(file, name, tuple(view.get_shape()), view.get_dtype())
+                        self._stored[name.removeprefix(prefix)] = _Stored(
+                            file, name, tuple(view.get_shape()), view.get_dtype()
+                        )
         for name, file_name in weight_map.items():
-            if not name.endswith(_IGNORED) and (name not in self._stored or self._stored[name].file.name != file_name):
+            stored = self._stored.get(name.removeprefix(prefix))
+            expected = name.startswith(prefix) and not name.endswith(_IGNORED)
+            if expected and (stored is None or stored.file.name != file_name):
                 raise UserError(f"{self.path / INDEX_FILE}: {_shown(name)} is not in {file_name}")
+
+    @property
+    def stored(self) -> list[_Stored]:
+        """The file, name, shape and dtype of each tensor."""
+        return list(self._stored.values())
 
     def _open(self, path: pathlib.Path):
         try:
@@ -136,11 +115,13 @@ class HuggingFaceFolder:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot read it: {error}") from error
 
-    def read(self, tensor: str, part: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor. Closes the file afterwards; otherwise everything read so far would stay mapped."""
+    def read(self, tensor: str, blocks: Sequence[tuple[slice, ...]], axis: int | None = None) -> np.ndarray:
+        """Blocks of a tensor, joined along an axis. Closes the file; otherwise all that was read would stay mapped."""
         stored = self._stored[tensor]
         with self._open(stored.file) as file:
-            return file.get_slice(stored.name)[part]
+            opened = file.get_slice(stored.name)
+            arrays = [opened[block] for block in blocks]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 
     def check(self, config: ModelConfig) -> None:
         """Compares the tensors with those of the model, before anything of the model's size is allocated.
@@ -159,9 +140,9 @@ class HuggingFaceFolder:
             # `safetensors.torch.save_model` stores the one matrix of a tied model as the head.
             self._stored[embedding] = self._stored.pop(head)
         expected = {
-            name: shape
-            for path, leaf in _leaves(abstract_params(config))
-            for name, shape in _expected(tensors[path], leaf.shape).items()
+            name: place.hf_shape
+            for place in _places(config, abstract_params(config)).values()
+            for name in _names(place.tensor, range(config.layers))
         }
         shapes = {name: stored.shape for name, stored in self._stored.items()}
         missing = sorted(expected.keys() - shapes.keys())
@@ -195,7 +176,7 @@ class HuggingFaceFolder:
         if first[2:] != second[2:] or first.dtype not in DTYPES or len(first.shape) != 2:
             return False
         whole = slice(None), slice(None)
-        return np.array_equal(self.read(names[0], whole), self.read(names[1], whole))
+        return np.array_equal(self.read(names[0], [whole]), self.read(names[1], [whole]))
 
     def load(self, config: ModelConfig, mesh: Mesh, dtype: str | None) -> Params:
         """Reads the parameters onto the mesh. Each device's part is read separately, layer by layer.
@@ -209,32 +190,32 @@ class HuggingFaceFolder:
           UserError: the tensors do not match the model.
         """
         self.check(config)
-        shapes, tensors = abstract_params(config), family_of(config).tensors
+        shapes = abstract_params(config)
+        stored = _places(config, shapes)
         with Progress(f"reading {self.path.name}", param_count(config), unit="params") as progress:
 
             def leaf(path: tuple, like: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-                tensor = tensors[path_name(path)]
+                place = stored[path_name(path)]
                 array = jax.make_array_from_callback(
-                    like.shape, sharding, lambda index: self._part(tensor, like.shape, index, dtype)
+                    like.shape, sharding, lambda index: self._part(place, like.shape, index, dtype)
                 )
                 progress.advance(like.size)
                 return array
 
             return jax.tree_util.tree_map_with_path(leaf, shapes, param_shardings(shapes, mesh))
 
-    def _part(self, tensor: Tensor, shape: tuple[int, ...], index: Any, dtype: str | None) -> np.ndarray:
+    def _part(self, place: Place, shape: tuple[int, ...], index: Any, dtype: str | None) -> np.ndarray:
         """The part of a parameter that one device holds."""
-        numbers = range(1)
+        tensor, numbers = place.tensor, range(1)
         if tensor.stacked:
             numbers = range(*index[0].indices(shape[0]))
             shape, index = shape[1:], index[1:]
-        names = [tensor.name.format(n=n) for n in numbers]
-        slices = _hf_slices(tensor, index, shape)
+        names, blocks = _names(tensor, numbers), place.blocks(index)
         part_shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, shape))
         stored = jnp.result_type(*(DTYPES[self._stored[name].dtype] for name in names))
         rows = _aligned_empty((len(names), *part_shape), jnp.dtype(dtype or stored))
         for row, name in zip(rows, names):
-            row[...] = _from_hf_axes(tensor, self.read(name, slices), part_shape)
+            row[...] = from_hf_axes(tensor, self.read(name, blocks, fused_axis(tensor)), part_shape)
         return rows if tensor.stacked else rows[0]
 
 
@@ -246,14 +227,16 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+def _places(config: ModelConfig, params: Any) -> dict[str, Place]:
+    """The place of each parameter, from their shapes."""
+    tensors = family_of(config).tensors
+    leaves = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    return places(tensors, {path: shape[1:] if tensors[path].stacked else shape for path, shape in leaves.items()})
 
 
-def _expected(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that store a parameter."""
-    layers, ours = (shape[0], shape[1:]) if tensor.stacked else (1, shape)
-    return {tensor.name.format(n=n): _hf_shape(tensor, ours) for n in range(layers)}
+def _names(tensor: Tensor, layers: range) -> list[str]:
+    """The names of a parameter's tensors in these layers; the one name of a parameter that is not in the layers."""
+    return [tensor.name.format(n=n) for n in (layers if tensor.stacked else range(1))]
 
 
 def _shown(text: str) -> str:
@@ -264,10 +247,3 @@ def _shown(text: str) -> str:
 def _some(names: list[str]) -> str:
     shown = ", ".join(map(_shown, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
-def named_tensors(tensor: Tensor, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The Hugging Face tensors, with their names, that store a parameter."""
-    layers = array if tensor.stacked else array[None]
-    for n, layer in enumerate(layers):
-        yield tensor.name.format(n=n), np.ascontiguousarray(to_hf_axes(tensor, layer))

@@ -10,7 +10,7 @@ import pathlib
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from rho1_jax.runtime import peers, stopping
-from rho1_jax.runtime.errors import UserError
+from rho1_jax.runtime.errors import UserError, printable
 from rho1_jax.runtime.files import local_path, split_list
 from rho1_jax.runtime.processes import is_first_with, say
 from rho1_jax.runtime.stopping import Stopped
@@ -48,6 +48,11 @@ def define_config_flag() -> Any:
     flags.FLAGS["config"].parser = _ConfigParser("config")
     flags.mark_flag_as_required("config")
     return holder
+
+
+def overridden_keys() -> Collection[str]:
+    """The keys that the command line sets, such as model.layers."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 class _ConfigParser(config_flags.ConfigFileFlagParser):
@@ -243,7 +248,7 @@ def _exit(error: Exception | str) -> NoReturn:
     line = " ".join(filter(None, (part.strip() for part in str(error).splitlines())))
     if is_first_with(line):
         # A path may contain anything, such as control characters of a terminal.
-        print("error:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr, flush=True)
+        print("error:", printable(line), file=sys.stderr, flush=True)
     peers.leave(BAD_USAGE)
 
 

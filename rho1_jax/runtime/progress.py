@@ -1,7 +1,10 @@
 """Report progress on standard error: a bar in a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from tqdm import tqdm
@@ -11,6 +14,7 @@ from rho1_jax.runtime.processes import is_first
 PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 LARGE_UNITS = ("B", "params", "tokens")  # shown with the suffixes k, M and G
 SILENT_SECONDS = 5.0  # without a terminal, shorter work prints nothing
+WAITING_SECONDS = 2.0  # in a terminal, the longest silence of `waiting`
 
 
 class Progress:
@@ -92,3 +96,35 @@ class Progress:
         ):
             self._print_line()
         self._bar.close()
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[Callable[[], None]]:
+    """Shows a text and the seconds while a terminal would be silent, and erases them at the end of the block.
+
+    Yields:
+      A function that erases them earlier, for example when there is output.
+    """
+    over = threading.Event()
+
+    def show() -> None:
+        start, shown = time.monotonic(), False
+        while not over.wait(1.0 if shown else WAITING_SECONDS):
+            print(f"\r{text}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+            shown = True
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+
+    def end() -> None:
+        over.set()
+        if thread.is_alive():
+            thread.join()
+
+    if is_first() and sys.stderr.isatty():
+        thread.start()
+    try:
+        yield end
+    finally:
+        end()

@@ -27,12 +27,15 @@ RULES = {
     r"head": PartitionSpec("tensor", "fsdp"),
     r"attention/[qkv]": PartitionSpec(None, "fsdp", "tensor", None),
     r"attention/[qkv]_bias": PartitionSpec(None, "tensor", None),
+    r"attention/o_bias": PartitionSpec(),
     r"attention/[qk]_norm/scale": PartitionSpec(),
     r"attention/o": PartitionSpec(None, "tensor", None, "fsdp"),
     r"feed_forward/(gate|up)": PartitionSpec(None, "fsdp", "tensor"),
     r"feed_forward/down": PartitionSpec(None, "tensor", "fsdp"),
-    r"norm/scale": PartitionSpec(),
-    r"layers/\w+_norm/scale": PartitionSpec(),
+    r"feed_forward/(gate|up)_bias": PartitionSpec(None, "tensor"),
+    r"feed_forward/down_bias": PartitionSpec(),
+    r"norm/(scale|bias)": PartitionSpec(),
+    r"layers/\w+_norm/(scale|bias)": PartitionSpec(),
 }
 
 

@@ -66,7 +66,7 @@ class ForwardFlops:
         embedding = model.vocab_size * model.width
         weights = param_count(model) - embedding * (1 if model.tied_embeddings else 2)
         structure = family_of(model).structure(model)
-        keys = sum(seen_keys(seq_len, structure.window(layer)) for layer in range(model.layers))
+        keys = sum(seen_keys(seq_len, structure.kind(model, layer).window) for layer in range(model.layers))
         attention = 4 * model.heads * model.head_width * keys
         return cls(2 * weights + attention, 2 * embedding)
 

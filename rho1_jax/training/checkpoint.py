@@ -38,10 +38,11 @@ from rho1_jax.training.checksums import (
 )
 from rho1_jax.training.description import META_FILE, DamagedCheckpoint, Description, Meta, StoredArray, read_description
 from rho1_jax.training.quiet_orbax import hide_complaints, one_line
-from rho1_jax.training.retention import KeepBest, retention_policy
+from rho1_jax.training.retention import KeepBest, best_step, retention_policy
 from rho1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # WORKDIR/best names the best checkpoint; nothing of that name is written
 
 T = TypeVar("T")
 
@@ -92,13 +93,15 @@ class Checkpoints:
           check: raises UserError if a checkpoint belongs to another run.
 
         Raises:
-          UserError: every checkpoint is damaged, or `check` refuses the newest one that can be read.
+          UserError: every checkpoint is damaged, or the newest one that can be read has no optimizer state or is
+            refused by `check`.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
         saved_steps = gather_json(steps(self._workdir))[0]  # a shared file system may show others an older list
         for step in reversed(saved_steps):
             try:
                 meta = _load_meta_together(at(self._workdir, step))
+                _check_resumable(at(self._workdir, step))
                 check(meta)
                 state = self.restore(step, abstract)
             except DamagedCheckpoint as error:
@@ -197,21 +200,24 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def find(path: str | pathlib.Path, key: str) -> pathlib.Path:
-    """The checkpoint directory that a path names: the newest one of a run, or itself.
+    """The checkpoint directory that a path names: the newest or the best one of a run, or itself.
 
     Args:
-      path: WORKDIR or WORKDIR/checkpoints/STEP.
+      path: WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP.
       key: the config key or flag the path came from, for errors.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or the run does not keep the best one.
     """
     directory = local_path(path, key).absolute()
     if (directory / "meta").is_dir():
         return directory
+    if directory.name == BEST and not directory.exists() and steps(workdir := directory.parent):
+        return at(workdir, best_step([read_description(at(workdir, step)) for step in steps(workdir)], f"{key}={path}"))
     saved_steps = steps(directory)
     if not saved_steps:
-        raise UserError(f"{key}={path}: no checkpoint here; give a run's directory or one of its checkpoints")
+        kinds = "a run's directory, nor one of its checkpoints, nor a Hugging Face folder with safetensors"
+        raise UserError(f"{key}={path} is neither {kinds}")
     return at(directory, saved_steps[-1])
 
 
@@ -240,7 +246,17 @@ def _load_meta_together(checkpoint: pathlib.Path) -> Meta:
     return meta
 
 
-def _stored_arrays(
+def _check_resumable(checkpoint: pathlib.Path) -> None:
+    """Raises UserError if a checkpoint was written without optimizer state."""
+    arrays = read_description(checkpoint).arrays
+    if arrays is not None and not any(name.startswith("opt_state/") for name in arrays):
+        raise UserError(
+            f"{checkpoint} holds weights only, so no run can be resumed from it; start a new run from it, with "
+            f"config.init.checkpoint={checkpoint} and another --workdir"
+        )
+
+
+def stored_arrays(
     checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None, item: str
 ) -> dict[str, StoredArray]:
     """The arrays of an item, by path. Before format 3, as Orbax describes them."""
@@ -257,7 +273,7 @@ def _restore(checkpoint: pathlib.Path, arrays: Mapping[str, StoredArray] | None,
       DamagedCheckpoint: it cannot be read, or an array does not match its checksum.
       UserError: its arrays are not those of the abstract tree.
     """
-    stored, wanted = _stored_arrays(checkpoint, arrays, item), named_leaves(abstract)
+    stored, wanted = stored_arrays(checkpoint, arrays, item), named_leaves(abstract)
     for name in sorted(stored.keys() | wanted.keys()):
         there = shape_text("", stored[name].shape) if name in stored else "missing"
         here = shape_text("", wanted[name].shape) if name in wanted else "missing"
@@ -337,7 +353,7 @@ def iterate_params(checkpoint: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]
       UserError: an array is damaged, or contains NaN or infinity.
     """
     handler, directory = ocp.PyTreeCheckpointHandler(), checkpoint.absolute() / "params"
-    for name, stored in _stored_arrays(checkpoint, read_description(checkpoint).arrays, "params").items():
+    for name, stored in stored_arrays(checkpoint, read_description(checkpoint).arrays, "params").items():
         only_this: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for key in reversed(name.split("/")):
             only_this = {key: only_this}
@@ -370,7 +386,7 @@ def verify(checkpoint: pathlib.Path) -> int:
         arguments = ocp.args.PyTreeRestore(restore_args=as_numpy)
         tree = _read(checkpoint, item, functools.partial(handler.restore, directory, args=arguments))
         leaves = named_leaves(tree)
-        for name, array in _stored_arrays(checkpoint, arrays, item).items():
+        for name, array in stored_arrays(checkpoint, arrays, item).items():
             if name not in leaves or numpy_checksum(np.asarray(leaves[name])) != array.checksum:
                 raise DamagedCheckpoint(checkpoint, f"{item}/{name} does not match its checksum")
     return len(arrays)

@@ -14,6 +14,7 @@ from rho1_jax.method.selection import Selection
 from rho1_jax.models.attention import ATTENTION
 from rho1_jax.models.decoder import REMAT
 from rho1_jax.models.families import FAMILIES
+from rho1_jax.models.rope import check_rope
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import write_text
 
@@ -29,6 +30,7 @@ def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
         raise UserError(f"config.model.kv_heads={model.kv_heads} does not divide config.model.heads={model.heads}")
     if model.head_width % 2:
         raise UserError(f"config.model.head_width={model.head_width} is odd: rotary positions need pairs")
+    check_rope(model)
     for key, values in (("family", FAMILIES), ("attention", ATTENTION), ("remat", REMAT)):
         if config.model[key] not in values:
             raise UserError(f"config.model.{key}={config.model[key]!r} is not one of {', '.join(values)}")

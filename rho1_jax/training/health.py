@@ -1,8 +1,10 @@
-"""Signs that a run is in trouble: steps that were skipped, and jumps of the loss."""
+"""Signs that a run is in trouble: skipped steps, jumps of the loss, and evaluations that do not improve."""
 
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from rho1_jax.training.retention import goodness
 
 MEMORY = 50  # steps that the running mean of the loss looks back
 SPIKE_DEVIATIONS = 6.0
@@ -18,6 +20,10 @@ class Health(NamedTuple):
       loss_mean: running mean of the loss, in nats.
       loss_variance: running variance of the loss.
       steps: number of steps in the mean and the variance.
+      metric: the metric of config.checkpoint.best at the last evaluation; "": none.
+      best: its best finite value so far; None if there was none.
+      best_step: the step of that value.
+      evaluations_since_best: evaluations after it.
     """
 
     skipped_steps: int = 0
@@ -26,6 +32,10 @@ class Health(NamedTuple):
     loss_mean: float = 0.0
     loss_variance: float = 0.0
     steps: int = 0
+    metric: str = ""
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
     def after(self, metrics: Mapping[str, float]) -> "Health":
         """The health after a step with these metrics."""
@@ -34,14 +44,25 @@ class Health(NamedTuple):
         loss = metrics["loss"]
         share = max(1 / (self.steps + 1), 1 / MEMORY)
         deviation = loss - self.loss_mean
-        return Health(
-            skipped_steps=self.skipped_steps,
+        return self._replace(
             skipped_in_a_row=0,
             loss_spikes=self.loss_spikes + self.is_spike(loss),
             loss_mean=self.loss_mean + share * deviation,
             loss_variance=(1 - share) * (self.loss_variance + share * deviation**2),
             steps=self.steps + 1,
         )
+
+    def after_evaluation(self, step: int, metric: str, value: float) -> "Health":
+        """The health after an evaluation that gave a metric this value. A new metric starts from the beginning."""
+        before = self if metric == self.metric else self._replace(metric=metric, best=None, evaluations_since_best=0)
+        if math.isfinite(value) and (before.best is None or goodness(metric, value) > goodness(metric, before.best)):
+            return before._replace(best=value, best_step=step, evaluations_since_best=0)
+        return before._replace(evaluations_since_best=before.evaluations_since_best + 1)
+
+    def stagnation(self) -> str:
+        """Says for how long the metric has not improved."""
+        since = "" if self.best is None else f" since {self.best:.4g} at step {self.best_step}"
+        return f"{self.metric} has not improved in {self.evaluations_since_best} evaluations{since}"
 
     def is_spike(self, loss: float) -> bool:
         """True if a loss is far above those of the last steps."""

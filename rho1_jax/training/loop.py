@@ -17,7 +17,7 @@ from rho1_jax.runtime import stopping
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.runtime.files import replacing
 from rho1_jax.runtime.metrics import MetricsWriter
-from rho1_jax.runtime.processes import is_first, say
+from rho1_jax.runtime.processes import gather_json, is_first, say
 from rho1_jax.runtime.progress import Progress
 from rho1_jax.runtime.stopping import Stopped
 from rho1_jax.training import health
@@ -70,7 +70,9 @@ class Loop:
         self.first_step = self.clock_step = self.saved_step = meta.step
 
     def run(self, state: TrainState, step: Step, batches: Iterator[Batch]) -> Params:
-        """Steps from `self.meta.step` to the last. The metrics of a step are fetched while the next one runs.
+        """Steps from `self.meta.step` to the last, or until config.checkpoint.patience is spent.
+
+        The metrics of a step are fetched while the next one runs.
 
         Raises:
           Stopped: the run was asked to stop, and is saved.
@@ -91,6 +93,9 @@ class Loop:
         if self.meta.pending:
             self.evaluate_pending(state, self.meta.pending)
         for number in range(self.meta.step + 1, config.steps + 1):
+            if self.is_out_of_patience():
+                say(f"ended early, at step {self.meta.step} of {config.steps}: {self.health.stagnation()}")
+                break
             if number == config.trace.first:
                 jax.profiler.start_trace(str(self.workdir / "trace"))
             vote = stopping.vote()
@@ -118,6 +123,7 @@ class Loop:
                     self.meta = self.meta._replace(pending=line)
                     if not stop:
                         evaluations = self.evaluate_pending(state, line)
+                        save = save or self.is_out_of_patience()
                 if stop or save:
                     self.save(state, evaluations)
                 if stop:
@@ -143,11 +149,19 @@ class Loop:
             self.save(state, {})
             raise self.stopped() from None
         self.clock += time.monotonic() - start  # the rate does not count evaluations
-        self.meta = self.meta._replace(pending=None)
+        if best := self.config.checkpoint.best:
+            value = gather_json(evaluations[best])[0]  # graders have time limits: processes could differ
+            self.health = self.health.after_evaluation(self.meta.step, best, value)
+        self.meta = self.meta._replace(pending=None, health=self.health._asdict())
         self.log(self.meta.step, line, evaluations)
         if self.meta.step == self.saved_step:  # a run that was stopped before this evaluation
             self.checkpoints.add_evaluations(self.meta, evaluations)
         return evaluations
+
+    def is_out_of_patience(self) -> bool:
+        """True if config.checkpoint.best has not improved for config.checkpoint.patience evaluations."""
+        settings, health = self.config.checkpoint, self.health
+        return health.metric == settings.best and 0 < settings.patience <= health.evaluations_since_best
 
     def save(self, state: TrainState, evaluations: dict[str, float]) -> None:
         """Starts to save a checkpoint. The rate does not count the time until training can continue."""

@@ -29,7 +29,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def _decayed(params: Params) -> Params:
     """True for matrices, which decay; False for biases and the scales of norms."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_name(path).endswith(("norm/scale", "_bias")), params
+        lambda path, _: not path_name(path).endswith(("norm/scale", "norm/bias", "_bias")), params
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from rho1_jax.runtime.processes import say
 from rho1_jax.training.checkpoint import Checkpoints, Meta
 from rho1_jax.training.config import RUN_SETTINGS, as_saved, changes, check_values, model_config, selection_rule
 from rho1_jax.training.optimizer import DECAYS, learning_rate_schedule, make_optimizer
-from rho1_jax.training.pretrained import Pretrained
+from rho1_jax.training.pretrained import INIT, Pretrained, open_pretrained, take_model
 from rho1_jax.training.reference import Reference
 from rho1_jax.training.retention import check_retention
 from rho1_jax.training.state import TrainState
@@ -46,8 +47,8 @@ FIXED_ON_RESUME = (
     "config.reference.decay",
     "config.reference.every",
 )
-# Except these, which may change with the machine.
-FREE_ON_RESUME = tuple(f"config.model.{name}" for name in RUN_SETTINGS)
+# Except these, which may change with the machine, or do not change what is computed.
+FREE_ON_RESUME = tuple(f"config.model.{name}" for name in (*RUN_SETTINGS, "context_length"))
 
 # Fields of `Meta` that a resumed run takes from its checkpoint.
 PROGRESS = ("step", "tokens_seen", "tokens_selected", "permuted_rows", "health", "pending")
@@ -79,6 +80,7 @@ class RunSetup:
       needs: signals that the rule and the objective are computed from.
       schedule: learning rate by step.
       optimizer: AdamW under that schedule.
+      initial: the model the run starts from; None: new weights.
     """
 
     config: ml_collections.ConfigDict
@@ -89,10 +91,30 @@ class RunSetup:
     needs: set[str]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    initial: Pretrained | None = None
 
 
-def open_run(config: ml_collections.ConfigDict) -> tuple[RunSetup, TrainingData]:
-    """Checks a config, opens its data, and builds what both decide. Nothing is written.
+def open_run(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> tuple[RunSetup, TrainingData]:
+    """Checks a config, opens its data and its first model, and builds what they decide. Nothing is written.
+
+    Args:
+      config: the run's config.
+      given: the keys that the command line sets, such as model.layers.
+
+    Raises:
+      UserError: a value is not allowed, the devices do not fit, the data or the first model cannot be opened, or the
+        config contradicts that model.
+    """
+    mesh, data = open_data(config)
+    config, initial = config.copy_and_resolve_references(), None
+    if config.init.checkpoint:
+        initial = open_pretrained(config.init.checkpoint, INIT, config, data.stores[0])
+        take_model(config, initial, given, data.seq_len)
+    return dataclasses.replace(build_setup(resolve(config, data), mesh), initial=initial), data
+
+
+def open_data(config: ml_collections.ConfigDict) -> tuple[Mesh, TrainingData]:
+    """Checks a config, makes its mesh, and opens its data.
 
     Raises:
       UserError: a value is not allowed, the devices do not fit, or the data cannot be opened.
@@ -104,8 +126,7 @@ def open_run(config: ml_collections.ConfigDict) -> tuple[RunSetup, TrainingData]
         raise UserError(f"config.{error}") from None
     check_batch_size(config, mesh)
     stores, weights = open_mixture(config.data.train)
-    data = TrainingData(stores, weights, stores[0].tokenizer())
-    return build_setup(resolve(config, data), mesh), data
+    return mesh, TrainingData(stores, weights, stores[0].tokenizer())
 
 
 def build_setup(config: ml_collections.ConfigDict, mesh: Mesh) -> RunSetup:
@@ -186,10 +207,8 @@ def describe_run(setup: RunSetup, data: TrainingData, reference: Reference) -> M
     )
 
 
-def first_state(
-    setup: RunSetup, checkpoints: Checkpoints, meta: Meta, initial: Pretrained | None, reference: Reference
-) -> tuple[TrainState, Meta]:
-    """The state to train from, on the mesh, and how far the run is: its newest checkpoint, `initial`, or new weights.
+def first_state(setup: RunSetup, checkpoints: Checkpoints, meta: Meta, reference: Reference) -> tuple[TrainState, Meta]:
+    """The state to train from, on the mesh, and how far the run is: its newest checkpoint, or its first weights.
 
     Raises:
       UserError: the work directory holds a different run.
@@ -201,8 +220,8 @@ def first_state(
         say(f"resumed from step {saved.step}")
         progress = {name: getattr(saved, name) for name in PROGRESS}
         return state, meta._replace(**progress)
-    if initial is not None:
-        params = initial.load(setup.mesh, "float32")
+    if setup.initial is not None:
+        params = setup.initial.load(setup.mesh, "float32")
     else:
         init = functools.partial(decoder.init_params, setup.model, setup.config.seed)
         params = jax.jit(init, out_shardings=placement(abstract.params))()

@@ -13,6 +13,7 @@ import tokenizers
 
 from rho1_jax.data import tokenizer as tokenizer_module
 from rho1_jax.data.tokenizer import Tokenizer
+from rho1_jax.data.tokenizer_backends import special_mark
 from rho1_jax.runtime.errors import UserError
 
 TEXTS = [
@@ -82,6 +83,16 @@ def test_special_token_in_a_text_is_ordinary_text(byte_level, mistral):
         assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == f"a{special}b"
 
 
+def test_a_mark_stands_for_its_token_in_a_vocabulary_with_gaps(tmp_path):
+    token = tokenizers.AddedToken("<s>", special=True, normalized=False)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<s>": 40}, []))
+    model.add_special_tokens([token])
+    model.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "tokenizer_config.json", {"eos_token": "<s>"})
+    ids, _ = Tokenizer(tmp_path).encode_spans(f"a{special_mark(40)}b", marked=True)
+    assert ids == [0, 40, 1]
+
+
 def test_spans_cover_the_characters_of_each_token(byte_level, mistral):
     for path in (byte_level, mistral):
         tokenizer = Tokenizer(path)
@@ -138,6 +149,28 @@ def test_eos_from_the_model_config(byte_level, tmp_path):
     assert Tokenizer(tmp_path).eos_id == 7
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "generation, config, expected",
+    [
+        (None, None, ()),
+        (None, [7, 8], (7, 8)),
+        (9, [7, 8], (9,)),
+        ([9, 8, 9], 7, (9, 8)),
+        ([], 7, (7,)),
+        (None, 0, (0,)),
+    ],
+)
+def test_every_eos_of_the_models_files_ends_a_generation(byte_level, mistral, tmp_path, generation, config, expected):
+    for number, path in enumerate((byte_level / "tokenizer.json", mistral)):
+        Tokenizer(path).save(tmp_path / str(number))
+        write(tmp_path / str(number) / "generation_config.json", {"eos_token_id": generation})
+        write(tmp_path / str(number) / "config.json", {"eos_token_id": config})
+        tokenizer = Tokenizer(tmp_path / str(number))
+        assert tokenizer.eos_id == Tokenizer(path).eos_id and tokenizer.eos_ids == (tokenizer.eos_id, *expected)
+        tokenizer.save(tmp_path / "saved" / str(number))
+        assert Tokenizer(tmp_path / "saved" / str(number)).eos_ids == tokenizer.eos_ids
 
 
 @pytest.mark.parametrize("settings", [[], {"eos_token": 7}, {"eos_token": {"id": 7}}, {"eos_token_id": ["</s>"]}])

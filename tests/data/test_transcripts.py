@@ -62,7 +62,7 @@ def test_prompt_and_response_with_other_keys_and_templates():
     "record, message",
     [
         ("plain", "plain text, not a conversation"),
-        ({"prompt": "x"}, "missing keys: needs 'messages', or 'prompt' and 'response'; has 'prompt'"),
+        ({"prompt": "x"}, "missing keys: needs 'messages', or 'prompt' and 'response', or .*; has 'prompt'"),
         ({"messages": "x"}, "'messages' must hold a list of objects"),
         ({"messages": [{"role": "user"}]}, "'messages' must hold a list of objects"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),

@@ -17,7 +17,7 @@ from rho1_jax.models import decoder
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.training.pretrained import TrainedRun
+from rho1_jax.training.pretrained import Pretrained
 
 CONFIG = tiny(tied_embeddings=False, vocab_size=300)
 NORM = "model.layers.1.input_layernorm.weight"
@@ -68,7 +68,7 @@ TOO_LARGE = r"{}: input should be less than 2147483648, not 3000000000"
         ({"num_key_value_heads": 0}, "num_key_value_heads: input should be greater than 0, not 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"head_dim": 0}, "head_dim: input should be greater than 0, not 0"),
-        ({"head_dim": 7}, "heads of width 7: rotary positions need an even width"),
+        ({"head_dim": 7}, "heads of width 7, of which 7 rotate: rotary positions need an even width"),
         (
             {"head_dim": None, "num_attention_heads": 6},
             "num_attention_heads=6 does not divide hidden_size=32, and head",
@@ -207,9 +207,9 @@ def test_a_vocabulary_below_the_tokenizers_is_refused_wherever_the_two_meet(copy
     with pytest.raises(UserError, match=f"copy.*: {message}"):
         import_hf(copy, tmp_path / "out", dtype=None)
     assert not (tmp_path / "out").exists()
-    run = TrainedRun.open(reference, "--checkpoint")
+    run = Pretrained.open(reference, "--checkpoint")
     small = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=200))
-    monkeypatch.setattr(TrainedRun, "open", lambda path, key: small)
+    monkeypatch.setattr(Pretrained, "open", lambda path, key: small)
     for command in (
         lambda: generate_text(reference, ["1+1="]),
         lambda: evaluate_model(reference, {"questions": "x=y"}),

@@ -1,6 +1,5 @@
 """Backward passes through few tokens, against the rule written in NumPy."""
 
-import dataclasses
 import functools
 import math
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, random_batch, tiny
+from helpers import random_batch, tiny
 
 from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.models import decoder, few_tokens

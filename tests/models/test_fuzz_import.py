@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rho1_jax.models import decoder, hf_config
-from rho1_jax.models.hf_config import HfConfigJson
+from rho1_jax.models.families import BUILT_IN
+from rho1_jax.models.hf_config import HfConfigJson, LayerRopeJson
 from rho1_jax.models.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceFolder
 from rho1_jax.runtime import sharding
 from rho1_jax.runtime.errors import UserError
@@ -24,15 +25,16 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
-KINDS = st.sampled_from(["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+KINDS = st.sampled_from([*(family.architecture for family in BUILT_IN), *hf_config.TEXT_MODELS])
 ROPE = st.dictionaries(
-    st.sampled_from([*hf_config.ROPE_FIELDS, "rope_type", "type", "rope_theta"]),
-    JSON | st.just("llama3") | st.floats(0.5, 8),
+    st.sampled_from([*LayerRopeJson.__annotations__]),
+    JSON | st.sampled_from(["llama3", "longrope", "su"]) | st.floats(0.5, 8) | st.lists(st.floats(0.5, 8), max_size=5),
     max_size=7,
 )
+ROPES = ROPE | st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), ROPE)
 CHANGES = st.dictionaries(
-    st.sampled_from([*HfConfigJson.__annotations__, *hf_config.CONSTANTS, "hidden_act", "extra"]),
-    JSON | ROPE,
+    st.sampled_from([*HfConfigJson.__annotations__, *hf_config.CONSTANTS, "hidden_act", "hidden_activation", "extra"]),
+    JSON | ROPES,
     max_size=3,
 )
 

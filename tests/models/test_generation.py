@@ -1,6 +1,7 @@
 """Compares generation with teacher forcing."""
 
 import contextlib
+import json
 from collections import deque
 from functools import partial
 
@@ -124,7 +125,7 @@ def test_decoding_gathers_no_weights(setup, tokenizer):
         state = generation.empty_state(generator._config, 8, 64)
         arguments = setup[0], generator._params, state, jax.random.key(0)
         compiled = generation.decode.lower(*arguments, temperature=0.0).compile()
-    cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, None).cost()
+    cost = hlo_cost.Program(compiled.as_text(), lambda _: 1, [None]).cost()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert 0 < cost.collective_bytes / generation.STRETCH < weights / 4
     keys = generation.decode(*arguments, temperature=0.0)[0].caches[0][0]
@@ -276,6 +277,15 @@ def test_tokens_end_before_the_end_of_sequence_and_with_the_stop_string(setup, t
         assert stop not in texts[0] and stop in texts[1] and len(continuation.logprobs) == length
 
 
+def test_the_first_of_several_end_of_sequence_tokens_ends_a_continuation(setup, tokenizer, tmp_path):
+    ids = teacher_forced_ids(setup, tokenizer, PROMPTS[0], 20)
+    (late,) = [token for token in ids[-1:] if ids.index(token) > ids.index(ids[2])]
+    tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, late, ids[2]]}))
+    (continuation,) = run_all(setup, Tokenizer(tmp_path), PROMPTS[:1])
+    assert continuation.token_ids == ids[: ids.index(ids[2])]
+
+
 def test_temperature_draws_by_seed(setup, tokenizer):
     drawn = [continue_(setup, tokenizer, PROMPTS, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -302,6 +312,81 @@ def test_temperature_follows_the_models_probabilities(setup, tokenizer):
     drawn = continue_(setup, tokenizer, PROMPTS[:1] * 400, temperature=1.5, max_new_tokens=1)
     share = np.mean([text == tokenizer.decode([*ids, best])[len(PROMPTS[0]) :] for text in drawn])
     assert abs(share - float(probabilities[best])) < 0.08
+
+
+def test_the_nucleus_reaches_prefill_and_decode(setup, tokenizer):
+    """A nucleus of one token is greedy at any temperature, and nothing else is drawn from it."""
+    greedy = continue_(setup, tokenizer, PROMPTS)
+    assert continue_(setup, tokenizer, PROMPTS, temperature=2.0, top_p=1e-6) == greedy
+    assert continue_(setup, tokenizer, PROMPTS, temperature=2.0) != greedy
+
+
+def test_prompts_may_be_token_ids(setup, tokenizer):
+    ids = [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    expected = continue_(setup, tokenizer, PROMPTS)
+    assert continue_(setup, tokenizer, ids) == continue_(setup, tokenizer, [PROMPTS[0], *ids[1:]]) == expected
+    (cut,) = continue_(setup, tokenizer, ids[2:], max_prompt_tokens=7)
+    assert [cut] == continue_(setup, tokenizer, PROMPTS[2:], max_prompt_tokens=7) != expected[2:]
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        continue_(setup, tokenizer, [[]])
+
+
+def streamed(setup, tokenizer, prompts, stretch, rows=2, **options):
+    """The pieces of each text in the order in which they came, and the texts."""
+    pieces = [[] for _ in prompts]
+    generator = Generator(*setup, tokenizer, rows, stretch=stretch, shortest=64)
+    options = {
+        "max_new_tokens": 20,
+        "stops": (),
+        "on_text": lambda number, text: pieces[number].append(text),
+        **options,
+    }
+    texts = dict(answer[:2] for answer in generator.run(deque(enumerate(prompts)), **options))
+    return pieces, [texts[number] for number in range(len(prompts))]
+
+
+@pytest.mark.parametrize("stretch", [1, 3, 16])
+def test_pieces_join_to_the_text_whatever_the_stretch(setup, tokenizer, stretch):
+    pieces, texts = streamed(setup, tokenizer, MANY, stretch)
+    assert texts == continue_(setup, tokenizer, MANY) == ["".join(parts) for parts in pieces]
+    assert all(all(parts) for parts in pieces) and (stretch > 9 or max(map(len, pieces)) > 5)
+
+
+def test_no_piece_shows_any_part_of_a_stop_string(setup, tokenizer):
+    """Every piece is a beginning of the text before the stop string, also where the string begins and does not end."""
+    whole = continue_(setup, tokenizer, PROMPTS[:1])[0]
+    for start in range(1, len(whole) - 4):
+        stops = [whole[start : start + 4], whole[0] + "never"]
+        pieces, (text,) = streamed(setup, tokenizer, PROMPTS[:1], 1, rows=1, stops=stops)
+        assert "".join(pieces[0]) == text == whole[: whole.index(stops[0])]
+
+
+def replay(monkeypatch, ids):
+    """Makes decoding give these token ids, whatever the model says."""
+    decode, left = generation.decode, deque(ids)
+
+    def replayed(*arguments, **options):
+        state, tokens_BT, logprobs_BT = decode(*arguments, **options)
+        return state, np.full_like(tokens_BT, left.popleft() if left else 0), logprobs_BT
+
+    monkeypatch.setattr(generation, "decode", replayed)
+
+
+def test_pieces_end_with_whole_characters(setup, tokenizer, monkeypatch):
+    text = " so \u65e5\U0001f600 and"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 3 + 7  # three pieces, and each byte of the two characters in the middle
+    replay(monkeypatch, ids)
+    pieces, (continued,) = streamed(setup, tokenizer, ["a"], 1, rows=1, max_new_tokens=len(ids))
+    assert "".join(pieces[0]) == continued and continued.strip() == text.strip()
+    assert "\u65e5" in pieces[0] and "\U0001f600" in pieces[0]
+
+
+def test_half_a_character_at_the_end_is_shown_at_last(setup, tokenizer, monkeypatch):
+    ids = tokenizer.encode("so \u65e5")[:-1]
+    replay(monkeypatch, ids)
+    pieces, (continued,) = streamed(setup, tokenizer, ["a"], 1, rows=1, max_new_tokens=len(ids))
+    assert "".join(pieces[0]) == continued and continued.endswith("\ufffd") and "\ufffd" in pieces[0][-1]
 
 
 def test_no_prompts_give_no_continuations(setup, tokenizer):

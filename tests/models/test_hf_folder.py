@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, config_of, run_command, tiny, write_hf_folder
+from helpers import MODELS, TINY, config_of, run_command, tiny, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from rho1_jax.data.tokenizer import Tokenizer
-from rho1_jax.export_hf import export_hf
+from rho1_jax.export_hf import export_hf, export_raw
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import family_of
@@ -30,6 +30,7 @@ FAMILIES = {
     "mistral": tiny(family="mistral", sliding_window=8, head_width=16, vocab_size=300),
     "qwen2": tiny(family="qwen2", vocab_size=300),
     "qwen3": tiny(family="qwen3", vocab_size=300, rope_factor=8.0, rope_original_length=32),
+    **{name: dataclasses.replace(MODELS[name], vocab_size=300) for name in ("gpt_neox", "granite", "phi3")},
 }
 RUN_SETTINGS = {"compute_dtype": "float32", "attention": "auto", "remat": "none", "unroll": 1, "loss_chunk": 64}
 
@@ -200,8 +201,15 @@ def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_written(copy,
     assert not (tmp_path / "exported").exists()
 
 
+@pytest.mark.parametrize("export", [export_hf, export_raw])
+def test_exporting_a_folder_says_that_it_already_is_one(folder, tmp_path, export):
+    with pytest.raises(UserError, match=f"--checkpoint={folder} already is a Hugging Face folder; there is nothing to"):
+        export(str(folder), tmp_path / "exported", None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_its_family_cannot_express_is_not_exported():
-    with pytest.raises(UserError, match="sliding_window: Llama has none"):
+    with pytest.raises(UserError, match="sliding_window: the family llama has none"):
         hf_config.to_hf(tiny(sliding_window=4), "float32", None, 2)
 
 

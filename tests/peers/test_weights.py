@@ -15,23 +15,21 @@ import optax
 import pytest
 import torch
 import transformers
-from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save
+from families import CASES, build, generations, gradient_difference, load, logits_difference, our_logits, save, stored
 from helpers import config_of, selection_of, tensors
-from safetensors import safe_open
 
 from rho1_jax.data import transcripts
 from rho1_jax.data.packing import Batch, Documents, pack_whole
 from rho1_jax.data.preparation import Options, prepare
 from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.data.transcripts import Transcripts, exchanges
-from rho1_jax.export_hf import export_hf, sentencepiece_settings
-from rho1_jax.import_hf import config_of as config_of_folder
+from rho1_jax.export_hf import complete_tokenizer_settings, export_hf, sentencepiece_settings
 from rho1_jax.import_hf import import_hf
 from rho1_jax.models.hf_folder import HuggingFaceFolder
 from rho1_jax.models.verify_hf import verify
 from rho1_jax.runtime.errors import UserError
 from rho1_jax.train import train_model
-from rho1_jax.training.config import model_config
+from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.state import TrainState
 from rho1_jax.training.train_step import make_train_step
 
@@ -62,25 +60,27 @@ def test_logits_gradients_and_generations(case, small_tokenizer, tmp_path):
     assert logprob_difference < LARGEST
 
 
-def stored(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
-    """Type and bytes of every tensor in a folder."""
-    contents = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "np") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                contents[name] = (opened.get_slice(name).get_dtype(), opened.get_tensor(name).tobytes())
-    return contents
+ON_EIGHT = ["Gemma 2", "Gemma 3, rope scaling, soft cap", "OLMo 2, K < H", "SmolLM3"]
+
+
+@pytest.mark.parametrize("name", ON_EIGHT)
+def test_logits_and_gradients_on_eight_devices(name, small_tokenizer, tmp_path):
+    peer = build(CASES[name])
+    save(peer, small_tokenizer, tmp_path)
+    mesh = families.eight_devices(peer)
+    with jax.set_mesh(mesh):
+        graphdef, params = load(tmp_path, mesh=mesh)
+        assert logits_difference(graphdef, params, peer) < LARGEST
+        assert gradient_difference(graphdef, params, peer) < LARGEST
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_tokenizer, tmp_path):
     peer = build(case).to(getattr(torch, dtype))
-    # Transformers reads each Qwen2 folder with a byte-level tokenizer.
-    tokenizer = byte_level_tokenizer if case.config is transformers.Qwen2Config else small_tokenizer
+    tokenizer = byte_level_tokenizer if families.byte_level(case) else small_tokenizer
     save(peer, tokenizer, tmp_path / "hf", max_shard_size="40KB")
-    import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
-    export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None)
+    families.export_again(tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "exported")
     assert before.keys() == after.keys()
@@ -96,7 +96,8 @@ def test_a_round_trip_is_bit_identical(case, dtype, small_tokenizer, byte_level_
 
 
 NAMES = ["Llama 2 (TinyLlama), K < H", "Mistral 0.1, sliding window", "Qwen2.5, biases", "Qwen3, tied"]
-NAMES.append("Gemma 2, a family outside the package")
+NAMES += ["Gemma 2", "Gemma 3", "OLMo 2, K < H", "SmolLM3"]
+NAMES += ["Pythia, parallel residual", "Granite 3, tied", "Phi-3, sliding window"]
 
 
 @pytest.mark.parametrize("kind", ["small", "published", "byte level"])
@@ -109,7 +110,7 @@ def test_transformers_tokenizes_an_exported_folder_as_we_do(
     case = dataclasses.replace(CASES[name], changes=CASES[name].changes | {"vocab_size": tokenizer.vocab_size})
     save(build(case), tokenizer, tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "imported", dtype=None)
-    if case.config is transformers.Qwen2Config and kind != "byte level":
+    if families.byte_level(case) and kind != "byte level":
         with pytest.raises(UserError, match="cannot export tokenizer.model with a qwen2 model"):
             export_hf(str(tmp_path / "imported"), tmp_path / "exported", dtype=None, verify=True)
         assert not (tmp_path / "exported").exists() and not (tmp_path / "exported.partial").exists()
@@ -179,7 +180,7 @@ def test_an_exported_model_after_twenty_steps_of_slm_equals_the_trained_one(corp
     assert tokenizer(text)["input_ids"] == small_tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("name", ["Llama 3.1, rope scaling", "Gemma 2, a family outside the package"])
+@pytest.mark.parametrize("name", ["Llama 3.1, rope scaling", "Gemma 2"])
 def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer, tmp_path):
     peer = build(CASES[name])
     save(peer, small_tokenizer, tmp_path / "hf")
@@ -187,13 +188,38 @@ def test_verify_reports_a_difference_only_if_there_is_one(name, small_tokenizer,
     text = tmp_path / "text.txt"
     text.write_text("Document 3: 4+5=9. and so on, and so forth. " * 10)
     folder = HuggingFaceFolder(tmp_path / "hf")
-    config = model_config(config_of_folder(folder))
+    config = Pretrained.of_folder(folder).model
     tokens, logits, losses = verify(folder, config, text)
     assert "all" in tokens and difference(logits) < LARGEST and difference(losses) < LARGEST
     # The same weights with another base of the rotary frequencies.
     wrong = dataclasses.replace(config, rope_theta=1000.0)
     _, logits, losses = verify(folder, wrong, text)
     assert difference(logits) > 100 * LARGEST and "at position" in losses
+
+
+def test_the_text_model_of_a_model_of_text_and_images(small_tokenizer, tmp_path):
+    """A folder like that of google/gemma-3-4b-it. Its text model is read, and exported on its own."""
+    case = CASES["Gemma 3, rope scaling, soft cap"]
+    text = build(case).config.to_dict() | {"final_logit_softcapping": None}  # which this class ignores
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config.text_config._attn_implementation = "eager"
+    peer = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    save(peer, small_tokenizer, tmp_path / "hf", max_shard_size="40KB")
+    assert {"language_model", "vision_tower"} <= {name.split(".")[0] for name in stored(tmp_path / "hf")}
+    graphdef, params = load(tmp_path / "hf")
+    assert logits_difference(graphdef, params, peer) < LARGEST
+    exported = families.export_again(tmp_path / "hf")
+    before = {name.removeprefix("language_model."): value for name, value in stored(tmp_path / "hf").items()}
+    after = stored(exported)
+    assert after.keys() == {name for name in before if name.startswith("model.")}
+    assert all(before[name] == value for name, value in after.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager")
+    assert type(again) is transformers.Gemma3ForCausalLM
+    assert logits_difference(graphdef, params, again) < LARGEST
 
 
 def difference(line: str) -> float:
@@ -269,6 +295,27 @@ def test_a_tokenizer_that_transformers_made_of_a_published_model(tmp_path):
     for text in texts():
         assert converted.encode_prompt(text) == theirs(text)["input_ids"]
         assert converted.decode(converted.encode_prompt(text)) == theirs.decode(theirs(text)["input_ids"][1:])
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_neox", "llama", "qwen3"])
+def test_transformers_reads_a_tokenizer_json_whose_settings_name_no_class(model_type, tmp_path):
+    """Otherwise it rebuilds the tokenizer from the vocabulary, with the rules of the model type."""
+    published = Tokenizer(
+        pathlib.Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    )
+    settings = sentencepiece_settings(published)
+    published.save(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "source").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "add_bos_token": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer(tmp_path)
+    complete_tokenizer_settings(tmp_path, tokenizer)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert hf_tokenizer.eos_token == "</s>"
+    for text in texts():
+        assert tokenizer.encode(text) == hf_tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 def texts() -> list[str]:

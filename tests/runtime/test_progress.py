@@ -2,11 +2,13 @@
 
 import io
 import sys
+import threading
+import time
 
 import pytest
 
 from rho1_jax.runtime import progress as progress_module
-from rho1_jax.runtime.progress import Progress
+from rho1_jax.runtime.progress import Progress, waiting
 
 
 @pytest.fixture
@@ -61,3 +63,47 @@ def test_work_that_is_done_at_once_has_a_rate(capsys, now):
         now[0] += 10.0
         progress.advance(100)
     assert capsys.readouterr().err.splitlines()[-1] == "read: 100/100 100% 10.00rows/s 00:00 left"
+
+
+class Terminal(io.StringIO):
+    """Standard error in a terminal. `written` is set by each write."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = threading.Event()
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        count = super().write(text)
+        self.written.set()
+        return count
+
+
+def test_a_terminal_shows_how_long_it_has_been_waiting(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress_module, "WAITING_SECONDS", 0.01)
+    with waiting("compiling") as end:
+        assert terminal.written.wait(30)
+        assert terminal.getvalue().startswith("\rcompiling: 0 s")
+        end()
+        assert terminal.getvalue().endswith("\r\033[K")
+        written = terminal.getvalue()
+    assert terminal.getvalue() == written
+
+
+def test_waiting_is_silent_if_it_is_short_or_nobody_watches(monkeypatch, capsys):
+    with waiting("compiling"):
+        pass
+    monkeypatch.setattr(progress_module, "WAITING_SECONDS", 0.0)
+    with waiting("compiling"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress_module, "WAITING_SECONDS", 30.0)
+    with pytest.raises(KeyError), waiting("compiling"):
+        raise KeyError
+    assert terminal.getvalue() == ""

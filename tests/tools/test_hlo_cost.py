@@ -59,7 +59,7 @@ def compiled(chips, sizes, rows=4, **changes):
 
 
 def cost(program, rounds=1):
-    return Program(program.as_text(), lambda _: rounds, None).cost()
+    return Program(program.as_text(), lambda _: rounds, [None]).cost()
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])

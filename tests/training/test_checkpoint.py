@@ -78,7 +78,7 @@ def test_a_run_directory_means_its_newest_checkpoint(saved):
     assert checkpoint.find(saved, "--checkpoint") == (saved / "checkpoints" / "3").absolute()
     assert checkpoint.find(saved / "checkpoints" / "2", "--checkpoint").name == "2"
     assert checkpoint.load_meta(checkpoint.find(saved, "--checkpoint")) == meta(3)
-    with pytest.raises(UserError, match="--checkpoint=.*nothing: no checkpoint here"):
+    with pytest.raises(UserError, match="--checkpoint=.*nothing is neither a run"):
         checkpoint.find(saved / "nothing", "--checkpoint")
 
 

@@ -42,10 +42,12 @@ def test_weight_decay_leaves_norms_alone():
     optimizer = optimizer_of(dataclasses.replace(CONFIG, warmup_fraction=0.0, final_learning_rate_fraction=1.0))
     params = {"norm": {"scale": jnp.ones(3)}, "layers": {"attention_norm": {"scale": jnp.ones(3)}}, "head": jnp.ones(3)}
     params["layers"]["attention"] = {"q_bias": jnp.ones(3)}
+    params["layers"]["attention_norm"]["bias"] = jnp.ones(3)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     new = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(new["norm"]["scale"], 1)
     np.testing.assert_array_equal(new["layers"]["attention_norm"]["scale"], 1)
+    np.testing.assert_array_equal(new["layers"]["attention_norm"]["bias"], 1)
     np.testing.assert_array_equal(new["layers"]["attention"]["q_bias"], 1)
     np.testing.assert_allclose(new["head"], 1 - 0.1 * 0.5)
 

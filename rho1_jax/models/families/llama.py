@@ -24,9 +24,17 @@ TENSORS = {
 }
 
 
-def _to_hf(model: ModelConfig) -> dict[str, Any]:
+def refuse_window(model: ModelConfig) -> None:
+    """Raises UserError if the model has a sliding window."""
     if model.sliding_window is not None:
-        raise UserError("config.model.sliding_window: Llama has none in Hugging Face's format; use the family mistral")
+        raise UserError(
+            f"config.model.sliding_window: the family {model.family} has none in Hugging Face's format; "
+            "use one that has, such as mistral"
+        )
+
+
+def _to_hf(model: ModelConfig) -> dict[str, Any]:
+    refuse_window(model)
     return {}
 
 
