@@ -24,6 +24,7 @@ from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import FAMILIES, family_of, register_family
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
+from rho1_jax.models.layer import Layer, RMSNorm
 from rho1_jax.models.rope import Rope
 from rho1_jax.models.structure import Structure, soft_cap
 from rho1_jax.runtime import sharding
