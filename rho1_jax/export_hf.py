@@ -164,8 +164,14 @@ def write_weights(
     return written_dtype
 
 
-def open_trained(path: str) -> Pretrained:
-    """Opens a checkpoint to export. Raises UserError if there is none, or if it is a Hugging Face folder already."""
+def open_trained(path: str, output: pathlib.Path) -> Pretrained:
+    """Opens a checkpoint to export.
+
+    Raises:
+      UserError: `output` exists, there is no checkpoint, or it is a Hugging Face folder already.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
     trained = Pretrained.open(path, "--checkpoint")
     if trained.folder:
         raise UserError(f"--checkpoint={path} already is a Hugging Face folder; there is nothing to export")
@@ -188,9 +194,7 @@ def export_hf(path: str, output: pathlib.Path, dtype: str | None, verify: bool =
       UserError: there is no checkpoint, `output` exists, none of Hugging Face's families can express the model, or
         Transformers would tokenize differently.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
-    trained = open_trained(path)
+    trained = open_trained(path, output)
     directory, model, tokenizer = trained.path, trained.model, trained.tokenizer()
     hf_config.to_hf(model, "float32", None, 0)  # raises before anything is written
     check_tokenizer(tokenizer, family_of(model))
@@ -217,9 +221,7 @@ def export_raw(path: str, output: pathlib.Path, dtype: str | None) -> int:
     Returns:
       The number of parameters.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
-    trained, partial = open_trained(path), output.with_name(f"{output.name}.partial")
+    trained, partial = open_trained(path, output), output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     count = param_count(trained.model)
@@ -237,9 +239,7 @@ def export_weights(path: str, output: pathlib.Path, dtype: str | None) -> int:
     Returns:
       The number of parameters.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
-    trained = open_trained(path)
+    trained = open_trained(path, output)
     tokenizer, described = trained.tokenizer(), read_description(trained.path)
     count = param_count(trained.model)
     arrays: dict[str, np.ndarray] = {}

@@ -105,17 +105,15 @@ def _loaded(model: Pretrained, prompts: int, dtype: str | None, **options: int) 
         yield generator
 
 
-def read_prompts(path: pathlib.Path) -> list[str]:
-    """The prompts of a file: each line of a text file, or the key "prompt" of each record of a JSON lines file.
+def read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
+    """The prompts of a file: each line of a text file, or each record of a JSON lines file.
+
+    Returns:
+      For each {"prompt": text} or, in a chat, {"messages": [...]} if the record has that key.
 
     Raises:
       UserError: the file is missing or holds no prompt, or a record is bad (with file and line).
     """
-    return [item["prompt"] for item in _read_items(path, chat=False)]
-
-
-def _read_items(path: pathlib.Path, chat: bool) -> list[dict[str, Any]]:
-    """One dict for each prompt: {"prompt": text}, or {"messages": [...]}, which only a chat may have."""
     prompts: list[dict[str, Any]] = []
     for file in records.expand([str(path)]):
         for line, raw, _ in records.read(file):
@@ -237,7 +235,7 @@ def main() -> None:
     def command() -> None:
         output_path = local_path(output.value, "--output") if output.value else None
         items: list[dict[str, Any]] = [{"prompt": _checked(text, "--prompt")} for text in prompt.value]
-        items += _read_items(local_path(file.value, "--prompts"), chat.value) if file.value else []
+        items += read_items(local_path(file.value, "--prompts"), chat.value) if file.value else []
         if not items and not chat.value:
             raise UserError("nothing to continue: give --prompt=TEXT, --prompts=FILE or --chat")
         if not items and output_path:

@@ -265,10 +265,10 @@ def test_generate_reads_and_writes_files(reference, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Document 1:"}\n{"prompt": "two\\nlines"}\n')
     (tmp_path / "prompts.txt").write_text("Document 1:\n\nand\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
-    assert generate.read_prompts(tmp_path / "prompts.jsonl") == ["Document 1:", "two\nlines"]
-    assert generate.read_prompts(tmp_path / "prompts.txt") == ["Document 1:", "and"]
+    for name, prompts in (("prompts.jsonl", ["Document 1:", "two\nlines"]), ("prompts.txt", ["Document 1:", "and"])):
+        assert generate.read_items(tmp_path / name, chat=False) == [{"prompt": prompt} for prompt in prompts]
     with pytest.raises(UserError, match=r"bad.jsonl:2: missing keys: needs 'prompt'"):
-        generate.read_prompts(tmp_path / "bad.jsonl")
+        generate.read_items(tmp_path / "bad.jsonl", chat=False)
     base = ["generate", f"--checkpoint={reference}", "--max_new_tokens=8"]
     commands = {
         "file": [*base, f"--prompts={tmp_path}/prompts.jsonl", "--output=new/out.jsonl"],

@@ -164,7 +164,7 @@ def rows(data, tmp_path):
 
 
 def write_scores(rows, losses, monkeypatch, shards=None):
-    """Scores of a data set, in shards of 16 rows; of only so many shards, if given."""
+    """Stores scores of a data set in shards of 16 rows. With `shards`, stops after that many, unfinished."""
     store = Store(rows)
     monkeypatch.setattr(stored_scores, "SHARD_TOKENS", 16 * store.seq_len)
     writer = ScoreWriter(store, "s", stored_scores.describe(store, REFERENCE, True), "float16", entropies=True)

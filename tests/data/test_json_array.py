@@ -67,15 +67,15 @@ def test_records_of_an_array(tmp_path, monkeypatch, name):
     items = [{"text": "one"}, {"text": "two\n[3]"}, {"text": "long" * 1000}, [], {"text": "end", "x": [{}]}]
     text = json.dumps(items, indent=1).encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    found = []
+    parsed = []
     for number, record, position in records.read(tmp_path / name):
         assert 0 < position <= (tmp_path / name).stat().st_size
         try:
-            found.append((number, records.parse(tmp_path / name, record)))
+            parsed.append((number, records.parse(tmp_path / name, record)))
         except records.BadRecord as error:
-            found.append((number, str(error)))
+            parsed.append((number, str(error)))
     bad = {2: "longer than 0 MiB; split it into several records", 3: "a JSON list, not an object with keys"}
-    assert found == [(number + 1, bad.get(number, item)) for number, item in enumerate(items)]
+    assert parsed == [(number + 1, bad.get(number, item)) for number, item in enumerate(items)]
 
 
 def test_an_array_that_ends_early_is_refused_by_file(tmp_path):

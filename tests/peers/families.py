@@ -64,8 +64,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # puts a frequency between the two factors
 }
-# A context of 128 tokens: the attention factor follows from the original length.
-LONG = _rope(10_000.0, rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 5.0, 30.0])
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2.0, 5.0, 30.0]}
 CASES = {
     "Llama 2, K = H": Case(transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "Llama 2 (TinyLlama), K < H": Case(transformers.LlamaConfig, {}),
@@ -107,8 +106,15 @@ CASES = {
     ),
     "Granite 3, rope scaling": Case(transformers.GraniteConfig, {"logits_scaling": 2.0, **_rope(500_000.0, **LLAMA3)}),
     "Phi-3, sliding window": Case(transformers.Phi3Config, {"sliding_window": 7}),
-    "Phi-3, short factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 64, **LONG}),
-    "Phi-3, long factors": Case(transformers.Phi3Config, {"original_max_position_embeddings": 4, **LONG}),
+    # A context of 128 tokens: the attention factor follows from the original length.
+    "Phi-3, short factors": Case(
+        transformers.Phi3Config, {"original_max_position_embeddings": 64, **_rope(10_000.0, **FACTORS)}
+    ),
+    # Shorter than every prompt, so that Transformers uses the long factors from the start.
+    "Phi-3, long factors": Case(
+        transformers.Phi3Config,
+        {"original_max_position_embeddings": 2, **_rope(10_000.0, **FACTORS, attention_factor=1.2)},
+    ),
     "Phi-4-mini, partial rotary, long factors, tied": Case(
         transformers.Phi3Config,
         {

@@ -70,7 +70,7 @@ def test_token_ids_are_those_of_transformers(folder, name, conversation, tools):
 
 
 def test_arguments_may_be_objects_or_text(folder):
-    """Transformers gives a template what the record holds; here, each template gets what it takes."""
+    """Transformers passes arguments on as they are; we convert them to the form that the template accepts."""
     text = json.dumps(CALL["function"]["arguments"], ensure_ascii=False)
     with_text = CALL | {"function": CALL["function"] | {"arguments": text}}
     objects, texts = ([USER, {"role": "assistant", "content": "", "tool_calls": [call]}] for call in (CALL, with_text))

@@ -46,7 +46,7 @@ PROMPTS = [
     "Name a famous painting by Leonardo da Vinci.",
     "Why is the sky blue?",
 ]
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 
 

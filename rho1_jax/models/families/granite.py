@@ -4,7 +4,7 @@ from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import ConfigJson, Family
-from rho1_jax.models.families.llama import TENSORS, refuse_window
+from rho1_jax.models.families.llama import TENSORS, kv_heads_from_hf, refuse_window
 from rho1_jax.models.structure import Structure
 
 # Key of config.json -> our field. Transformers' default for all of them is 1.
@@ -23,7 +23,7 @@ def _structure(model: ModelConfig) -> Structure:
 
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {
-        "kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"],
+        **kv_heads_from_hf(hf_config, path),
         **{field: float(hf_config.get(key, 1.0)) for key, field in MULTIPLIERS.items()},
     }
 

@@ -38,7 +38,8 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
+def kv_heads_from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
+    """The key/value heads: as many as query heads if config.json does not say, as in Transformers."""
     return {"kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]}
 
 
@@ -47,7 +48,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     tensors=TENSORS,
-    from_hf=_from_hf,
+    from_hf=kv_heads_from_hf,
     to_hf=_to_hf,
     required=(),
 )

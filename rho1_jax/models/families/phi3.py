@@ -7,7 +7,7 @@ from typing import Any
 
 from rho1_jax.configs.default import ModelConfig
 from rho1_jax.models.families.family import ConfigJson, Family, Tensor
-from rho1_jax.models.families.llama import LAYER, TENSORS
+from rho1_jax.models.families.llama import LAYER, TENSORS, kv_heads_from_hf
 from rho1_jax.runtime.errors import UserError
 
 QKV, GATE_UP = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.weight"
@@ -15,7 +15,7 @@ QKV, GATE_UP = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.we
 
 def _from_hf(hf_config: ConfigJson, path: str) -> dict[str, Any]:
     return {
-        "kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"],
+        **kv_heads_from_hf(hf_config, path),
         "sliding_window": hf_config.get("sliding_window"),
     }
 
