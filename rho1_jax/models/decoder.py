@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
 
         layers = [layer_of(kind) for kind in self.structure.kinds(self.config)]
         is_marked = probe is not None and probe.backward.choice == "selected"
-        states = self._embed(tokens_BL, decoding=False), jnp.zeros(tokens_BL.shape) if is_marked else None
+        states = self._embed(tokens_BL, decoding=False), jnp.zeros(tokens_BL.shape, jnp.float32) if is_marked else None
         hidden_BLD, mark_BL = _scan_layers(layers, states, (stacked, probe), self.config.unroll)
         return self._finish(hidden_BLD if mark_BL is None else mark_selected(hidden_BLD, mark_BL))
 
