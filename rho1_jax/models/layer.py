@@ -97,6 +97,7 @@ def times_few(kernel_XD: jax.Array, x_TD: jax.Array) -> jax.Array:
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """New weights, drawn from a normal distribution with this standard deviation."""
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
 
 
