@@ -43,6 +43,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+BackwardChoice = Literal["largest", "drawn", "selected"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ class BackwardConfig:
     """Which tokens the backward pass of a layer goes through. Below 1.0, the gradient is an approximation."""
 
     tokens: PositiveFraction = 1.0  # share of a device's tokens; 1.0: the exact gradient
-    choice: Literal["largest", "drawn", "selected"] = "largest"  # by cotangent norm, drawn by it, or the selected ones
+    choice: BackwardChoice = "largest"  # by cotangent norm, drawn by it, or the selected ones
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Measure speeds side by side: every way runs once per round, and the table shows the median over the rounds.
 
-python -m tools.benchmark --what=steps [--size=6m --size=34m] [--ratio=0.6] [--tokens=0.6] [--peers] [--output=FILE.json]
+python -m tools.benchmark --what=steps [--size=6m --size=34m] [--ratio=0.6] [--tokens=0.6] [--peers]
 python -m tools.benchmark --what=generation [--peers]      python -m tools.benchmark --what=selection
 python -m tools.benchmark --what=loading --data=DIR        python -m tools.benchmark --what=head_memory
 python -m tools.benchmark --what=scoring --data=DIR --size=6m

@@ -24,8 +24,6 @@ from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
 ROWS = PartitionSpec(BATCH_AXES)  # [B, L, ...]
 HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # [B, L, H, C], and [B, L, F]
 
-CHOICES = ("largest", "drawn", "selected")
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=("energy", "key"), meta_fields=("backward",))
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ class FewTokens:
             energy_BL = (y_bar.astype(jnp.float32) ** 2).sum(axis=tuple(range(2, y_bar.ndim)))
             index, place_BL, scale, energy = choose(energy_BL, mark_BL, backward, key)
             y_bar_k = take(y_bar, index, y_spec)
-            if backward.choice == "drawn":
+            if backward.choice != "largest":
                 y_bar_k = (y_bar_k * scale.reshape(-1, *[1] * (y_bar_k.ndim - 1))).astype(y_bar.dtype)
             x_k = take(x, index, x_spec)
             params_bar = None
@@ -146,7 +144,7 @@ def choose(
         priority, index = jax.lax.top_k(priority_T, min(k + 1, energy_T.size))
         threshold, index = priority[-1], index[:k]
         place_bL = jnp.full(energy_T.size, k).at[index].set(jnp.arange(k)).reshape(energy_bL.shape)
-        scale = jnp.ones(k)
+        scale = (priority[:k] > 0).astype(jnp.float32)
         if backward.choice == "drawn" and k < energy_T.size:
             norm_k = norm_T[index]
             scale = jnp.where(norm_k > 0, jnp.maximum(norm_k, threshold) / norm_k, 0)
@@ -165,7 +163,7 @@ def _uniform(key_data: jax.Array, size: int) -> jax.Array:
     for axis in BATCH_AXES:
         if axis in jax.sharding.get_abstract_mesh().axis_names:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    return 1 - jax.random.uniform(key, size)
+    return 1 - jax.random.uniform(key, (size,))
 
 
 def take(x: jax.Array, index: jax.Array, spec: PartitionSpec) -> jax.Array:
