@@ -121,7 +121,7 @@ def measure(
     functions = {each: gradient_of(setup, reference, each) for each in (BackwardConfig(), *settings)}
     exact, errors = Moments.zero(params), {each: Moments.zero(params) for each in settings}
     zeros = KEEP_GRADIENT.init(params)
-    with Progress("gradients", count * len(functions), unit="gradients") as progress:
+    with Progress("gradients", count * (1 + len(settings)), unit="gradients") as progress:
         for n, batch in zip(range(count), stream):
             state = TrainState(jnp.int32(min(first_step + n, setup.config.steps - 1)), params, zeros)
             gradient = functions[BackwardConfig()](state, batch)

@@ -1,5 +1,6 @@
 """Backward passes through few tokens, against the rule written in NumPy."""
 
+import dataclasses
 import functools
 import math
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_batch, tiny
+from helpers import MODELS, random_batch, tiny
 
 from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.models import decoder, few_tokens
@@ -218,3 +219,18 @@ def test_a_probe_reports_what_was_left_out():
 def test_the_number_of_tokens():
     assert [kept_tokens(share, 128) for share in (1.0, 0.5, 0.3, 0.001)] == [128, 64, 39, 1]
     assert kept_tokens(0.1, 30) == 3  # not 4, as 0.1 * 30 gives in floating point
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_every_family(float64, monkeypatch, config):
+    config = dataclasses.replace(config, compute_dtype="float64")
+    params, rows, weight = inputs(config)
+    backward = BackwardConfig(0.3)
+    expected = expected_gradient(monkeypatch, config, params, rows, weight, backward)
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        of_all = gradient(config, params, rows, weight, BackwardConfig(0.9999))
+    exact = gradient(config, params, rows, weight, None)
+    assert relative_error(gradient(config, params, rows, weight, backward), expected) < 1e-8
+    assert relative_error(exact, expected) > 0.01
+    assert relative_error(jax.device_get(of_all), jax.device_get(exact)) < 1e-5
