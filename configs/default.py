@@ -96,7 +96,10 @@ class ModelConfig:
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by the devices at hand
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
-    loss_chunk: PositiveInt = 512  # tokens per device whose logits exist at the same time
+    loss_chunk: PositiveInt = 512  # tokens per device whose logits are computed at the same time
+    logits_gib: NonNegativeFloat = (
+        0.0  # keeps all logits for the backward pass if they fit into this, in GiB per device
+    )
 
     def __post_init__(self) -> None:
         for key in ("rope_short_factors", "rope_long_factors"):  # lists, if they come from JSON

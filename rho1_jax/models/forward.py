@@ -47,7 +47,9 @@ def row_losses(
     model = nnx.merge(graphdef, params)
     hidden_BLD = model(rows.inputs, rows.segment_ids, probe)
     config, soft_cap = model.config, model.structure.logit_soft_cap
-    return token_losses(hidden_BLD, model.output_VD(), rows.targets, config.loss_chunk, entropies, soft_cap)
+    return token_losses(
+        hidden_BLD, model.output_VD(), rows.targets, config.loss_chunk, entropies, soft_cap, config.logits_gib
+    )
 
 
 def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:
