@@ -94,7 +94,7 @@ def _local_targets(targets: jax.Array, output_vD: jax.Array, axis: str | None) -
 
 
 def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_cap, axis, kept_gib):
-    """Losses, logarithms of the softmax denominators, and entropies or None: [B, L] each; logits [T, v] to keep, or None."""
+    """Losses, logarithms of the softmax denominators, entropies or None, [B, L] each; kept logits [T, v] or None."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
     padding = -T % chunk
