@@ -43,6 +43,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+BackwardChoice = Literal["largest", "drawn", "selected"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,10 @@ class ModelConfig:
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU); "auto": by device, dtype and shape
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
-    loss_chunk: PositiveInt = 512  # tokens per device whose logits exist at the same time
+    loss_chunk: PositiveInt = 512  # tokens per device whose logits are computed at the same time
+    logits_gib: NonNegativeFloat = (
+        0.0  # keeps all logits for the backward pass if they fit into this, in GiB per device
+    )
 
     def __post_init__(self) -> None:
         for key in ("rope_short_factors", "rope_long_factors"):  # lists, if they come from JSON
@@ -145,6 +149,14 @@ class SelectionConfig:
     threshold: FiniteFloat = 0.0  # score threshold of the rules "threshold" and "soft"
     temperature: PositiveFloat = 1.0  # temperature of the rule "soft", in units of the score
     scope: str = "global"  # which tokens compete: those of the step, of a "microbatch" or of a "sequence"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Which tokens the backward pass of a layer goes through. Below 1.0, the gradient is an approximation."""
+
+    tokens: PositiveFraction = 1.0  # share of a device's tokens; 1.0: the exact gradient
+    choice: BackwardChoice = "largest"  # by cotangent norm, drawn by it, or the selected ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +236,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     selection: SelectionConfig = SelectionConfig()
+    backward: BackwardConfig = BackwardConfig()
     init: InitConfig = InitConfig()
     reference: ReferenceConfig = ReferenceConfig()
     eval: EvalConfig = EvalConfig()

@@ -89,7 +89,9 @@ def train_model(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, 
         forward = ForwardFlops.of(setup.model, data.seq_len)
         reference_forward = ForwardFlops.of(reference.model, data.seq_len) if reference.model else None
         devices = mesh.devices.ravel().tolist()
-        ledger = Ledger(start_time, forward, reference_forward, reference.scoring_flops, devices)
+        ledger = Ledger(
+            start_time, forward, reference_forward, reference.scoring_flops, devices, config.backward.tokens
+        )
         loop = Loop(setup, workdir, meta, data.seq_len, evaluator, checkpoints, ledger)
         return loop.run(state, step, (to_devices(batch, mesh, config.batch_size) for batch in batch_stream))
 

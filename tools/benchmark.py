@@ -1,16 +1,16 @@
 """Measure speeds side by side: every way runs once per round, and the table shows the median over the rounds.
 
-python -m tools.benchmark --what=steps [--size=6m --size=34m] [--peers] [--repeats=5] [--output=FILE.json]
+python -m tools.benchmark --what=steps [--size=6m --size=34m] [--ratio=0.6] [--tokens=0.6] [--peers]
 python -m tools.benchmark --what=generation [--peers]      python -m tools.benchmark --what=selection
 python -m tools.benchmark --what=loading --data=DIR        python -m tools.benchmark --what=head_memory
 python -m tools.benchmark --what=scoring --data=DIR --size=6m
 python -m tools.benchmark --what=tokenizing --tokenizer=FILE --input=FILES [--text_template=...]
 
-"steps" times CLM, SLM with the reference in the step (online), SLM with stored reference losses (cached), and scoring,
-which runs the reference alone. --peers adds Transformers on PyTorch, eager and compiled (extra `peers`).
+"steps" times CLM, SLM with the reference in the step (online), SLM with stored reference losses (cached), both again
+with config.backward.tokens=TOKENS, and scoring, which runs the reference alone. --peers adds Transformers on PyTorch,
+eager and compiled (extra `peers`).
 """
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from absl import flags
 
+from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.data import records
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.tokenizer import Tokenizer
@@ -47,8 +48,14 @@ RULE = Selection()
 PRODUCT = 2048  # rows, columns and depth of the matrix product whose speed stands for the machine's peak
 
 
-def step_ways(size: Size) -> Ways:
-    """One train step of each arm, and one forward pass of the reference."""
+def step_ways(size: Size, ratio: float, few: float) -> Ways:
+    """One train step of each arm, and one forward pass of the reference.
+
+    Args:
+      size: the model and its batch.
+      ratio: share of the tokens that SLM selects.
+      few: `config.backward.tokens` of the arms that have it.
+    """
     config = size.config()
     graphdef, tx = decoder.build(config), optax.adamw(1e-3)
     rng = np.random.default_rng(0)
@@ -58,17 +65,18 @@ def step_ways(size: Size) -> Ways:
     losses = jax.jit(make_token_losses(graphdef, document_mask=True))
     scored = batch._replace(columns={"reference_loss_BL": losses(reference, batch)[0]})
 
-    def arm(score: str, frozen: Any, rows: Batch) -> Callable[[], object]:
+    def arm(score: str, frozen: Any, rows: Batch, backward: float = 1.0) -> Callable[[], object]:
         step = jax.jit(
             make_train_step(
                 graphdef,
                 graphdef if frozen is not None else None,
                 tx,
-                rule=dataclasses.replace(RULE, score=score),
+                rule=Selection(score=score, ratio=ratio),
                 steps=1,
                 microbatches=1,
                 document_mask=True,
                 seed=0,
+                backward=BackwardConfig(backward),
             ),
             donate_argnums=0,
         )
@@ -85,6 +93,8 @@ def step_ways(size: Size) -> Ways:
         "CLM": arm("none", None, batch),
         "SLM online": arm("excess", reference, batch),
         "SLM cached": arm("excess", None, scored),
+        f"SLM online, {few:.0%} backward": arm("excess", reference, batch, few),
+        f"SLM cached, {few:.0%} backward": arm("excess", None, scored, few),
         "scoring": lambda: jax.block_until_ready(losses(reference, batch)),
     }
 
@@ -176,7 +186,15 @@ def peer_module() -> types.ModuleType:
         raise UserError(f"--peers: {error}; install the extra `peers`: pip install -e '.[peers]'") from None
 
 
-def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[Ways, int] | None) -> dict[str, Any]:
+def measure(
+    what: str,
+    sizes: list[str],
+    peers: bool,
+    repeats: int,
+    text: tuple[Ways, int] | None,
+    ratio: float = RULE.ratio,
+    few: float = RULE.ratio,
+) -> dict[str, Any]:
     """Measure `what`, print the figures, and return them by title.
 
     Args:
@@ -185,6 +203,8 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[
       peers: whether to measure Transformers on PyTorch too.
       repeats: rounds per measurement.
       text: for "loading", "scoring" and "tokenizing", the ways to measure and the tokens each one processes.
+      ratio: for "steps", the share of the tokens that SLM selects.
+      few: for "steps", `config.backward.tokens` of the arms that have it.
     """
     figures: dict[str, Any] = {}
 
@@ -210,15 +230,15 @@ def measure(what: str, sizes: list[str], peers: bool, repeats: int, text: tuple[
     else:
         for name in sizes:
             size = SIZES[name]
-            ways = step_ways(size)
+            ways = step_ways(size, ratio, few)
             if peers:
-                ways |= peer_module().step_ways(size, RULE.ratio)
+                ways |= peer_module().step_ways(size, ratio)
             compare(f"{name} {what}", ways, size.rows * size.seq_len)
-            print_utilization(size, figures[f"{name} {what}"], peers, repeats)
+            print_utilization(size, figures[f"{name} {what}"], peers, repeats, ratio)
     return figures
 
 
-def print_utilization(size: Size, speeds: Speeds, peers: bool, repeats: int) -> None:
+def print_utilization(size: Size, speeds: Speeds, peers: bool, repeats: int, ratio: float) -> None:
     """Print the speed of a matrix product, and the model FLOPs of CLM and SLM as a share of it."""
     ways = product_ways()
     if peers:
@@ -227,8 +247,8 @@ def print_utilization(size: Size, speeds: Speeds, peers: bool, repeats: int) -> 
     for name, speed in products.items():
         print(f"{name}: matrix products at {speed['median'] / 1e9:,.0f} GFLOP/s")
     forward = ForwardFlops.of(size.config(), size.seq_len)
-    for name, reference, ratio in (("CLM", None, 1.0), ("SLM online", forward, RULE.ratio)):
-        needed = sum(training_flops(forward, reference, 1, ratio).values())
+    for name, reference, selected in (("CLM", None, 1.0), ("SLM online", forward, ratio)):
+        needed = sum(training_flops(forward, reference, 1, selected).values())
         share = needed * speeds[name]["median"] / products["JAX"]["median"]
         print(f"{name}: {share:.0%} of the JAX matrix product's speed, in model FLOPs")
 
@@ -240,6 +260,8 @@ def main() -> None:
     sizes = flags.DEFINE_multi_enum("size", ["6m", "34m"], list(SIZES), "Model size. Repeatable.")
     peers = flags.DEFINE_bool("peers", False, "Also measure Transformers on PyTorch.")
     repeats = flags.DEFINE_integer("repeats", 5, "Rounds per measurement.", lower_bound=1)
+    ratio = flags.DEFINE_float("ratio", RULE.ratio, "Share of the tokens that SLM selects.", 0.0, 1.0)
+    few = flags.DEFINE_float("tokens", RULE.ratio, "config.backward.tokens of the arms that have it.", 0.0, 1.0)
     data = flags.DEFINE_string("data", None, "Prepared data set, for loading and scoring.")
     tokenizer = flags.DEFINE_string("tokenizer", None, "Tokenizer file or folder, for tokenizing.")
     inputs = flags.DEFINE_list("input", [], "Comma-separated files or globs, for tokenizing.")
@@ -260,7 +282,7 @@ def main() -> None:
                 raise UserError("--what=tokenizing needs --tokenizer=FILE and --input=FILES")
             templates = records.parse_templates("text", text_templates.value)
             text = tokenizing_ways(Tokenizer(tokenizer.value), records.expand(inputs.value), templates)
-        figures = measure(what.value, sizes.value, peers.value, repeats.value, text)
+        figures = measure(what.value, sizes.value, peers.value, repeats.value, text, ratio.value, few.value)
         if output.value:
             write_text(pathlib.Path(output.value), json.dumps(figures, indent=2) + "\n")
 

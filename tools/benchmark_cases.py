@@ -27,8 +27,8 @@ class Size(NamedTuple):
     seq_len: int
 
     def config(self) -> ModelConfig:
-        """The model in float32, with its loop over layers unrolled."""
-        return ModelConfig(**self.model, context_length=self.seq_len, unroll=self.model["layers"])
+        """The model in float32, with its loop over layers unrolled and its logits kept, as PyTorch does."""
+        return ModelConfig(**self.model, context_length=self.seq_len, unroll=self.model["layers"], logits_gib=1.0)
 
 
 _6M = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32, "ff_width": 768}

@@ -152,7 +152,8 @@ def arm_figures(config: ml_collections.ConfigDict, arm: str, seq_len: int, mesh:
     cost = program.cost()
     times = roofline_seconds(cost, chip)
     forward = accounting.ForwardFlops.of(policy_config, seq_len)
-    needed = accounting.training_flops(forward, forward if arm == "online" else None, tokens, ratio * tokens)
+    reference = forward if arm == "online" else None
+    needed = accounting.training_flops(forward, reference, tokens, ratio * tokens, config.backward.tokens)
     step_seconds = max(times.values())
     memory = memory_gib(compiled, chip)
     return {

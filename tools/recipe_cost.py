@@ -27,7 +27,8 @@ def lines(config: ml_collections.ConfigDict, seq_len: int, peak_tflops: float, u
     forward, rule = ForwardFlops.of(model, seq_len), selection_rule(config)
     online = bool(rule.needs & set(REFERENCE_SIGNALS))
     ratio = 1.0 if rule.score == NO_SCORE else rule.ratio
-    flops = sum(training_flops(forward, forward if online else None, tokens, ratio * tokens).values())
+    reference = forward if online else None
+    flops = sum(training_flops(forward, reference, tokens, ratio * tokens, config.backward.tokens).values())
     hours = flops / (peak_tflops * 1e12 * utilization) / 3600
     parameters = param_count(model)
     state = parameters * (3 * MASTER_BYTES)

@@ -71,3 +71,28 @@ def plot_dynamics(summary: dict[str, Any], colours: dict[str, str], path: pathli
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, columnspacing=1.0)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def plot_gradient_noise(rows: Sequence[dict[str, Any]], noise: float, path: pathlib.Path) -> None:
+    """Writes a PNG: the error of the gradient against the share of tokens it is computed from, for each choice.
+
+    Args:
+      rows: each with "tokens", "choice", "error" and "systematic"; the last two relative to the gradient's energy.
+      noise: of a batch's exact gradient, in the same unit.
+      path: the file to write.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    for number, choice in enumerate(dict.fromkeys(row["choice"] for row in rows)):
+        colour, marker = (STYLES[name][number] for name in ("color", "marker"))
+        chosen = sorted((row for row in rows if row["choice"] == choice), key=lambda row: row["tokens"])
+        shares = [100 * row["tokens"] for row in chosen]
+        for part, style in (("error", "-"), ("systematic", ":")):
+            label = choice if part == "error" else f"{choice}, systematic part"
+            axes.plot(shares, [row[part] for row in chosen], style, color=colour, marker=marker, ms=4, label=label)
+    axes.axhline(noise, color="#444444", linestyle="--", label="noise of a batch")
+    axes.set(xlabel="tokens in the backward pass, %", ylabel="squared norm, relative to the gradient's", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)

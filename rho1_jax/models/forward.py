@@ -13,6 +13,7 @@ from flax import nnx
 from rho1_jax.data.packing import Batch
 from rho1_jax.method.selection import eligible_targets
 from rho1_jax.models.decoder import Params
+from rho1_jax.models.few_tokens import Probe
 from rho1_jax.models.token_loss import token_losses
 
 
@@ -37,13 +38,18 @@ def rows_of(batch: Batch, document_mask: bool) -> Rows:
 
 
 def row_losses(
-    graphdef: nnx.GraphDef, params: Params, rows: Rows, entropies: bool = False
+    graphdef: nnx.GraphDef, params: Params, rows: Rows, entropies: bool = False, probe: Probe | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Losses [B, L] of the targets and, if `entropies`, entropies [B, L] of their predictions, in nats."""
+    """Losses [B, L] of the targets and, if `entropies`, entropies [B, L] of their predictions, in nats.
+
+    With a probe, the backward pass goes through few tokens.
+    """
     model = nnx.merge(graphdef, params)
-    hidden_BLD = model(rows.inputs, rows.segment_ids)
+    hidden_BLD = model(rows.inputs, rows.segment_ids, probe)
     config, soft_cap = model.config, model.structure.logit_soft_cap
-    return token_losses(hidden_BLD, model.output_VD(), rows.targets, config.loss_chunk, entropies, soft_cap)
+    return token_losses(
+        hidden_BLD, model.output_VD(), rows.targets, config.loss_chunk, entropies, soft_cap, config.logits_gib
+    )
 
 
 def make_token_losses(graphdef: nnx.GraphDef, document_mask: bool) -> Callable[[Params, Batch], tuple]:

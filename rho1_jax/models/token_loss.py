@@ -1,4 +1,4 @@
-"""Per-token cross-entropy and entropy, without ever holding the logits of all tokens, forward or backward.
+"""Per-token cross-entropy and entropy. Unless there is memory to spare, the logits of all tokens never exist at once.
 
 Shapes: B batch rows, L sequence, D model width, V vocabulary. On one device: T tokens in its rows, v words in its part
 of the vocabulary, c tokens in a chunk, n chunks.
@@ -15,9 +15,11 @@ from rho1_jax.runtime.sharding import BATCH_AXES, RULES, mesh_is_set, on_mesh
 
 ROWS = PartitionSpec(BATCH_AXES)
 VOCABULARY, WIDTH = RULES["head"]
+LOGITS = PartitionSpec(BATCH_AXES, VOCABULARY)
+LOGIT_BYTES = 4
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def token_losses(
     hidden_BLD: jax.Array,
     output_VD: jax.Array,
@@ -25,11 +27,13 @@ def token_losses(
     chunk: int,
     entropies: bool,
     soft_cap: float | None = None,
+    kept_gib: float = 0.0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss -log p(target) of every token and, if asked, the entropy of its prediction.
 
-    The backward pass recomputes the logits, but only of tokens whose loss has a gradient: under selection, the selected
-    ones. On a mesh, each device computes both passes for its own rows and its own part of the vocabulary.
+    The backward pass covers only tokens whose loss has a gradient: under selection, the selected ones. It recomputes
+    their logits, unless those of all tokens fit into `kept_gib`. On a mesh, each device computes both passes for its
+    own rows and its own part of the vocabulary.
 
     Args:
       hidden_BLD: [B, L, D] final hidden states.
@@ -38,11 +42,12 @@ def token_losses(
       chunk: number of tokens per device whose logits exist at the same time.
       entropies: True to compute entropies. They pass no gradient.
       soft_cap: soft cap on the logits; None means no cap.
+      kept_gib: GiB per device that logits may take between the forward and the backward pass.
 
     Returns:
       [B, L] float32 losses, and [B, L] float32 entropies or None, all in nats.
     """
-    return _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap)[0]
+    return _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap, 0.0)[0]
 
 
 def _vocabulary_axis() -> str | None:
@@ -50,19 +55,21 @@ def _vocabulary_axis() -> str | None:
     return VOCABULARY if mesh_is_set() else None
 
 
-def _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap):
+def _forward(hidden_BLD, output_VD, targets_BL, chunk, entropies, soft_cap, kept_gib):
     options = {"chunk": chunk, "entropies": entropies, "soft_cap": soft_cap, "axis": _vocabulary_axis()}
-    local = functools.partial(_local_losses, **options)
-    on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), ROWS)
-    loss_BL, log_total_BL, entropy_BL = on_devices(hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL)
-    return (loss_BL, entropy_BL), (hidden_BLD, output_VD, targets_BL, log_total_BL)
+    local = functools.partial(_local_losses, **options, kept_gib=kept_gib)
+    on_devices = on_mesh(local, (ROWS, PartitionSpec(VOCABULARY), ROWS), (ROWS, ROWS, ROWS, LOGITS))
+    loss_BL, log_total_BL, entropy_BL, logits_TV = on_devices(
+        hidden_BLD, output_VD.astype(hidden_BLD.dtype), targets_BL
+    )
+    return (loss_BL, entropy_BL), (hidden_BLD, output_VD, targets_BL, log_total_BL, logits_TV)
 
 
-def _backward(chunk, _, soft_cap, kept, gradients):
+def _backward(chunk, _entropies, soft_cap, _kept_gib, kept, gradients):
     gradient_BL, _ = gradients
     hidden_BLD, output_VD, *others = kept
     local = functools.partial(_local_gradients, chunk=chunk, soft_cap=soft_cap, axis=_vocabulary_axis())
-    in_specs = (ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, ROWS)
+    in_specs = (ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, LOGITS, ROWS)
     on_devices = on_mesh(local, in_specs, (ROWS, PartitionSpec(VOCABULARY, WIDTH)))
     hidden_gradient_BLD, output_gradient_VD = on_devices(
         hidden_BLD, output_VD.astype(hidden_BLD.dtype), *others, gradient_BL
@@ -86,11 +93,12 @@ def _local_targets(targets: jax.Array, output_vD: jax.Array, axis: str | None) -
     return targets if axis is None else targets - jax.lax.axis_index(axis) * output_vD.shape[0]
 
 
-def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_cap, axis):
-    """Losses, logarithms of the softmax denominators, and entropies or None: [B, L] each."""
+def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_cap, axis, kept_gib):
+    """Losses, logarithms of the softmax denominators, entropies or None, [B, L] each; kept logits [T, v] or None."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
     padding = -T % chunk
+    keep = (T + padding) * output_vD.shape[0] * LOGIT_BYTES <= kept_gib * 2**30
     hidden_ncD = jnp.pad(hidden_BLD.reshape(T, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
     targets_nc = jnp.pad(_local_targets(targets_BL.ravel(), output_vD, axis), (0, padding)).reshape(-1, chunk)
 
@@ -114,13 +122,14 @@ def _local_losses(hidden_BLD, output_vD, targets_BL, *, chunk, entropies, soft_c
             if axis is not None:
                 weighted_c = jax.lax.psum(weighted_c, axis)
             entropy_c = jnp.log(total_c) - weighted_c / total_c
-        return log_total_c - target_logit_c, log_total_c, entropy_c
+        return (log_total_c - target_logit_c, log_total_c, entropy_c), logits_cv if keep else None
 
-    chunks = jax.lax.map(chunk_losses, (hidden_ncD, targets_nc))
-    return jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), chunks)
+    chunks, logits_ncv = jax.lax.map(chunk_losses, (hidden_ncD, targets_nc))
+    logits_Tv = None if logits_ncv is None else logits_ncv.reshape(T + padding, -1)
+    return *jax.tree.map(lambda x_nc: x_nc.ravel()[:T].reshape(targets_BL.shape), chunks), logits_Tv
 
 
-def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_BL, *, chunk, soft_cap, axis):
+def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, logits_Tv, gradient_BL, *, chunk, soft_cap, axis):
     """Gradients of sum(gradient_BL * losses) with respect to hidden states and output embedding, in float32."""
     T, D = targets_BL.size, hidden_BLD.shape[-1]
     chunk = min(chunk, T)
@@ -138,7 +147,7 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, gradient_B
         hidden_cD, weight_c, log_total_c, targets_c = (
             x_T.at[order_c].get(mode="fill", fill_value=0) for x_T in (hidden_TD, gradient_T, log_total_T, targets_T)
         )
-        logits_cv = _logits(hidden_cD, output_vD, soft_cap)
+        logits_cv = _logits(hidden_cD, output_vD, soft_cap) if logits_Tv is None else logits_Tv[order_c]
         weighted_cv = jnp.exp(logits_cv - log_total_c[:, None]) * weight_c[:, None]
         is_target_cv = jnp.arange(output_vD.shape[0]) == targets_c[:, None]
         by_logits_cv = jnp.where(is_target_cv, weighted_cv - weight_c[:, None], weighted_cv)

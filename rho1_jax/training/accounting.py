@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.models.decoder import param_count
+from rho1_jax.models.decoder import abstract_params, param_count
 from rho1_jax.models.families import family_of
 from rho1_jax.runtime.files import write_text
 
@@ -52,10 +52,12 @@ class ForwardFlops:
     Attributes:
       layers: FLOPs of the decoder layers.
       head: FLOPs of the output head.
+      few: the part of `layers` whose gradient `config.backward` takes from few tokens.
     """
 
     layers: float
     head: float
+    few: float = 0.0
 
     @classmethod
     def of(cls, model: ModelConfig, seq_len: int) -> "ForwardFlops":
@@ -68,7 +70,9 @@ class ForwardFlops:
         structure = family_of(model).structure(model)
         keys = sum(seen_keys(seq_len, structure.kind(model, layer).window) for layer in range(model.layers))
         attention = 4 * model.heads * model.head_width * keys
-        return cls(2 * weights + attention, 2 * embedding)
+        layers = abstract_params(model)["layers"]
+        few = [layers["attention"]["q"], layers["attention"]["o"], *jax.tree.leaves(layers["feed_forward"])]
+        return cls(2 * weights + attention, 2 * embedding, 2 * sum(leaf.size for leaf in few))
 
     @property
     def total(self) -> float:
@@ -83,7 +87,11 @@ def seen_keys(seq_len: int, sliding_window: int | None) -> float:
 
 
 def training_flops(
-    policy: ForwardFlops, reference: ForwardFlops | None, tokens: float, selected: float
+    policy: ForwardFlops,
+    reference: ForwardFlops | None,
+    tokens: float,
+    selected: float,
+    backward_tokens: float = 1.0,
 ) -> dict[str, float]:
     """Model FLOPs of training, by part. Recomputation to save memory does not count.
 
@@ -92,10 +100,12 @@ def training_flops(
       reference: forward FLOPs of the reference that runs in the train step; None if the step has no reference.
       tokens: number of tokens in the batches.
       selected: number of these that were selected for training. Only they go through the head's backward pass.
+      backward_tokens: `config.backward.tokens`.
     """
+    layers = policy.layers - (1 - backward_tokens) * policy.few
     return {
         "policy_forward": tokens * policy.total,
-        "policy_backward": 2 * (tokens * policy.layers + selected * policy.head),
+        "policy_backward": 2 * (tokens * layers + selected * policy.head),
         "reference_forward": tokens * reference.total if reference else 0.0,
     }
 
@@ -110,6 +120,7 @@ class Ledger:
         reference: ForwardFlops | None,
         scoring_flops: float,
         devices: Sequence[jax.Device],
+        backward_tokens: float = 1.0,
     ):
         """Start an empty ledger.
 
@@ -119,9 +130,10 @@ class Ledger:
           reference: forward FLOPs of the reference in the train step; None if the step has no reference.
           scoring_flops: FLOPs of scoring every row once, if the run reads stored reference losses.
           devices: the chips of the run.
+          backward_tokens: `config.backward.tokens`.
         """
         self._start_time, self._policy, self._reference, self._devices = start_time, policy, reference, devices
-        self._scoring_flops = scoring_flops
+        self._scoring_flops, self._backward_tokens = scoring_flops, backward_tokens
         self._chip = CHIPS.get(devices[0].device_kind)
         self._step_tokens = self._step_seconds = 0.0
 
@@ -134,8 +146,10 @@ class Ledger:
         """Model FLOPs utilization: training FLOPs as a share of the chips' peak. None for chips not in CHIPS."""
         if self._chip is None:
             return None
-        flops = sum(training_flops(self._policy, self._reference, tokens, selected).values())
-        return flops / seconds / (self._chip.flops * len(self._devices))
+        return sum(self._flops(tokens, selected).values()) / seconds / (self._chip.flops * len(self._devices))
+
+    def _flops(self, tokens: float, selected: float) -> dict[str, float]:
+        return training_flops(self._policy, self._reference, tokens, selected, self._backward_tokens)
 
     def write(self, workdir: pathlib.Path, tokens: int, selected: int) -> None:
         """Write ledger.json for a run that has seen `tokens` and trained on `selected` of them."""
@@ -149,7 +163,7 @@ class Ledger:
             "chip": self._devices[0].device_kind,
             "tokens_seen": tokens,
             "tokens_selected": selected,
-            "flops": training_flops(self._policy, self._reference, tokens, selected) | {"scoring": self._scoring_flops},
+            "flops": self._flops(tokens, selected) | {"scoring": self._scoring_flops},
             "seconds": seconds,
             "step_seconds": self._step_seconds,
             "goodput": self._step_seconds / seconds,

@@ -20,7 +20,7 @@ from rho1_jax.runtime.files import write_text
 
 CONFIG_FILE = "config.json"
 # The fields of the `model` section that say how a model is computed, not which model it is.
-RUN_SETTINGS = ("compute_dtype", "attention", "remat", "unroll", "loss_chunk")
+RUN_SETTINGS = ("compute_dtype", "attention", "remat", "unroll", "loss_chunk", "logits_gib")
 
 
 def model_config(config: ml_collections.ConfigDict) -> ModelConfig:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from rho1_jax.configs.default import ModelConfig, OptimizerConfig
+from rho1_jax.configs.default import BackwardConfig, ModelConfig, OptimizerConfig
 from rho1_jax.data.loader import open_mixture
 from rho1_jax.data.packing import Batch
 from rho1_jax.data.store import Store
@@ -43,6 +43,7 @@ FIXED_ON_RESUME = (
     "config.objective",
     "config.data.document_mask",
     "config.selection.",
+    "config.backward.",
     "config.reference.moves",
     "config.reference.decay",
     "config.reference.every",
@@ -317,6 +318,7 @@ def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax
         document_mask=config.data.document_mask,
         seed=config.seed,
         moving=reference.moving,
+        backward=BackwardConfig(**config.backward),
     )
     rows, everywhere = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
     if config.optimizer.host_offload:

@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.method import objectives, selection
 from rho1_jax.method.selection import Selection
 from rho1_jax.method.signals import POLICY_SIGNALS, RANDOM_SIGNAL, REFERENCE_SIGNALS, WEIGHT, Signals
-from rho1_jax.models.decoder import Params
+from rho1_jax.models.decoder import Params, layer_count
+from rho1_jax.models.few_tokens import Probe
 from rho1_jax.models.forward import Rows, row_losses, rows_of
 from rho1_jax.training.reference import MovingReference
 from rho1_jax.training.state import TrainState
 
 SLM_OBJECTIVE = "cross_entropy"
+EXACT = BackwardConfig()
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 # (state, params of a frozen reference, batch) -> (next state, metrics, weights [B, L])
 TrainStep = Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]
@@ -53,6 +57,7 @@ def make_train_step(
     document_mask: bool,
     seed: int,
     moving: MovingReference | None = None,
+    backward: BackwardConfig = EXACT,
 ) -> TrainStep:
     """Builds the train step.
 
@@ -68,6 +73,7 @@ def make_train_step(
       document_mask: attention stays within documents, and positions restart at each.
       seed: seed of the random score.
       moving: how the reference follows the policy; None if it is frozen.
+      backward: the tokens that the gradient is computed from.
     """
     needs = needed_signals(rule, objective)
     policy_entropies, reference_entropies = "policy_entropy_BL" in needs, "reference_entropy_BL" in needs
@@ -81,8 +87,8 @@ def make_train_step(
     def join(x_MbL: jax.Array) -> jax.Array:
         return x_MbL.swapaxes(0, 1).reshape(-1, *x_MbL.shape[2:])
 
-    def policy_signals(params: Params, tokens: _Tokens) -> Signals:
-        values = row_losses(policy, params, tokens.rows, policy_entropies)
+    def policy_signals(params: Params, tokens: _Tokens, probe: Probe | None = None) -> Signals:
+        values = row_losses(policy, params, tokens.rows, policy_entropies, probe)
         return {name: value for name, value in zip(POLICY_SIGNALS, values) if value is not None}
 
     def reference_signals(params: Params | None, tokens: _Tokens) -> Signals:
@@ -94,8 +100,12 @@ def make_train_step(
         with jax.named_scope("selection"):
             return rule.weights(signals, tokens.rows.eligible, step, steps)
 
-    def objective_sum(params: Params, step: jax.Array, tokens: _Tokens):
-        signals = {**tokens.signals, **policy_signals(params, tokens)}
+    def objective_sum(params: Params, energy_N2: jax.Array | None, step: jax.Array, tokens: _Tokens, part: jax.Array):
+        probe = None
+        if energy_N2 is not None:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed + 1), step), part)
+            probe = Probe.of(backward, energy_N2, key)
+        signals = {**tokens.signals, **policy_signals(params, tokens, probe)}
         weight_bL = weigh(signals, tokens, step) if tokens.weight is None else tokens.weight
         terms_bL = objectives.terms(objective, signals, weight_bL)
         return terms_bL.sum(), (signals["policy_loss_BL"], weight_bL, None if is_slm else terms_bL)
@@ -114,13 +124,17 @@ def make_train_step(
             whole = jax.tree.map(join, tokens._replace(signals={**tokens.signals, **ahead}))
             tokens = tokens._replace(weight=split(weigh(whole.signals, whole, state.step)))
 
-        def accumulate(gradient: Params, part: _Tokens):
-            grad = jax.value_and_grad(objective_sum, has_aux=True)
-            (_, outcome), part_gradient = grad(state.params, state.step, part)
-            return jax.tree.map(jnp.add, gradient, part_gradient), outcome
+        # One number per layer and purpose, which the backward pass "differentiates" to report what it left out.
+        energy_N2 = jnp.zeros((layer_count(state.params), 2)) if backward.tokens < 1 else None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, (policy_loss_MbL, weight_MbL, terms_MbL) = jax.lax.scan(accumulate, zeros, tokens)
+        def accumulate(sums: tuple[Params, jax.Array | None], part: tuple[_Tokens, jax.Array]):
+            grad = jax.value_and_grad(objective_sum, argnums=(0, 1), has_aux=True)
+            (_, outcome), gradients = grad(state.params, energy_N2, state.step, *part)
+            return jax.tree.map(jnp.add, sums, gradients), outcome
+
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, energy_N2))
+        parts = tokens, jnp.arange(microbatches)
+        (gradient, energy_N2), (policy_loss_MbL, weight_MbL, terms_MbL) = jax.lax.scan(accumulate, zeros, parts)
         weight_sum = selection.total(weight_MbL)
         gradient = jax.tree.map(lambda g: g / jnp.where(weight_sum > 0, weight_sum, 1), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -131,6 +145,8 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         metrics = _metrics(policy_loss_MbL, weight_MbL, tokens) | {"gradient_norm": gradient_norm, "skipped": ~finite}
+        if energy_N2 is not None:
+            metrics["backward_dropped"] = (energy_N2[:, 0] / jnp.maximum(energy_N2[:, 1], TINY)).max()
         if not is_slm:
             metrics["objective"] = terms_MbL.sum() / jnp.where(weight_sum > 0, weight_sum, 1)
         next_reference = None

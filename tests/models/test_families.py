@@ -24,6 +24,7 @@ from rho1_jax.models import decoder, hf_config
 from rho1_jax.models.families import FAMILIES, family_of, register_family
 from rho1_jax.models.forward import make_token_losses
 from rho1_jax.models.generation import Generator
+from rho1_jax.models.layer import Layer, RMSNorm
 from rho1_jax.models.rope import Rope
 from rho1_jax.models.structure import Structure, soft_cap
 from rho1_jax.runtime import sharding
@@ -202,10 +203,10 @@ def test_every_switch_changes_the_losses(family_with, switches):
 def test_norms_are_where_the_structure_says(family_with, placement):
     """One layer by hand, with a feed-forward and an attention that only scale."""
     config = family_with(norm_placement=placement, norm_offset=1.0)
-    layer = decoder.Layer(config, family_of(config).structure(config), nnx.Rngs(0))
+    layer = Layer(config, family_of(config).structure(config), nnx.Rngs(0))
     names = {"attention_norm", "feed_forward_norm"} if placement != "post" else set()
     names |= {"attention_post_norm", "feed_forward_post_norm"} if placement != "pre" else set()
-    assert {name for name, part in vars(layer).items() if isinstance(part, decoder.RMSNorm)} == names
+    assert {name for name, part in vars(layer).items() if isinstance(part, RMSNorm)} == names
     for number, name in enumerate(sorted(names)):
         norm = getattr(layer, name)
         np.testing.assert_array_equal(norm.scale[...], 0)  # stored without the offset
@@ -295,7 +296,7 @@ def test_scoring_and_decoding_cap_the_logits(family_with, tokenizer):
 
 def test_a_norm_over_the_projection_takes_all_heads_together(family_with):
     config = family_with(qk_norm=True, qk_norm_over="projection")
-    layer = decoder.Layer(config, family_of(config).structure(config), nnx.Rngs(0))
+    layer = Layer(config, family_of(config).structure(config), nnx.Rngs(0))
     x = jnp.array(np.random.default_rng(0).normal(size=(1, 3, 32)), jnp.float32)
     scales = jnp.arange(1.0, 33.0), jnp.arange(2.0, 18.0)
     layer.attention.q_norm.scale[...], layer.attention.k_norm.scale[...] = scales

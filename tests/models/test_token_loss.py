@@ -1,5 +1,7 @@
 """Compares token losses and their gradients with optax's in float64, on one device and on meshes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,10 +46,10 @@ def check(results, hidden, output, targets, weights, cap=None):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def ours(hidden, output, targets, weights, chunk, cap=None):
+def ours(hidden, output, targets, weights, chunk, cap=None, kept_gib=0.0):
     hidden, output, weights = (jnp.asarray(x, jnp.float32) for x in (hidden, output, weights))
     targets = jnp.asarray(targets)
-    losses, gradient = jax.vjp(lambda h, o: token_losses(h, o, targets, chunk, False, cap)[0], hidden, output)
+    losses, gradient = jax.vjp(lambda h, o: token_losses(h, o, targets, chunk, False, cap, kept_gib)[0], hidden, output)
     return losses, *gradient(weights)
 
 
@@ -72,6 +74,18 @@ def test_on_a_mesh_with_a_different_number_selected_on_each_device(sizes, cap):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         results = jax.jit(ours, static_argnums=(4, 5))(hidden, output, targets, weights, 7, cap)
     check(results, hidden, output, targets, weights, cap)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_kept_logits(sizes, cap):
+    given, size = inputs(0.6), math.prod(sizes)
+    gib = 4 * B * L * V / size / 2**30
+    with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[:size])):
+        for kept_gib, products in ((gib, 3), (0.99 * gib, 4)):
+            jitted = jax.jit(ours, static_argnums=(4, 5, 6))
+            check(jitted(*given, 8, cap, kept_gib), *given, cap=cap)
+            assert jitted.lower(*given, 8, cap, kept_gib).as_text().count("dot_general") == products
 
 
 def entropies(hidden, output, targets, chunk):

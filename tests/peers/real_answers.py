@@ -18,6 +18,7 @@ from rho1_jax.data.tokenizer import Tokenizer
 from rho1_jax.evals.answers import task_questions
 from rho1_jax.evals.grading import Grader
 from rho1_jax.generate import generate_text
+from rho1_jax.runtime.progress import Progress
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
@@ -45,20 +46,22 @@ def main() -> None:
     start, theirs = time.monotonic(), []
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder).eval()
     peer_tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)
-    for number, (ids, continuation) in enumerate(zip(prompts, ours)):
-        with torch.no_grad():
-            row = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,
-                stop_strings=list(questions.stops),
-                tokenizer=peer_tokenizer,
-            )[0].tolist()
-        new = row[len(ids) :]
-        theirs.append(cut(peer_tokenizer.decode(new, skip_special_tokens=True), questions.stops))
-        if theirs[-1] != continuation.text:
-            print(difference(model, peer_tokenizer, ids, new, continuation.token_ids, number), flush=True)
+    with Progress("Transformers", len(prompts), unit="texts") as progress:
+        for number, (ids, continuation) in enumerate(zip(prompts, ours)):
+            with torch.no_grad():
+                row = model.generate(
+                    torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                    max_new_tokens=options.max_new_tokens,
+                    do_sample=False,
+                    stop_strings=list(questions.stops),
+                    tokenizer=peer_tokenizer,
+                )[0].tolist()
+            new = row[len(ids) :]
+            theirs.append(cut(peer_tokenizer.decode(new, skip_special_tokens=True), questions.stops))
+            if theirs[-1] != continuation.text:
+                print(difference(model, peer_tokenizer, ids, new, continuation.token_ids, number), flush=True)
+            progress.advance(1)
     print(f"Transformers: {time.monotonic() - start:.0f} s")
 
     def accuracy(texts: list[str]) -> float:

@@ -57,6 +57,16 @@ def test_only_selected_tokens_go_through_the_heads_backward_pass():
     assert training_flops(policy, None, 100, 100)["reference_forward"] == 0
 
 
+def test_the_backward_pass_counts_few_tokens():
+    """Norms, keys, values and attention itself go through all tokens."""
+    forward = ForwardFlops.of(tiny(layers=3), 16)
+    weights = 2 * 32 * 4 * 8 + 3 * 32 * 48  # queries and attention output; gate, up and down
+    assert forward.few == 2 * 3 * weights
+    few, full = (training_flops(forward, forward, 100, 60, tokens) for tokens in (0.3, 1.0))
+    assert full["policy_backward"] - few["policy_backward"] == pytest.approx(2 * 100 * 0.7 * forward.few)
+    assert few["policy_forward"] == full["policy_forward"]
+
+
 def test_ledger_and_trace_of_a_run(data, reference, tmp_path, monkeypatch):
     kind = jax.devices()[0].device_kind
     monkeypatch.setitem(accounting.CHIPS, kind, accounting.Chip(1e12, 1e9, 1e9, 1e9))

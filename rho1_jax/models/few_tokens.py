@@ -1,0 +1,196 @@
+"""Backward passes through the few tokens that carry the gradient.
+
+A layer's products with its weights treat each token alike, but under selection most of the gradient comes from a part
+of the tokens. `FewTokens` computes such a product for all tokens, and its gradient from k of them: of each device's
+tokens, those whose cotangent matters most. The forward pass stays exact, and so does what flows along the residual
+stream and through attention's keys and values: a token left out loses only its share in the gradient of that product.
+
+Shapes: B batch rows, L sequence. On one device: T tokens in its rows, k tokens that are kept.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rho1_jax.configs.default import BackwardConfig
+from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
+
+ROWS = PartitionSpec(BATCH_AXES)  # [B, L, ...]
+HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # [B, L, H, C], and [B, L, F]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("energy", "key"), meta_fields=("backward",))
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a backward pass reads and reports, for all layers or, within a layer, for one.
+
+    Attributes:
+      backward: how many tokens the backward pass goes through, and which.
+      energy: zeros [N, 2]. Its "gradient" is the report: the squared norm of the cotangents that were left out, and of
+        all of them, summed over the layer's products.
+      key: random key of the layer, [N] of them; used by the choice "drawn".
+    """
+
+    backward: BackwardConfig
+    energy: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def of(cls, backward: BackwardConfig, energy_N2: jax.Array, key: jax.Array) -> "Probe":
+        """The probe of a whole model, with a key of its own for each layer."""
+        return cls(backward, energy_N2, jax.random.split(key, len(energy_N2)))
+
+
+class FewTokens:
+    """Applies per-token functions within one layer, with gradients from few tokens."""
+
+    def __init__(self, probe: Probe, mark_BL: jax.Array | None):
+        """Sets up a layer.
+
+        Args:
+          probe: of the layer.
+          mark_BL: zeros whose cotangent says which tokens are selected, for the choice "selected". `mark` is it again,
+            passed through every function so far.
+        """
+        self._probe, self.mark, self._calls = probe, mark_BL, 0
+
+    def __call__(
+        self,
+        first: Callable[[Any, jax.Array], Any],
+        params: Any,
+        x: jax.Array,
+        specs: tuple[PartitionSpec, PartitionSpec],
+        then: tuple[Callable[[Any, Any], jax.Array], PartitionSpec] | None = None,
+    ) -> jax.Array:
+        """Computes first(params, x), or then(params, first(params, x)).
+
+        Args:
+          first: a function of each token, from x [B, L, ...].
+          params: its parameters.
+          x: its argument.
+          specs: how x and the result are sharded.
+          then: a second function, and how its argument is sharded. The backward pass keeps that argument; without
+            a second function it keeps x alone and recomputes what it needs for the k tokens.
+        """
+        key, self._calls = jax.random.fold_in(self._probe.key, self._calls), self._calls + 1
+        backward, (x_spec, y_spec) = self._probe.backward, specs
+
+        def forward(params, x, mark_BL, energy, key):
+            between = first(params, x)
+            y = then[0](params, between) if then else between
+            return (y, mark_BL), (params, x, between if then else None, key)
+
+        def gradients(kept, cotangents):
+            params, x, between, key = kept
+            y_bar, mark_BL = cotangents
+            energy_BL = (y_bar.astype(jnp.float32) ** 2).sum(axis=tuple(range(2, y_bar.ndim)))
+            index, place_BL, scale, energy = choose(energy_BL, mark_BL, backward, key)
+            y_bar_k = take(y_bar, index, y_spec)
+            if backward.choice != "largest":
+                y_bar_k = (y_bar_k * scale.reshape(-1, *[1] * (y_bar_k.ndim - 1))).astype(y_bar.dtype)
+            x_k = take(x, index, x_spec)
+            params_bar = None
+            if then:
+                between_k = jax.tree.map(lambda b: take(b, index, then[1]), between)
+                params_bar, y_bar_k = jax.vjp(then[0], params, between_k)[1](y_bar_k)
+            first_bar, x_bar_k = jax.vjp(first, params, x_k)[1](y_bar_k)
+            params_bar = first_bar if params_bar is None else jax.tree.map(jnp.add, params_bar, first_bar)
+            return params_bar, put(x_bar_k, place_BL, x_spec), mark_BL, energy, None
+
+        function = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        function.defvjp(forward, gradients)
+        y, self.mark = function(params, x, self.mark, self._probe.energy, key)
+        return y
+
+
+def kept_tokens(tokens: float, T: int) -> int:
+    """How many of T tokens the backward pass goes through."""
+    return min(T, math.ceil(round(tokens * T, 6)))
+
+
+def choose(
+    energy_BL: jax.Array, mark_BL: jax.Array | None, backward: BackwardConfig, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Chooses k tokens on each device.
+
+    Args:
+      energy_BL: squared norms of the cotangents.
+      mark_BL: positive for selected tokens; None unless the choice is "selected".
+      backward: how many tokens, and which.
+      key: random key for "drawn".
+
+    Returns:
+      Indices of the tokens among the device's, [k] on each device; the place of each token in these, [B, L], k if it
+      was left out; what each cotangent is multiplied by, [k] on each device; and the energy that is left out and that
+      of all tokens, [2].
+    """
+    device_key = jax.random.key_data(key)
+
+    def local(energy_bL: jax.Array, mark_bL: jax.Array | None, key_data: jax.Array):
+        energy_T = energy_bL.ravel()
+        k = kept_tokens(backward.tokens, energy_T.size)
+        if mark_bL is not None:
+            energy_T = jnp.where(mark_bL.ravel() > 0, energy_T, 0)
+        priority_T = energy_T
+        if backward.choice == "drawn":
+            norm_T = jnp.sqrt(energy_T)
+            priority_T = norm_T / _uniform(key_data, energy_T.size)
+        priority, index = jax.lax.top_k(priority_T, min(k + 1, energy_T.size))
+        threshold, index = priority[-1], index[:k]
+        place_bL = jnp.full(energy_T.size, k).at[index].set(jnp.arange(k)).reshape(energy_bL.shape)
+        scale = (priority[:k] > 0).astype(jnp.float32)
+        if backward.choice == "drawn" and k < energy_T.size:
+            norm_k = norm_T[index]
+            scale = jnp.where(norm_k > 0, jnp.maximum(norm_k, threshold) / norm_k, 0)
+        return index, place_bL, scale
+
+    mark_spec = None if mark_BL is None else ROWS
+    on_devices = on_mesh(local, (ROWS, mark_spec, PartitionSpec()), ROWS)
+    index, place_BL, scale = on_devices(energy_BL, mark_BL, device_key)
+    total = energy_BL.sum()
+    return index, place_BL, scale, jnp.stack([total - take(energy_BL, index, ROWS).sum(), total])
+
+
+def _uniform(key_data: jax.Array, size: int) -> jax.Array:
+    """Numbers in (0, 1], different on each device."""
+    key = jax.random.wrap_key_data(key_data)
+    for axis in BATCH_AXES:
+        if axis in jax.sharding.get_abstract_mesh().axis_names:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return 1 - jax.random.uniform(key, (size,))
+
+
+def take(x: jax.Array, index: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The chosen tokens of x [B, L, ...] as [S k, 1, ...] on S devices that share the batch."""
+
+    def local(x_bL: jax.Array, index_k: jax.Array) -> jax.Array:
+        return x_bL.reshape(-1, *x_bL.shape[2:])[index_k][:, None]
+
+    return on_mesh(local, (spec, ROWS), spec)(x, index)
+
+
+def put(x_k: jax.Array, place_BL: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The inverse of `take`: an array [B, L, ...] that is zero everywhere else."""
+
+    def local(x_k1: jax.Array, place_bL: jax.Array) -> jax.Array:
+        return x_k1[:, 0].at[place_bL].get(mode="fill", fill_value=0)
+
+    return on_mesh(local, (spec, ROWS), spec)(x_k, place_BL)
+
+
+@jax.custom_vjp
+def mark_selected(hidden_BLD: jax.Array, mark_BL: jax.Array) -> jax.Array:
+    """Returns the hidden states. The cotangent of `mark_BL` is 1 where theirs is not zero: at selected tokens."""
+    return hidden_BLD
+
+
+mark_selected.defvjp(
+    lambda hidden_BLD, mark_BL: (hidden_BLD, None),
+    lambda _, bar_BLD: (bar_BLD, (bar_BLD != 0).any(axis=-1).astype(jnp.float32)),
+)
