@@ -40,13 +40,17 @@ def time_limit(seconds: float, error: str) -> Iterator[None]:
 def memory_limit(limit: int, error: str) -> Iterator[None]:
     """Ends the block if it needs more than `limit` bytes of address space beyond what the process has.
 
-    The limit holds for the whole process while the block runs, so other threads should be idle.
+    The limit holds for the whole process while the block runs, so other threads should be idle. Only Linux has it.
 
     Raises:
       UserError: with the text `error`, when an allocation fails.
     """
+    statm = pathlib.Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
     bounds = [bound for bound in (used + limit, soft) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
     try:
