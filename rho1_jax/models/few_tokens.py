@@ -1,9 +1,8 @@
-"""Backward passes through the few tokens that carry the gradient.
+"""Backward passes through the few tokens that carry most of the gradient.
 
-A layer's products with its weights treat each token alike, but under selection most of the gradient comes from a part
-of the tokens. `FewTokens` computes such a product for all tokens, and its gradient from k of them: of each device's
-tokens, those whose cotangent matters most. The forward pass stays exact, and so does what flows along the residual
-stream and through attention's keys and values: a token left out loses only its share in the gradient of that product.
+Some parts of a layer process each token by itself. `FewTokens` computes such a part for all tokens, and its gradient
+from k of them: of each device's tokens, those whose cotangents matter most. The forward pass stays exact. Gradients
+along the residual stream and through attention's keys and values still come from all tokens.
 
 Shapes: B batch rows, L sequence. On one device: T tokens in its rows, k tokens that are kept.
 """
@@ -28,13 +27,13 @@ HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # [B, L, H, C], and [B, L, F]
 @partial(jax.tree_util.register_dataclass, data_fields=("energy", "key"), meta_fields=("backward",))
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a backward pass reads and reports, for all layers or, within a layer, for one.
+    """What a backward pass reads and reports: for all layers or, inside a layer, for that one.
 
     Attributes:
       backward: how many tokens the backward pass goes through, and which.
-      energy: zeros [N, 2]. Its "gradient" is the report: the squared norm of the cotangents that were left out, and of
-        all of them, summed over the layer's products.
-      key: random key of the layer, [N] of them; used by the choice "drawn".
+      energy: zeros [N, 2], one row per layer. Its "gradient" is the report: the squared norms of the cotangents that
+        were left out, and of all cotangents, summed over the layer's parts.
+      key: random keys [N], one per layer, for the choice "drawn".
     """
 
     backward: BackwardConfig
@@ -55,8 +54,8 @@ class FewTokens:
 
         Args:
           probe: of the layer.
-          mark_BL: zeros whose cotangent says which tokens are selected, for the choice "selected". `mark` is it again,
-            passed through every function so far.
+          mark_BL: zeros whose cotangent says which tokens are selected; None unless the choice is "selected". The
+            attribute `mark` is the same array, passed through every call so far.
         """
         self._probe, self.mark, self._calls = probe, mark_BL, 0
 
@@ -189,7 +188,7 @@ def put(x_k: jax.Array, place_BL: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 @jax.custom_vjp
 def mark_selected(hidden_BLD: jax.Array, mark_BL: jax.Array) -> jax.Array:
-    """Returns the hidden states. The cotangent of `mark_BL` is 1 where theirs is not zero: at selected tokens."""
+    """Returns the hidden states. The cotangent of `mark_BL` is 1 where theirs is not zero: at the selected tokens."""
     return hidden_BLD
 
 
