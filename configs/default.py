@@ -98,9 +98,7 @@ class ModelConfig:
     remat: str = "none"  # recomputed in the backward pass to save memory: "dots" (all but products) or "full"
     unroll: PositiveInt = 1  # layers compiled as one piece of the loop over them; more is faster on CPU
     loss_chunk: PositiveInt = 512  # tokens per device whose logits are computed at the same time
-    logits_gib: NonNegativeFloat = (
-        0.0  # keeps all logits for the backward pass if they fit into this, in GiB per device
-    )
+    logits_gib: NonNegativeFloat = 0.0  # GiB per device: keeps all logits for the backward pass if they fit in this
 
     def __post_init__(self) -> None:
         for key in ("rope_short_factors", "rope_long_factors"):  # lists, if they come from JSON
@@ -156,7 +154,7 @@ class BackwardConfig:
     """Which tokens the backward pass of a layer goes through. Below 1.0, the gradient is an approximation."""
 
     tokens: PositiveFraction = 1.0  # share of a device's tokens; 1.0: the exact gradient
-    choice: BackwardChoice = "largest"  # by cotangent norm, drawn by it, or the selected ones
+    choice: BackwardChoice = "largest"  # cotangents, "drawn" by their norms, or the largest of "selected" tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,17 @@ def test_the_run_describes_itself(data, reference, undisturbed, tokenizer):
     assert Tokenizer(workdir / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
+def test_a_run_with_a_backward_pass_through_few_tokens(data, reference, undisturbed, tmp_path):
+    config = config_of("slm", data, reference)
+    config.update(steps=2, backward={"tokens": 0.5})
+    train_model(config, tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    assert 0 < line["backward_dropped"] < 0.5 and "backward_dropped" not in read_metrics(undisturbed[0])[0]
+    flops = [json.loads((run / "ledger.json").read_text())["flops"] for run in (tmp_path / "run", undisturbed[0])]
+    per_forward = [part["policy_backward"] / part["policy_forward"] for part in flops]
+    assert 0.4 < per_forward[0] / per_forward[1] < 0.9
+
+
 def test_first_weights_from_another_run(data, reference, tmp_path):
     config = config_of("clm", data)
     config.init.checkpoint = str(reference)
@@ -149,6 +160,7 @@ def test_a_non_finite_loss_stops_the_run(data, tmp_path):
         ({"seed": 3}, "config.seed changed from 0 to 3"),
         ({"batch_size": 16}, "config.batch_size changed from 8 to 16"),
         ({"selection": {"ratio": 0.5}}, "config.selection.ratio changed from 0.6 to 0.5"),
+        ({"backward": {"tokens": 0.5}}, "config.backward.tokens changed from 1.0 to 0.5"),
         ({"data": {"document_mask": False}}, "config.data.document_mask changed from True to False"),
     ],
 )
@@ -183,6 +195,9 @@ def test_resuming_with_other_data_is_refused(corpus, tokenizer, reference, undis
         ({"batch_size": 12}, "config.batch_size=12 must be a multiple of 8"),
         ({"microbatches": 2}, "config.batch_size=8 must be a multiple of 16"),
         ({"steps": 0}, "config.steps=0"),
+        ({"backward": {"tokens": 0.0}}, "config.backward.tokens=0.0: input should be greater than 0"),
+        ({"backward": {"choice": "random"}}, "config.backward.choice='random': input should be 'largest', 'drawn' or"),
+        ({"model": {"logits_gib": -1.0}}, "config.model.logits_gib=-1.0: input should be greater than or equal to 0"),
         ({"objective": "dpo"}, "config.objective='dpo' is not one of cross_entropy"),
         ({"eval": {"every": 0}}, "config.eval.every=0"),
         ({"trace": {"first": 3, "last": 2}}, "config.trace.last=2 must not be below config.trace.first=3"),
@@ -302,7 +317,7 @@ def test_a_run_resumes_with_another_kernel_and_more_remat(data, reference, tmp_p
     config.steps = 4
     train_model(config, tmp_path / "run")
     config.steps = 6
-    config.model.update(attention="xla", remat="dots", unroll=2, loss_chunk=64)
+    config.model.update(attention="xla", remat="dots", unroll=2, loss_chunk=64, logits_gib=1.0)
     train_model(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert (

@@ -1,4 +1,4 @@
-"""Measure how much error a backward pass through few tokens adds to the gradient, beside the noise it has anyway.
+"""Measure the error that a backward pass through few tokens adds to the gradient, beside a batch's noise.
 
 python -m tools.gradient_noise --run=DIR [--data=DATA] [--reference=MODEL] [--ratio=0.6] [--batches=16]
 
@@ -140,7 +140,7 @@ def measure(
 
 
 def recommended(figures: dict[str, Any], choice: str) -> float:
-    """The smallest share whose error is below a tenth of the noise; 1.0 if none is."""
+    """The smallest share whose error is below a tenth of the noise; 1.0 if there is none."""
     safe = [
         row["tokens"] for row in figures["rows"] if row["choice"] == choice and row["error"] < SAFE * figures["noise"]
     ]
@@ -165,7 +165,7 @@ def open_config(
         config.reference.update(checkpoint=reference, scores="", moves="")
         if config.selection.score == STAGES["clm"]:
             config.selection.score = STAGES["slm"]
-    if ratio:
+    if ratio is not None:
         config.selection.ratio = ratio
     if batch_size:
         config.batch_size = batch_size

@@ -1,17 +1,16 @@
-"""Backward passes through the few tokens that carry the gradient.
+"""Backward passes through the few tokens that carry most of the gradient.
 
-A layer's products with its weights treat each token alike, but under selection most of the gradient comes from a part
-of the tokens. `FewTokens` computes such a product for all tokens, and its gradient from k of them: of each device's
-tokens, those whose cotangent matters most. The forward pass stays exact, and so does what flows along the residual
-stream and through attention's keys and values: a token left out loses only its share in the gradient of that product.
+Some parts of a layer process each token by itself. `FewTokens` computes such a part for all tokens, and its gradient
+from k of them: of each device's tokens, those whose cotangents matter most. The forward pass stays exact. Gradients
+along the residual stream and through attention's keys and values still come from all tokens.
 
 Shapes: B batch rows, L sequence. On one device: T tokens in its rows, k tokens that are kept.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -28,13 +27,13 @@ HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # [B, L, H, C], and [B, L, F]
 @partial(jax.tree_util.register_dataclass, data_fields=("energy", "key"), meta_fields=("backward",))
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a backward pass reads and reports, for all layers or, within a layer, for one.
+    """What a backward pass reads and reports: for all layers or, inside a layer, for that one.
 
     Attributes:
       backward: how many tokens the backward pass goes through, and which.
-      energy: zeros [N, 2]. Its "gradient" is the report: the squared norm of the cotangents that were left out, and of
-        all of them, summed over the layer's products.
-      key: random key of the layer, [N] of them; used by the choice "drawn".
+      energy: zeros [N, 2], one row per layer. Its "gradient" is the report: the squared norms of the cotangents that
+        were left out, and of all cotangents, summed over the layer's parts.
+      key: random keys [N], one per layer, for the choice "drawn".
     """
 
     backward: BackwardConfig
@@ -55,63 +54,67 @@ class FewTokens:
 
         Args:
           probe: of the layer.
-          mark_BL: zeros whose cotangent says which tokens are selected, for the choice "selected". `mark` is it again,
-            passed through every function so far.
+          mark_BL: zeros whose cotangent says which tokens are selected; None unless the choice is "selected". The
+            attribute `mark` is the same array, passed through every call so far.
         """
         self._probe, self.mark, self._calls = probe, mark_BL, 0
 
     def __call__(
         self,
-        first: Callable[[Any, jax.Array], Any],
+        functions: Sequence[Callable[[Any, Any], Any]],
         params: Any,
         x: jax.Array,
-        specs: tuple[PartitionSpec, PartitionSpec],
-        then: tuple[Callable[[Any, Any], jax.Array], PartitionSpec] | None = None,
+        specs: Sequence[PartitionSpec],
     ) -> jax.Array:
-        """Computes first(params, x), or then(params, first(params, x)).
+        """Applies functions one after the other, each to `params` and what the one before it returned.
+
+        The backward pass keeps what each function is applied to, and recomputes everything inside it for the k tokens.
 
         Args:
-          first: a function of each token, from x [B, L, ...].
-          params: its parameters.
-          x: its argument.
-          specs: how x and the result are sharded.
-          then: a second function, and how its argument is sharded. The backward pass keeps that argument; without
-            a second function it keeps x alone and recomputes what it needs for the k tokens.
+          functions: map (params, arrays [B, L, ...]) to arrays [B, L, ...], each token by itself.
+          params: parameters of all the functions.
+          x: [B, L, ...] what the first function is applied to.
+          specs: how x, what the functions pass on, and the result are sharded.
+
+        Returns:
+          [B, L, ...] what the last function returns.
         """
         key, self._calls = jax.random.fold_in(self._probe.key, self._calls), self._calls + 1
-        backward, (x_spec, y_spec) = self._probe.backward, specs
+        backward = self._probe.backward
+        *kept_specs, y_spec = specs
 
         def forward(params, x, mark_BL, energy, key):
-            between = first(params, x)
-            y = then[0](params, between) if then else between
-            return (y, mark_BL), (params, x, between if then else None, key)
+            kept = []
+            for function in functions:
+                kept.append(x)
+                x = function(params, x)
+            return (x, mark_BL), (params, kept, key)
 
-        def gradients(kept, cotangents):
-            params, x, between, key = kept
-            y_bar, mark_BL = cotangents
-            energy_BL = (y_bar.astype(jnp.float32) ** 2).sum(axis=tuple(range(2, y_bar.ndim)))
+        def gradients(residuals, cotangents):
+            params, kept, key = residuals
+            bar, mark_BL = cotangents
+            energy_BL = (bar.astype(jnp.float32) ** 2).sum(axis=tuple(range(2, bar.ndim)))
             index, place_BL, scale, energy = choose(energy_BL, mark_BL, backward, key)
-            y_bar_k = take(y_bar, index, y_spec)
+            bar_k = take(bar, index, y_spec)
             if backward.choice != "largest":
-                y_bar_k = (y_bar_k * scale.reshape(-1, *[1] * (y_bar_k.ndim - 1))).astype(y_bar.dtype)
-            x_k = take(x, index, x_spec)
-            params_bar = None
-            if then:
-                between_k = jax.tree.map(lambda b: take(b, index, then[1]), between)
-                params_bar, y_bar_k = jax.vjp(then[0], params, between_k)[1](y_bar_k)
-            first_bar, x_bar_k = jax.vjp(first, params, x_k)[1](y_bar_k)
-            params_bar = first_bar if params_bar is None else jax.tree.map(jnp.add, params_bar, first_bar)
-            return params_bar, put(x_bar_k, place_BL, x_spec), mark_BL, energy, None
+                bar_k = (bar_k * scale.reshape(-1, *[1] * (bar_k.ndim - 1))).astype(bar.dtype)
+            params_bars = []
+            for function, x, spec in reversed(list(zip(functions, kept, kept_specs))):
+                x_k = jax.tree.map(partial(take, index=index, spec=spec), x)
+                params_bar, bar_k = jax.vjp(function, params, x_k)[1](bar_k)
+                params_bars.append(params_bar)
+            params_bar = jax.tree.map(lambda *bars: reduce(jnp.add, bars), *params_bars)
+            return params_bar, put(bar_k, place_BL, kept_specs[0]), mark_BL, energy, None
 
-        function = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
-        function.defvjp(forward, gradients)
-        y, self.mark = function(params, x, self.mark, self._probe.energy, key)
+        composed = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        composed.defvjp(forward, gradients)
+        y, self.mark = composed(params, x, self.mark, self._probe.energy, key)
         return y
 
 
 def kept_tokens(tokens: float, T: int) -> int:
     """How many of T tokens the backward pass goes through."""
-    return min(T, math.ceil(round(tokens * T, 6)))
+    return max(1, math.ceil(round(tokens * T, 6)))
 
 
 def choose(
@@ -130,31 +133,30 @@ def choose(
       was left out; what each cotangent is multiplied by, [k] on each device; and the energy that is left out and that
       of all tokens, [2].
     """
-    device_key = jax.random.key_data(key)
 
     def local(energy_bL: jax.Array, mark_bL: jax.Array | None, key_data: jax.Array):
         energy_T = energy_bL.ravel()
-        k = kept_tokens(backward.tokens, energy_T.size)
-        if mark_bL is not None:
-            energy_T = jnp.where(mark_bL.ravel() > 0, energy_T, 0)
-        priority_T = energy_T
+        T, k = energy_T.size, kept_tokens(backward.tokens, energy_T.size)
+        priority_T = energy_T if mark_bL is None else jnp.where(mark_bL.ravel() > 0, energy_T, 0)
         if backward.choice == "drawn":
             norm_T = jnp.sqrt(energy_T)
-            priority_T = norm_T / _uniform(key_data, energy_T.size)
-        priority, index = jax.lax.top_k(priority_T, min(k + 1, energy_T.size))
+            priority_T = norm_T / _uniform(key_data, T)
+        # `top_k` ranks negative NaNs last. They come first, so that the gradient is seen not to be finite.
+        priority_T = jnp.where(jnp.isnan(priority_T), jnp.inf, priority_T)
+        priority, index = jax.lax.top_k(priority_T, min(k + 1, T))
         threshold, index = priority[-1], index[:k]
-        place_bL = jnp.full(energy_T.size, k).at[index].set(jnp.arange(k)).reshape(energy_bL.shape)
+        place_bL = jnp.full(T, k).at[index].set(jnp.arange(k)).reshape(energy_bL.shape)
         scale = (priority[:k] > 0).astype(jnp.float32)
-        if backward.choice == "drawn" and k < energy_T.size:
+        if backward.choice == "drawn" and k < T:
             norm_k = norm_T[index]
             scale = jnp.where(norm_k > 0, jnp.maximum(norm_k, threshold) / norm_k, 0)
-        return index, place_bL, scale
+        left_out_T = energy_T.at[index].set(jnp.where(scale > 0, 0, energy_T[index]))
+        return index, place_bL, scale, left_out_T.reshape(energy_bL.shape)
 
     mark_spec = None if mark_BL is None else ROWS
     on_devices = on_mesh(local, (ROWS, mark_spec, PartitionSpec()), ROWS)
-    index, place_BL, scale = on_devices(energy_BL, mark_BL, device_key)
-    total = energy_BL.sum()
-    return index, place_BL, scale, jnp.stack([total - take(energy_BL, index, ROWS).sum(), total])
+    index, place_BL, scale, left_out_BL = on_devices(energy_BL, mark_BL, jax.random.key_data(key))
+    return index, place_BL, scale, jnp.stack([left_out_BL.sum(), energy_BL.sum()])
 
 
 def _uniform(key_data: jax.Array, size: int) -> jax.Array:
@@ -186,7 +188,7 @@ def put(x_k: jax.Array, place_BL: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 @jax.custom_vjp
 def mark_selected(hidden_BLD: jax.Array, mark_BL: jax.Array) -> jax.Array:
-    """Returns the hidden states. The cotangent of `mark_BL` is 1 where theirs is not zero: at selected tokens."""
+    """Returns the hidden states. The cotangent of `mark_BL` is 1 where theirs is not zero: at the selected tokens."""
     return hidden_BLD
 
 

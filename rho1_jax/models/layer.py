@@ -133,7 +133,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """The output [B, L, D] of attention, to be added to the hidden states."""
         if few:
-            q_BLHC = few(_times, self.q[...], hidden_BLD, (ROWS, HEADS))
+            q_BLHC = few([_times], self.q[...], hidden_BLD, (ROWS, HEADS))
         else:
             q_BLHC = _project(hidden_BLD, self.q[...], decoding)
         k_BLKC, v_BLKC = (_project(hidden_BLD, kernel[...], decoding) for kernel in (self.k, self.v))
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
             q_BLHC, k_BLKC = rotate(q_BLHC, positions_BL, rotation), rotate(k_BLKC, positions_BL, rotation)
         mixed_BLHC = mix(q_BLHC, k_BLKC, v_BLKC)
         if few:
-            mixed_BLD = few(partial(_times, contracted=2), self.o[...], mixed_BLHC, (HEADS, ROWS))
+            mixed_BLD = few([partial(_times, contracted=2)], self.o[...], mixed_BLHC, (HEADS, ROWS))
         else:
             mixed_BLD = _project(mixed_BLHC, self.o[...], decoding, contracted=2)
         return mixed_BLD + self.o_bias[...].astype(mixed_BLD.dtype) if self.structure.output_bias else mixed_BLD
@@ -195,8 +195,8 @@ class FeedForward(nnx.Module):
             return nnx.merge(graphdef, params).contract(expanded, decoding=False)
 
         if self.recomputed:
-            return few(lambda params, x: contract(params, expand(params, x)), params, hidden_BLD, (ROWS, ROWS))
-        return few(expand, params, hidden_BLD, (ROWS, ROWS), then=(contract, HEADS))
+            return few([lambda params, x: contract(params, expand(params, x))], params, hidden_BLD, (ROWS, ROWS))
+        return few([expand, contract], params, hidden_BLD, (ROWS, HEADS, ROWS))
 
     def _project(self, name: str, x: jax.Array, decoding: bool) -> jax.Array:
         """The product of x [B, L, ...] with the kernel of this name, plus its bias if it has one."""

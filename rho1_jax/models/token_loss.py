@@ -144,10 +144,12 @@ def _local_gradients(hidden_BLD, output_vD, targets_BL, log_total_BL, logits_Tv,
     def add_chunk(n, sums):
         hidden_gradient_TD, output_gradient_vD = sums
         order_c = jax.lax.dynamic_slice_in_dim(order_T, n * chunk, chunk)
-        hidden_cD, weight_c, log_total_c, targets_c = (
-            x_T.at[order_c].get(mode="fill", fill_value=0) for x_T in (hidden_TD, gradient_T, log_total_T, targets_T)
-        )
-        logits_cv = _logits(hidden_cD, output_vD, soft_cap) if logits_Tv is None else logits_Tv[order_c]
+
+        def chosen(x_T: jax.Array) -> jax.Array:
+            return x_T.at[order_c].get(mode="fill", fill_value=0)
+
+        hidden_cD, weight_c, log_total_c, targets_c = map(chosen, (hidden_TD, gradient_T, log_total_T, targets_T))
+        logits_cv = _logits(hidden_cD, output_vD, soft_cap) if logits_Tv is None else chosen(logits_Tv)
         weighted_cv = jnp.exp(logits_cv - log_total_c[:, None]) * weight_c[:, None]
         is_target_cv = jnp.arange(output_vD.shape[0]) == targets_c[:, None]
         by_logits_cv = jnp.where(is_target_cv, weighted_cv - weight_c[:, None], weighted_cv)

@@ -69,9 +69,10 @@ def make_train_step(
       objective: name of the objective, in `objectives.OBJECTIVES`.
       steps: steps of the whole run; the rule's schedule spans them.
       microbatches: M parts that the rows are processed in, one after the other. The update does not depend on M,
-        except under the scope "microbatch". With M > 1, the scope "global" costs a second forward pass.
+        except under the scope "microbatch" and in what `backward` leaves out. With M > 1, the scope "global" costs a
+        second forward pass.
       document_mask: attention stays within documents, and positions restart at each.
-      seed: seed of the random score.
+      seed: seed of the random score, and of the tokens that `backward` draws.
       moving: how the reference follows the policy; None if it is frozen.
       backward: the tokens that the gradient is computed from.
     """
@@ -124,7 +125,7 @@ def make_train_step(
             whole = jax.tree.map(join, tokens._replace(signals={**tokens.signals, **ahead}))
             tokens = tokens._replace(weight=split(weigh(whole.signals, whole, state.step)))
 
-        # One number per layer and purpose, which the backward pass "differentiates" to report what it left out.
+        # The "gradient" of these zeros reports what the backward pass left out of each layer.
         energy_N2 = jnp.zeros((layer_count(state.params), 2)) if backward.tokens < 1 else None
 
         def accumulate(sums: tuple[Params, jax.Array | None], part: tuple[_Tokens, jax.Array]):

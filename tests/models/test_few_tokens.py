@@ -1,4 +1,4 @@
-"""Backward passes through few tokens, against the rule written in NumPy."""
+"""Backward passes through few tokens, against the rule written plainly."""
 
 import dataclasses
 import functools
@@ -12,27 +12,21 @@ from helpers import MODELS, random_batch, tiny
 
 from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.models import decoder, few_tokens
-from rho1_jax.models.few_tokens import FewTokens, Probe, kept_tokens
+from rho1_jax.models.few_tokens import ROWS, FewTokens, Probe, kept_tokens
 from rho1_jax.models.forward import row_losses, rows_of
 from rho1_jax.runtime.sharding import make_mesh
 
 B, L = 8, 16
 
 
-def numpy_choice(energy, k, choice, uniform):
-    """Multipliers of the cotangents of T tokens, by their squared norms: 0 for those left out."""
+def drawn_scales(energy, k, uniform):
+    """Multipliers of the cotangents of T tokens under priority sampling, in NumPy: 0 for those left out."""
     norm = np.sqrt(energy)
-    if choice == "drawn":
-        priority = norm / uniform
-        order = np.argsort(-priority, kind="stable")
-        scale = np.zeros_like(norm)
-        for t in order[:k]:
-            if norm[t] > 0:
-                scale[t] = max(norm[t], priority[order[k]] if k < len(norm) else 0) / norm[t]
-        return scale
-    chosen = np.zeros_like(norm)
-    chosen[np.argsort(-norm, kind="stable")[:k]] = 1
-    return chosen
+    priority, scale = norm / uniform, np.zeros_like(norm)
+    order = np.argsort(-priority, kind="stable")
+    for t in order[:k]:
+        scale[t] = max(norm[t], priority[order[k]]) / norm[t]
+    return scale
 
 
 def gate(y, backward, groups, mark):
@@ -58,9 +52,10 @@ def expected_gradient(monkeypatch, config, params, rows, weight, backward, group
     """The gradient of the weighted loss, with whole products whose cotangents pass through `gate`."""
 
     class Gated(FewTokens):
-        def __call__(self, first, params, x, specs, then=None):
-            y = first(params, x)
-            return gate(then[0](params, y) if then else y, backward, groups, weight)
+        def __call__(self, functions, params, x, specs):
+            for function in functions:
+                x = function(params, x)
+            return gate(x, backward, groups, weight)
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "FewTokens", Gated)
@@ -156,7 +151,7 @@ def test_drawn_tokens_have_the_weights_of_priority_sampling():
     energy, key = np.random.default_rng(0).random((B, L)).astype(np.float32) ** 4, jax.random.key(3)
     index, place, scale, energies = few_tokens.choose(jnp.asarray(energy), None, BackwardConfig(0.3, "drawn"), key)
     uniform = np.asarray(few_tokens._uniform(jax.random.key_data(key), energy.size))
-    expected = numpy_choice(energy.ravel(), kept_tokens(0.3, energy.size), "drawn", uniform)
+    expected = drawn_scales(energy.ravel(), kept_tokens(0.3, energy.size), uniform)
     ours = np.zeros(energy.size)
     ours[np.asarray(index)] = np.asarray(scale)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
@@ -176,8 +171,9 @@ def test_each_device_chooses_among_its_own_tokens(float64, monkeypatch, axes):
     assert relative_error(jax.device_get(ours), jax.device_get(expected)) < 1e-5  # norms and losses are in float32
 
 
-def test_products_of_the_backward_pass_have_k_rows():
-    config = tiny(layers=1, ff_width=40)
+@pytest.mark.parametrize("remat, recomputed", [("none", 0), ("full", 2)])
+def test_products_of_the_backward_pass_have_k_rows(remat, recomputed):
+    config = tiny(layers=1, ff_width=40, remat=remat)
     params, rows, weight = inputs(config, dtype=jnp.float32)
     graphdef, k = decoder.build(config), kept_tokens(0.3, B * L)
 
@@ -191,9 +187,10 @@ def test_products_of_the_backward_pass_have_k_rows():
         return [line for line in lines if "x40x" in line or "<40x" in line]
 
     exact, few = products(None), products(BackwardConfig(0.3))
-    assert sum(f"{B * L}x" in line for line in exact) == 9  # three products forward, six backward
+    # Three products forward, six backward; recomputed are what the activation applies to and its factor.
+    assert sum(f"{B * L}x" in line for line in exact) == 9 + recomputed
     assert sum(f"{B * L}x" in line for line in few) == 3
-    assert sum(f"{k}x" in line or f"x{k}" in line for line in few) >= 6
+    assert sum(f"{k}x" in line or f"x{k}" in line for line in few) >= 6 + recomputed
 
 
 def test_a_probe_reports_what_was_left_out():
@@ -216,8 +213,29 @@ def test_a_probe_reports_what_was_left_out():
     assert (some > 0).any() and (more > some).all() and (more < 0.8).all()
 
 
+def test_unselected_tokens_count_as_left_out():
+    energy, mark = jnp.arange(1.0, 11).reshape(1, 10), (jnp.arange(10.0) < 4).reshape(1, 10)
+    *_, energies = few_tokens.choose(energy, mark, BackwardConfig(0.8, "selected"), jax.random.key(0))
+    np.testing.assert_array_equal(energies, [45, 55])
+
+
+@pytest.mark.parametrize("choice", ["largest", "drawn", "selected"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_not_left_out(choice, value):
+    """A step is skipped for it. `-np.nan` has the sign bit, as inf * 0 has on x86."""
+    bar = jnp.ones((1, 10, 3)).at[0, 7].set(value)
+    probe = Probe(BackwardConfig(0.2, choice), jnp.zeros(2), jax.random.key(0))
+
+    def product(kernel):
+        few = FewTokens(probe, jnp.zeros((1, 10)))
+        return few([lambda kernel, x: x @ kernel], kernel, jnp.ones((1, 10, 2)), (ROWS, ROWS)), few.mark
+
+    (kernel_bar,) = jax.vjp(product, jnp.ones((2, 3)))[1]((bar, jnp.ones((1, 10))))
+    assert not jnp.isfinite(kernel_bar).any()
+
+
 def test_the_number_of_tokens():
-    assert [kept_tokens(share, 128) for share in (1.0, 0.5, 0.3, 0.001)] == [128, 64, 39, 1]
+    assert [kept_tokens(share, 128) for share in (1.0, 0.5, 0.3, 1e-9)] == [128, 64, 39, 1]
     assert kept_tokens(0.1, 30) == 3  # not 4, as 0.1 * 30 gives in floating point
 
 

@@ -88,6 +88,19 @@ def test_kept_logits(sizes, cap):
             assert jitted.lower(*given, 8, cap, kept_gib).as_text().count("dot_general") == products
 
 
+def test_kept_logits_may_be_large():
+    """exp(100) is infinite in float32, and the last chunk has more places than tokens with a weight."""
+    hidden, output, targets, weights = inputs(0.6)
+    hidden[-1, -1] = 100 * output[0] / (output[0] ** 2).sum()
+    check(
+        jax.jit(ours, static_argnums=(4, 5, 6))(hidden, output, targets, weights, 8, None, 1.0),
+        hidden,
+        output,
+        targets,
+        weights,
+    )
+
+
 def entropies(hidden, output, targets, chunk):
     hidden, output = jnp.asarray(hidden, jnp.float32), jnp.asarray(output, jnp.float32)
     return token_losses(hidden, output, jnp.asarray(targets), chunk, True)[1]

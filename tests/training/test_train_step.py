@@ -415,3 +415,12 @@ def test_each_microbatch_has_a_backward_pass_through_few_tokens(params, batch):
     exact = weighted_loss(params[0], batch, weight_BL)[1]
     assert optax.tree.norm(jax.tree.map(jnp.subtract, expected, exact)) > 0.01 * optax.tree.norm(exact)
     assert 0 < metrics["backward_dropped"] < 0.6
+
+
+def test_each_step_draws_other_tokens(params, batch):
+    step = make_step(backward=BackwardConfig(0.4, "drawn"))
+    first, again, second = (
+        gradient(params[0], step(start(params[0])._replace(step=jnp.int32(n)), params[1], batch)[0]) for n in (0, 0, 1)
+    )
+    assert_trees_equal(first, again)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, first, second)) > 0.01 * optax.tree.norm(first)
