@@ -9,17 +9,15 @@ import optax
 import pytest
 from helpers import TINY, random_batch, selection_of, tiny
 
-from rho1_jax.configs.default import BackwardConfig
 from rho1_jax.data.packing import Batch
 from rho1_jax.method import selection
 from rho1_jax.method.objectives import OBJECTIVES, register_objective
 from rho1_jax.models import decoder
-from rho1_jax.models.few_tokens import Probe
-from rho1_jax.models.forward import make_reference_signals, make_token_losses, row_losses, rows_of
+from rho1_jax.models.forward import make_reference_signals, make_token_losses
 from rho1_jax.runtime import sharding
 from rho1_jax.training.reference import MovingReference
 from rho1_jax.training.state import TrainState
-from rho1_jax.training.train_step import EXACT, make_train_step
+from rho1_jax.training.train_step import make_train_step
 
 GRAPHDEF = decoder.build(TINY)
 # Under plain gradient descent, the change of a parameter is its gradient.
@@ -28,17 +26,10 @@ DEFAULTS = {"rule": selection_of(), "steps": 10, "microbatches": 1, "document_ma
 
 
 def make_step(
-    optimizer=SGD,
-    microbatches=1,
-    document_mask=True,
-    seed=0,
-    moving=None,
-    objective="cross_entropy",
-    backward=EXACT,
-    **changes,
+    optimizer=SGD, microbatches=1, document_mask=True, seed=0, moving=None, objective="cross_entropy", **changes
 ):
     settings = {"microbatches": microbatches, "document_mask": document_mask, "seed": seed, "moving": moving}
-    settings |= {"objective": objective, "backward": backward}
+    settings["objective"] = objective
     return jax.jit(make_train_step(GRAPHDEF, GRAPHDEF, optimizer, rule=selection_of(**changes), steps=10, **settings))
 
 
@@ -397,30 +388,3 @@ def test_any_mesh_selects_the_same_tokens_and_reaches_the_same_parameters(runs, 
     (params_one, selected_one), (params_many, selected_many) = runs[1, 1, 1], runs[sizes]
     np.testing.assert_array_equal(selected_many, selected_one)
     assert_trees_close(params_many, params_one, rtol=1e-3, atol=1e-4)
-
-
-def test_each_microbatch_has_a_backward_pass_through_few_tokens(params, batch):
-    backward = BackwardConfig(0.4)
-    state, metrics, weight_BL = make_step(microbatches=2, backward=backward)(start(params[0]), params[1], batch)
-
-    @jax.jit
-    @jax.grad
-    def gradient_sum(policy, part, weight_bL):
-        probe = Probe.of(backward, jnp.zeros((TINY.layers, 2)), jax.random.key(0))
-        return (weight_bL * row_losses(GRAPHDEF, policy, rows_of(part, True), probe=probe)[0]).sum()
-
-    parts = [(jax.tree.map(lambda x, m=m: x[m::2], batch), weight_BL[m::2]) for m in range(2)]
-    expected = jax.tree.map(lambda a, b: (a + b) / weight_BL.sum(), *(gradient_sum(params[0], *part) for part in parts))
-    assert_trees_close(gradient(params[0], state), expected)
-    exact = weighted_loss(params[0], batch, weight_BL)[1]
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, expected, exact)) > 0.01 * optax.tree.norm(exact)
-    assert 0 < metrics["backward_dropped"] < 0.6
-
-
-def test_each_step_draws_other_tokens(params, batch):
-    step = make_step(backward=BackwardConfig(0.4, "drawn"))
-    first, again, second = (
-        gradient(params[0], step(start(params[0])._replace(step=jnp.int32(n)), params[1], batch)[0]) for n in (0, 0, 1)
-    )
-    assert_trees_equal(first, again)
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, first, second)) > 0.01 * optax.tree.norm(first)
