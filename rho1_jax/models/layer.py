@@ -129,7 +129,7 @@ class Attention(nnx.Module):
         rotation: Rotation | None,
         mix: Mix,
         decoding: bool,
-        few: FewTokens | None,
+        few: FewTokens | None = None,
     ) -> jax.Array:
         """The output [B, L, D] of attention, to be added to the hidden states."""
         if few:
