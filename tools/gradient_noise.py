@@ -23,7 +23,6 @@ from rho1_jax.analysis.plots import plot_gradient_noise
 from rho1_jax.configs.default import STAGES, BackwardChoice, BackwardConfig
 from rho1_jax.data.loader import batches, to_devices
 from rho1_jax.data.packing import Batch
-from rho1_jax.models import decoder
 from rho1_jax.models.decoder import Params
 from rho1_jax.runtime.command_line import run
 from rho1_jax.runtime.errors import UserError
@@ -33,9 +32,8 @@ from rho1_jax.runtime.sharding import local_rows
 from rho1_jax.training.config import as_saved
 from rho1_jax.training.pretrained import Pretrained
 from rho1_jax.training.reference import Reference, open_reference
-from rho1_jax.training.setup import RunSetup, open_run
+from rho1_jax.training.setup import RunSetup, open_run, train_step
 from rho1_jax.training.state import TrainState
-from rho1_jax.training.train_step import make_train_step
 
 CHOICES: tuple[BackwardChoice, ...] = get_args(BackwardChoice)
 SAFE = 0.1  # largest error of a recommended share, relative to the noise
@@ -83,19 +81,9 @@ _energy = jax.jit(lambda x: optax.tree.norm(x, squared=True))
 
 def gradient_of(setup: RunSetup, reference: Reference, backward: BackwardConfig) -> GradientOf:
     """A jitted function of a state and a batch: the gradient that the run's train step would compute."""
-    config = setup.config
-    step = make_train_step(
-        setup.policy,
-        decoder.build(reference.model) if reference.model else None,
-        KEEP_GRADIENT,
-        rule=setup.rule,
-        objective=config.objective,
-        steps=config.steps,
-        microbatches=config.microbatches,
-        document_mask=config.data.document_mask,
-        seed=config.seed,
-        backward=backward,
-    )
+    config = setup.config.copy_and_resolve_references()
+    config.backward.update(dataclasses.asdict(backward))
+    step = train_step(dataclasses.replace(setup, config=config, optimizer=KEEP_GRADIENT), reference)
     gradient = jax.jit(lambda state, reference_params, batch: step(state, reference_params, batch)[0].opt_state)
     return lambda state, batch: gradient(state, reference.params, batch)
 

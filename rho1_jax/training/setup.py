@@ -304,10 +304,10 @@ def _changed_schedules(saved: Meta, config: dict[str, Any]) -> str:
     return text
 
 
-def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax.stages.Wrapped:
-    """The train step, compiled for the mesh. It donates the state, and not a frozen reference."""
+def train_step(setup: RunSetup, reference: Reference) -> TrainStep:
+    """The run's train step, not yet jitted."""
     config = setup.config
-    step = make_train_step(
+    return make_train_step(
         setup.policy,
         decoder.build(reference.model) if reference.model else None,
         setup.optimizer,
@@ -320,8 +320,13 @@ def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax
         moving=reference.moving,
         backward=BackwardConfig(**config.backward),
     )
+
+
+def jitted_step(setup: RunSetup, reference: Reference, state: TrainState) -> jax.stages.Wrapped:
+    """The train step, compiled for the mesh. It donates the state, and not a frozen reference."""
+    step = train_step(setup, reference)
     rows, everywhere = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
-    if config.optimizer.host_offload:
+    if setup.config.optimizer.host_offload:
         step = _from_host(step)
     return jax.jit(step, donate_argnames="state", out_shardings=(placement(state), everywhere, rows))
 
