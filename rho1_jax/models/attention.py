@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import PartitionSpec
 
 from rho1_jax.models import structure
 from rho1_jax.runtime.errors import UserError
-from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
+from rho1_jax.runtime.sharding import HEADS, ROWS, on_mesh
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 # Platform -> the kernel that "auto" selects there, and the multiple that row lengths must be.
@@ -208,8 +207,7 @@ def _splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, so
         segments = splash_kernel.SegmentIds(segments_BL, segments_BL)
         return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
 
-    heads, rows = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
-    return on_mesh(on_device, (heads, heads, heads, rows), heads)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
+    return on_mesh(on_device, (HEADS, HEADS, HEADS, ROWS), HEADS)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
 
 
 def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, soft_cap):
@@ -239,8 +237,7 @@ def _cudnn(q_BLHC, k_BLKC, v_BLKC, segments_BL, sliding_window, query_scale, sof
         multiple = KERNELS["gpu"][1]  # of keys, too: before 9.15.1, cuDNN could access memory out of bounds at others
         return _in_blocks(attend_alone, CUDNN_BLOCK, q_BLhC, k_BLkC, v_BLkC, segments_BL, sliding_window, multiple)
 
-    heads, rows = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
-    return on_mesh(on_device, (heads, heads, heads, rows), heads)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
+    return on_mesh(on_device, (HEADS, HEADS, HEADS, ROWS), HEADS)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
 
 
 def _cudnn_refusal(q_BLHC: jax.Array, soft_cap: float | None) -> str | None:

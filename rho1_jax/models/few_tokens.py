@@ -18,10 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rho1_jax.configs.default import BackwardConfig
-from rho1_jax.runtime.sharding import BATCH_AXES, on_mesh
-
-ROWS = PartitionSpec(BATCH_AXES)  # [B, L, ...]
-HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # [B, L, H, C], and [B, L, F]
+from rho1_jax.runtime.sharding import BATCH_AXES, ROWS, on_mesh
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("energy", "key"), meta_fields=("backward",))

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rho1_jax.configs.default import ModelConfig
-from rho1_jax.models.few_tokens import HEADS, ROWS, FewTokens
+from rho1_jax.models.few_tokens import FewTokens
 from rho1_jax.models.rope import Rotation, rotate
 from rho1_jax.models.structure import ACTIVATIONS, Structure
-from rho1_jax.runtime.sharding import shard_activations
+from rho1_jax.runtime.sharding import HEADS, ROWS, shard_activations
 
 # Attention of one layer: queries [B, L, H, C], keys and values [B, L, K, C] -> mixed values [B, L, H, C].
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

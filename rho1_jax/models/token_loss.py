@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rho1_jax.models import structure
-from rho1_jax.runtime.sharding import BATCH_AXES, RULES, mesh_is_set, on_mesh
+from rho1_jax.runtime.sharding import BATCH_AXES, ROWS, RULES, mesh_is_set, on_mesh
 
-ROWS = PartitionSpec(BATCH_AXES)
 VOCABULARY, WIDTH = RULES["head"]
 LOGITS = PartitionSpec(BATCH_AXES, VOCABULARY)
 LOGIT_BYTES = 4

@@ -17,6 +17,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # Rows of a batch are sharded over these two axes, parameters over `fsdp` and `tensor`.
 BATCH_AXES = ("data", "fsdp")
+ROWS = PartitionSpec(BATCH_AXES)  # arrays [B, L, ...]
+HEADS = PartitionSpec(BATCH_AXES, None, "tensor")  # arrays [B, L, H, C] and [B, L, F]
 
 HOST_MEMORY = "pinned_host"
 
@@ -133,7 +135,7 @@ def on_host(shardings):
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of rows [B, ...] over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, ROWS)
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -158,7 +160,7 @@ def shard_activations(hidden_BLD: jax.Array, decoding: bool) -> jax.Array:
     In decoding, where rows have one token, the states are sharded like the weights: the states cross the mesh instead
     of the weights.
     """
-    spec = PartitionSpec("data", None, "fsdp") if decoding else PartitionSpec(BATCH_AXES)
+    spec = PartitionSpec("data", None, "fsdp") if decoding else ROWS
     return _constrain(hidden_BLD, spec)
 
 
